@@ -1,0 +1,52 @@
+"""Fit a visual-token pruning recipe for a multimodal LLM to a budget, and run the model faster with it.
+
+stats = measure(model, batches)
+recipe = fit(stats, flops_reduction=0.6)
+with prune(model, recipe):
+    model.generate(**inputs)
+
+Importing this package imports neither torch nor transformers: names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AttentionStats": "stats",
+    "PruningRecipe": "recipe",
+    "evaluate": "evaluation",
+    "fit": "fitting",
+    "fit_sequential": "sequential",
+    "load_samples": "calibration",
+    "make_batches": "calibration",
+    "measure": "measurement",
+    "merge": "stats",
+    "prune": "pruning",
+}
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 (names of _HOMES)
+
+if TYPE_CHECKING:
+    from fitprune.calibration import load_samples, make_batches
+    from fitprune.evaluation import evaluate
+    from fitprune.fitting import fit
+    from fitprune.measurement import measure
+    from fitprune.pruning import prune
+    from fitprune.recipe import PruningRecipe
+    from fitprune.sequential import fit_sequential
+    from fitprune.stats import AttentionStats, merge
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fitprune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fitprune.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,93 @@
+"""The one place that knows model families: where their parts are, and how large.
+
+Keyed by `config.model_type`. Everything else works on what `adapt` returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from fitprune.flops import DecoderShape, ModelShape, VisionShape
+
+FAMILIES = ("llava", "llava_next")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedModel:
+    """A model's parts, under the same names for every family.
+
+    Attributes:
+        model: the whole model, as the user holds it.
+        decoder: the language model that owns `layers`.
+        layers: the decoder layers; each has `self_attn` and `mlp`.
+        shape: type and sizes.
+        image_token_id: id that marks a visual token's position in `input_ids`.
+    """
+
+    model: Any
+    decoder: nn.Module
+    layers: nn.ModuleList
+    shape: ModelShape
+    image_token_id: int
+
+
+def adapt(model: Any) -> AdaptedModel:
+    """Find the parts of a model.
+
+    Raises:
+        ValueError: the family is not supported, or the model has no decoder layers.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"model is a {type(model).__name__}: must be a transformers model with a config")
+    shape = model_shape(config)
+    decoder = getattr(getattr(model, "model", None), "language_model", None)
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        raise ValueError(
+            f"model is a {type(model).__name__} without decoder layers at model.language_model.layers; "
+            "pass the ...ForConditionalGeneration model"
+        )
+    if len(layers) != shape.decoder.layers:
+        raise ValueError(f"model has {len(layers)} decoder layers but its config says {shape.decoder.layers}")
+    assert isinstance(decoder, nn.Module)
+    return AdaptedModel(model, decoder, layers, shape, config.image_token_id)
+
+
+def model_shape(config: Any) -> ModelShape:
+    """Read type and sizes from a config.
+
+    Raises:
+        ValueError: the family is not supported.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r}: not supported; must be one of {list(FAMILIES)}")
+    text, vision = config.text_config, config.vision_config
+    heads = text.num_attention_heads
+    decoder = DecoderShape(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab=text.vocab_size,
+    )
+    tower = VisionShape(
+        layers=vision.num_hidden_layers,
+        hidden=vision.hidden_size,
+        intermediate=vision.intermediate_size,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+    )
+    return ModelShape(model_type, decoder, tower)
+
+
+def visual_mask(adapted: AdaptedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Mark the visual tokens of `input_ids` [B, N]: bool [B, N]."""
+    return input_ids == adapted.image_token_id

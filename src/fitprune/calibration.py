@@ -1,0 +1,319 @@
+"""Calibration and test data as users have it, and the batches that models take.
+
+Reads the FitPrune authors' question JSONL, LLaVA's instruction JSON and Hugging Face datasets; every bad entry is named
+with its line. Knows processors, no models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+
+class BadSample(ValueError):
+    """One entry of the data that cannot be used; the message names file and line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One image with one question.
+
+    Attributes:
+        id: `question_id`, `id` or the entry's number.
+        text: the question, without image token and without prompt format.
+        image: path of the image file, or the image itself where a dataset holds it.
+        answers: accepted answers; empty where the data has none.
+        kind: a label that results are grouped by ("" where the data has none).
+        where: file and line, for messages.
+    """
+
+    id: str
+    text: str
+    image: Path | Image.Image
+    answers: tuple[str, ...] = ()
+    kind: str = ""
+    where: str = ""
+
+    def load_image(self) -> Image.Image:
+        """Decode the image as RGB.
+
+        Raises:
+            BadSample: the file is missing, no image, truncated, animated, a single pixel, or a decompression bomb.
+        """
+        opened = self.image
+        if isinstance(opened, Path):
+            if not opened.is_file():
+                raise BadSample(f"{self.where}: image {opened} does not exist; check --image-folder")
+            try:
+                opened = Image.open(opened)
+            except UnidentifiedImageError:
+                raise BadSample(f"{self.where}: {opened} is not an image file") from None
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                raise BadSample(f"{self.where}: {opened} cannot be read as an image ({error})") from None
+        if (frames := getattr(opened, "n_frames", 1)) > 1:
+            raise BadSample(f"{self.where}: {self.image} is animated ({frames} frames); save the frame that is meant")
+        if min(opened.size) < 2:
+            raise BadSample(f"{self.where}: {self.image} is {opened.size[0]}x{opened.size[1]} pixels: too small to show anything")
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            logger.warning("PIL's LOAD_TRUNCATED_IMAGES is set: truncated images will not be noticed")
+        try:
+            return opened.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise BadSample(f"{self.where}: {self.image} cannot be decoded ({error})") from None
+
+
+def load_samples(
+    data: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    skip_bad: bool = False,
+) -> list[Sample]:
+    """Read samples from a file, a folder or a Hugging Face dataset.
+
+    Formats, told apart by content: JSONL with a question a line (`question_id`, `image` or `file_name`, `text`, and
+    optionally `answer` (string or list), `kind`); LLaVA's instruction JSON (a list of `id`, `image`, `conversations`;
+    the first question and its answer are used); a folder or hub name that `datasets` loads (columns `image` and `text`
+    or `question`, optionally `answer` or `answers`).
+
+    Args:
+        data: the file, folder or name.
+        image_folder: where relative image paths begin; by default the data file's folder.
+        samples: take so many, drawn without replacement; all by default, in the data's order.
+        seed: seed of the draw.
+        skip_bad: leave bad entries out, with a warning and a count, instead of raising. Images are decoded to see.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        BadSample: an entry is broken, with its file and line; not with `skip_bad`.
+        ValueError: no sample is left, or `samples` is below 1 or more than there are.
+    """
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples={samples}: must be at least 1")
+    path = Path(data)
+    if (path / "metadata.jsonl").is_file():  # an image folder in the datasets sense reads without datasets too
+        path = path / "metadata.jsonl"
+    if path.is_file():
+        entries: Iterable[tuple[str, Any]] = _file_entries(path)
+    else:
+        entries = _dataset_entries(path, str(data))
+    folder = Path(image_folder) if image_folder is not None else path.parent if path.is_file() else path
+    if image_folder is not None and not folder.is_dir():
+        raise FileNotFoundError(2, f"image folder {folder} does not exist")
+
+    bad: list[str] = []
+    found: list[Sample] = []
+    for where, entry in entries:
+        try:
+            sample = _sample(entry, folder, where)
+            if skip_bad:
+                sample.load_image()  # what cannot be decoded must be known before the draw
+            found.append(sample)
+        except BadSample as error:
+            if not skip_bad:
+                raise
+            logger.warning("skipped: %s", error)
+            bad.append(str(error))
+    if bad:
+        logger.warning("%d of %d entries of %s skipped", len(bad), len(bad) + len(found), data)
+    if not found:
+        raise ValueError(f"{data}: no usable sample in it ({len(bad)} skipped); there must be at least one")
+    if samples is None:
+        return found
+    if samples > len(found):
+        raise ValueError(f"samples={samples}: {data} has only {len(found)} usable ones; ask for that or fewer")
+    return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), samples))]
+
+
+def format_prompt(processor: Any, text: str, prompt_template: str | None = None) -> str:
+    """Put a question with one image into the form that the model was trained on.
+
+    Args:
+        processor: the model's processor.
+        text: the question.
+        prompt_template: used instead of the processor's chat template: text with `{question}` and the image token.
+
+    Raises:
+        ValueError: the template lacks `{question}`, or the processor has no chat template and none is given.
+    """
+    if prompt_template is not None:
+        if "{question}" not in prompt_template:
+            raise ValueError(
+                f"prompt_template={prompt_template!r}: must contain {{question}}, "
+                "for example 'USER: <image>\\n{question} ASSISTANT:'"
+            )
+        return prompt_template.replace("{question}", text)
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            "the processor has no chat template: state one with --prompt-template 'USER: <image>\\n{question} ASSISTANT:'"
+        )
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    prompt: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return prompt
+
+
+def make_batches(
+    samples: Iterable[Sample],
+    processor: Any,
+    *,
+    batch_size: int = 1,
+    prompt_template: str | None = None,
+) -> Iterator[Mapping[str, Any]]:
+    """Turn samples into the processor's batches, padded, in order.
+
+    Args:
+        samples: what to load.
+        processor: the model's processor.
+        batch_size: samples in a batch.
+        prompt_template: see `format_prompt`.
+
+    Yields:
+        `input_ids`, `attention_mask`, `pixel_values`, ... as the model takes them.
+
+    Raises:
+        ValueError: `batch_size` below 1, a bad image (BadSample), or a prompt that cannot be formed.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    return (
+        processor(
+            images=[sample.load_image() for sample in chunk],
+            text=[format_prompt(processor, sample.text, prompt_template) for sample in chunk],
+            padding=len(chunk) > 1,
+            return_tensors="pt",
+        )
+        for chunk in _chunks(samples, batch_size)
+    )
+
+
+def equal_batches(
+    samples: Sequence[Sample],
+    processor: Any,
+    *,
+    batch_size: int = 1,
+    prompt_template: str | None = None,
+) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
+    """Batch samples whose inputs have the same shape, so that nothing is padded and every row equals its sample alone.
+
+    Samples are prepared in windows of 32 batches and grouped within each, so memory stays bounded.
+
+    Yields:
+        Indices into `samples`, and their batch.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    for start in range(0, len(samples), 32 * batch_size):
+        window = samples[start : start + 32 * batch_size]
+        groups: dict[tuple[Any, ...], list[tuple[int, Mapping[str, Any]]]] = {}
+        for offset, single in enumerate(make_batches(window, processor, prompt_template=prompt_template)):
+            shape = tuple((name, tuple(value.shape)) for name, value in single.items())
+            groups.setdefault(shape, []).append((start + offset, single))
+        for group in groups.values():
+            for chunk in _chunks(group, batch_size):
+                yield [i for i, _ in chunk], {name: torch.cat([one[name] for _, one in chunk]) for name in chunk[0][1]}
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    chunk: list[T] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _file_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Give (where, entry) for a JSONL file or a JSON list; a broken line is an entry that is an exception."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8 text; must be JSONL or JSON") from None
+    if text.lstrip().startswith("["):
+        try:
+            whole = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BadSample(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+        yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(whole))
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            yield f"{path}:{number}", BadSample(f"{path}:{number}: not JSON ({error.msg})")
+
+
+def _dataset_entries(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """Give (where, row) of a Hugging Face dataset: saved to disk, an image folder, or a hub name, split or not."""
+    if not path.is_dir() and (path.suffix or path.is_absolute() or name.startswith(".")):
+        raise FileNotFoundError(2, f"{name}: no such file or folder")
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{name}: reading a dataset needs the datasets package: pip install 'fitprune[datasets]'") from None
+    try:
+        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name)
+    except Exception as error:  # datasets raises many kinds; all mean that the name does not load
+        raise ValueError(f"{name}: datasets cannot load it ({error}); give a JSONL file, a folder or a hub name") from None
+    if isinstance(loaded, dict):
+        splits = list(loaded)
+        if len(splits) > 1:
+            logger.warning("%s has splits %s: %r is used", name, splits, splits[0])
+        loaded = loaded[splits[0]]
+    yield from ((f"{name}, row {number}", row) for number, row in enumerate(loaded))
+
+
+def _sample(entry: Any, folder: Path, where: str) -> Sample:
+    """Make a sample of one entry in any of the formats."""
+    if isinstance(entry, BadSample):
+        raise entry
+    if not isinstance(entry, dict):
+        raise BadSample(f"{where}: is a JSON {type(entry).__name__}, must be an object with an image and a text")
+    image = entry.get("image", entry.get("file_name"))
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if isinstance(image, str) and image:
+        image = folder / image
+    elif not isinstance(image, Image.Image):
+        raise BadSample(f"{where}: 'image' is {image!r}, must be one file name (or 'file_name')")
+    text, answer = entry.get("text", entry.get("question")), entry.get("answer", entry.get("answers"))
+    if "conversations" in entry:
+        text, answer = _first_exchange(entry["conversations"], where)
+    if not isinstance(text, str) or not text.strip():
+        raise BadSample(f"{where}: 'text' is {text!r}, must be a question (or 'question', or 'conversations')")
+    answers = [] if answer is None else [answer] if isinstance(answer, (str, int, float)) else answer
+    if not isinstance(answers, list) or not all(isinstance(a, (str, int, float)) for a in answers):
+        raise BadSample(f"{where}: 'answer' is {answer!r}, must be a string or a list of strings")
+    number = entry.get("question_id", entry.get("id", where))
+    return Sample(str(number), text, image, tuple(str(a) for a in answers), str(entry.get("kind") or ""), where)
+
+
+def _first_exchange(conversations: Any, where: str) -> tuple[str, str | None]:
+    """Take the first question, its image marker cut out, and its answer from LLaVA's conversation form."""
+    try:
+        turns = [(turn["from"], turn["value"]) for turn in conversations]
+        question = next(value for speaker, value in turns if speaker == "human")
+        answer = next((value for speaker, value in turns if speaker == "gpt"), None)
+    except (TypeError, KeyError, StopIteration):
+        raise BadSample(f"{where}: 'conversations' must be a list of {{'from': 'human'|'gpt', 'value': text}}") from None
+    return question.replace("<image>", "").strip(), answer
+
+

@@ -1,0 +1,279 @@
+"""The `fitprune` command. Parses, calls, prints; torch is imported only by the command that needs it.
+
+Exit codes: 0 done, 2 bad use, 1 failure; errors are one line, `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fitprune import __version__, files
+from fitprune.recipe import PruningRecipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="fitprune: %(message)s")
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("fitprune: interrupted; run the same command again to go on", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if args.debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"fitprune: error: {message}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> None:
+    from fitprune.calibration import load_samples, make_batches
+    from fitprune.measurement import measure
+
+    files.require_writable(args.output)
+    samples = load_samples(
+        _data(args), args.image_folder, samples=args.samples, seed=args.seed, skip_bad=args.skip_bad
+    )  # before the model: bad data is found in seconds
+    model, processor = _load(args)
+    stats = measure(
+        model,
+        make_batches(samples, processor, batch_size=args.batch_size, prompt_template=args.prompt_template),
+        parts=f"{args.output}.parts",
+        total=-(-len(samples) // args.batch_size),
+        progress=True,
+    )
+    stats.save(args.output)
+    for part in (parts := Path(f"{args.output}.parts")).glob("*.safetensors"):
+        part.unlink()
+    parts.rmdir()
+    print(f"{args.output}: {len(stats)} samples, {stats.model.decoder.layers} layers")
+
+
+def _fit(args: argparse.Namespace) -> None:
+    from fitprune.fitting import Fitter, checked_budget
+    from fitprune.stats import AttentionStats
+
+    kind = next(k for k in ("flops_reduction", "kv_cache_reduction", "mean_visual_tokens", "tolerance") if getattr(args, k))
+    budgets = [checked_budget(kind, value) for value in getattr(args, kind)]
+    one_file = len(budgets) == 1 and not args.output.endswith(("/", "\\")) and not Path(args.output).is_dir()
+    fitter = Fitter(AttentionStats.load(args.stats), visual_tokens=args.visual_tokens)
+    recipes = [fitter.fit(budget) for budget in budgets]  # all before the first is written
+    for budget, recipe in zip(budgets, recipes, strict=True):
+        path = Path(args.output) if one_file else Path(args.output) / f"{kind}-{budget.value:g}.json"
+        recipe.save(path)
+        cost = recipe.cost()
+        print(
+            f"{path}: visual FLOPs -{100 * cost.flops_reduction:.2f}%, {cost.mean_visual_tokens:.1f} visual tokens a layer, "
+            f"tolerance {recipe.provenance['tolerance']:.4f}"
+        )
+
+
+def _cost(args: argparse.Namespace) -> None:
+    recipe = _recipe(args.recipe)
+    cost = recipe.cost(
+        visual_tokens=args.visual_tokens, text_tokens=args.text_tokens, crops=args.crops, value_bytes=args.value_bytes
+    )
+
+    def change(after: float, before: float) -> str:
+        return f"{after:,.0f} against {before:,.0f} dense ({100 * (after / before - 1):+.1f}%)"
+
+    print(f"visual tokens       {cost.visual_tokens}, mean {cost.mean_visual_tokens:.1f} a layer, {cost.kept[-1]} at the end")
+    print(f"removed per layer   {' '.join(str(n) for n in recipe.counts(cost.visual_tokens))}")
+    print(f"visual FLOPs        -{100 * cost.flops_reduction:.2f}% (the paper's accounting: visual tokens alone)")
+    print(f"prefill GFLOPs      {change(cost.prefill_flops / 1e9, cost.dense_prefill_flops / 1e9)}")
+    print(f"KV cache bytes      {change(cost.kv_bytes, cost.dense_kv_bytes)}")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from fitprune.calibration import Sample, make_batches
+    from fitprune.measurement import to_model
+    from fitprune.pruning import prune
+
+    recipe = _recipe(args.recipe)
+    sample = Sample("0", args.question, Path(args.image), where="--image")
+    sample.load_image()
+    model, processor = _load(args)
+    inputs = to_model(next(make_batches([sample], processor, prompt_template=args.prompt_template)), model)
+    with prune(model, recipe):
+        ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+    print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip())
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from fitprune.calibration import load_samples
+    from fitprune.evaluation import evaluate, table
+
+    files.require_writable(args.output)
+    recipes = {Path(name).stem if Path(name).exists() else name: _recipe(name) for name in args.recipe}
+    if len(recipes) < len(args.recipe):
+        raise ValueError(f"--recipe {' '.join(args.recipe)}: two files have the same name; rename one")
+    samples = load_samples(
+        _data(args), args.image_folder, samples=args.samples, seed=args.seed, skip_bad=args.skip_bad
+    )
+    model, processor = _load(args)
+    results = evaluate(
+        model,
+        processor,
+        samples,
+        recipes,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        prompt_template=args.prompt_template,
+        progress=True,
+    )
+    results.save(args.output)
+    print(table(results))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from fitprune.demo import demo
+
+    demo(Path(args.output), quick=args.quick)
+
+
+def _recipe(name: str) -> PruningRecipe:
+    """Load a recipe file, or a published one by `model:percent`."""
+    if not Path(name).exists() and (parts := name.split(":"))[0] in PruningRecipe.published_names() and len(parts) == 2:
+        return PruningRecipe.published(parts[0], int(parts[1]) if parts[1].isdigit() else parts[1])  # type: ignore[arg-type]
+    return PruningRecipe.load(name)
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Load model and processor from a folder or by hub name."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging as transformers_logging
+
+    from fitprune import adapters, embedded
+
+    transformers_logging.disable_progress_bar()
+    name = embedded.resolve(args.model)
+    adapters.model_shape(AutoConfig.from_pretrained(name))  # before the weights: the wrong family is found in a second
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(args.device).eval()
+    return model, AutoProcessor.from_pretrained(name)
+
+
+def _data(args: argparse.Namespace) -> str:
+    from fitprune import embedded
+
+    return embedded.resolve(args.data)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fitprune",
+        description="Fit a visual-token pruning recipe for a multimodal LLM to a budget, and use it. No training.",
+        epilog="example: fitprune demo --quick",
+    )
+    parser.add_argument("--version", action="version", version=f"fitprune {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        made.set_defaults(run=run)
+        return made
+
+    def add_model(made: argparse.ArgumentParser) -> None:
+        made.add_argument("model", metavar="MODEL", help="folder or hub name; 'digit-scenes' is the embedded model")
+        made.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+        made.add_argument("--device", default="cpu", help="for example cpu, cuda, cuda:1 (default: cpu)")
+        made.add_argument("--prompt-template", help="instead of the chat template: 'USER: <image>\\n{question} ASSISTANT:'")
+
+    def add_data(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--data", required=True, help="question JSONL, LLaVA JSON, dataset folder or hub name; "
+                          "'digit-scenes/calibration' and 'digit-scenes/test' are embedded")  # fmt: skip
+        made.add_argument("--image-folder", help="where the images' names begin (default: beside the data)")
+        made.add_argument("--samples", type=_positive, help="draw so many samples (default: all)")
+        made.add_argument("--seed", type=int, default=0, help="seed of the draw")
+        made.add_argument("--skip-bad", action="store_true", help="leave unusable entries out instead of stopping")
+
+    made = command(
+        "measure", _measure, "measure a model's attention statistics on calibration data",
+        "fitprune measure digit-scenes --data digit-scenes/calibration -o stats.safetensors",
+    )  # fmt: skip
+    add_model(made)
+    add_data(made)
+    made.add_argument("-o", "--output", required=True, help="statistics file to write")
+    made.add_argument("--batch-size", type=_positive, default=1)
+
+    made = command(
+        "fit", _fit, "fit recipes to budgets from statistics",
+        "fitprune fit stats.safetensors --flops-reduction 0.4 0.6 0.8 -o recipes/",
+    )  # fmt: skip
+    made.add_argument("stats", metavar="STATS", help="file made by 'fitprune measure'")
+    budget = made.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--flops-reduction", type=float, nargs="+", help="fraction of visual FLOPs to remove")
+    budget.add_argument("--kv-cache-reduction", type=float, nargs="+", help="fraction of the image's KV bytes to remove")
+    budget.add_argument("--mean-visual-tokens", type=float, nargs="+", help="visual tokens a layer, mean over layers")
+    budget.add_argument("--tolerance", type=float, nargs="+", help="share of attention that a layer may lose")
+    made.add_argument("--visual-tokens", type=_positive, help="image size to meet the budget for (default: most common)")
+    made.add_argument("-o", "--output", required=True, help="recipe file; a folder for several budgets")
+
+    made = command(
+        "cost", _cost, "show what a recipe costs",
+        "fitprune cost llava-1.5-7b:60 --visual-tokens 576 --text-tokens 64",
+    )  # fmt: skip
+    made.add_argument("recipe", metavar="RECIPE", help="recipe file, or a published one such as llava-1.5-7b:60")
+    made.add_argument("--visual-tokens", type=_positive, help="visual tokens of the sample (default: the recipe's)")
+    made.add_argument("--text-tokens", type=int, default=64)
+    made.add_argument("--crops", type=_positive, default=1, help="image crops that the vision tower sees")
+    made.add_argument("--value-bytes", type=_positive, default=2, help="bytes of a cached value (16-bit: 2)")
+
+    made = command(
+        "generate", _generate, "answer one question with pruning",
+        "fitprune generate digit-scenes --recipe recipe.json --image scene.jpg --question 'Which digit is red?'",
+    )  # fmt: skip
+    add_model(made)
+    made.add_argument("--recipe", required=True, help="recipe file, or a published one such as llava-1.5-7b:60")
+    made.add_argument("--image", required=True)
+    made.add_argument("--question", required=True)
+    made.add_argument("--max-new-tokens", type=_positive, default=64)
+
+    made = command(
+        "evaluate", _evaluate, "compare recipes with the dense model on questions",
+        "fitprune evaluate digit-scenes --data digit-scenes/test --recipe recipes/*.json -o results.json",
+    )  # fmt: skip
+    add_model(made)
+    add_data(made)
+    made.add_argument("--recipe", required=True, nargs="+", help="recipe files, or published ones such as llava-1.5-7b:60")
+    made.add_argument("-o", "--output", required=True, help="results file to write")
+    made.add_argument("--batch-size", type=_positive, default=8)
+    made.add_argument("--max-new-tokens", type=_positive, default=16)
+
+    made = command(
+        "demo", _demo, "measure, fit and evaluate the embedded model: the whole way in one command",
+        "fitprune demo --quick",
+    )  # fmt: skip
+    made.add_argument("--quick", action="store_true", help="fewer samples and budgets, no pictures: under a minute")
+    made.add_argument("-o", "--output", default="demo-output", help="folder for what it makes (default: demo-output)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be an integer of at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The demo: the whole way from calibration images to a table, on the embedded model and its real handwritten digits."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from fitprune import embedded
+from fitprune.adapters import adapt, visual_mask
+from fitprune.calibration import Sample, load_samples, make_batches
+from fitprune.evaluation import evaluate, table
+from fitprune.fitting import Fitter, checked_budget
+from fitprune.measurement import measure
+from fitprune.pruning import kept_positions
+from fitprune.recipe import PruningRecipe
+
+BUDGETS = (0.4, 0.6, 0.8, 0.9)
+PICTURED = (0, 1, 6, 7)  # test samples with different kinds of question
+
+
+def demo(output: Path, *, quick: bool = False) -> None:
+    """Measure, fit and evaluate the embedded model, printing each step; files go to `output`.
+
+    Args:
+        output: folder for statistics, recipes, results and pictures.
+        quick: 16 calibration and 64 test questions, one budget, no pictures.
+
+    Raises:
+        OSError: `output` cannot be written.
+        ImportError: matplotlib is missing, and not `quick`.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging as transformers_logging
+
+    if not quick:
+        _require_matplotlib()
+    transformers_logging.disable_progress_bar()
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - started:5.1f} s] {text}", flush=True)
+
+    source = embedded.folder("model")
+    model = AutoModelForImageTextToText.from_pretrained(source).eval()
+    processor = AutoProcessor.from_pretrained(source)
+    adapted = adapt(model)
+    shape = adapted.shape.decoder
+    say(f"model: {model.config.model_type}, {shape.layers} decoder layers of width {shape.hidden}, 144 visual tokens")
+
+    calibration = load_samples(embedded.folder("calibration"), samples=16 if quick else None)
+    stats = measure(model, make_batches(calibration, processor, batch_size=16))
+    stats.save(output / "stats.safetensors")
+    say(f"measured received attention on {len(stats)} calibration questions -> {output / 'stats.safetensors'}")
+
+    fitter = Fitter(stats)
+    recipes: dict[str, PruningRecipe] = {}
+    for budget in (0.6,) if quick else BUDGETS:
+        name = f"{round(100 * budget)}%"
+        recipes[name] = fitter.fit(checked_budget("flops_reduction", budget))
+        recipes[name].save(output / f"recipe-{round(100 * budget)}.json")
+        say(f"fitted {name}: removed per layer {recipes[name].counts(fitter.visual_tokens)}")
+
+    test = load_samples(embedded.folder("test"), samples=64 if quick else None)
+    results = evaluate(model, processor, test, recipes, batch_size=32, progress=True)
+    results.save(output / "results.json")
+    say(f"evaluated {len(test)} questions on digits that training never saw -> {output / 'results.json'}")
+    print()
+    print(table(results))
+    print()
+    if not quick:
+        _draw(output, model, processor, load_samples(embedded.folder("test")), recipes)
+        say(f"pictures: {output / 'kept_tokens.png'}, {output / 'keep_curves.png'}")
+
+
+def _draw(output: Path, model: object, processor: object, test: list[Sample], recipes: dict[str, PruningRecipe]) -> None:
+    """Draw the keep curves, and on four test images the tokens that stay at 60%."""
+    from fitprune.figures import draw_keep_curves, draw_kept_tokens
+
+    draw_keep_curves(recipes, output / "keep_curves.png")
+    adapted = adapt(model)
+    examples = []
+    for sample in (test[i] for i in PICTURED):
+        inputs = next(make_batches([sample], processor))
+        visual = torch.nonzero(visual_mask(adapted, inputs["input_ids"])[0])[:, 0]
+        entered = kept_positions(model, recipes["60%"], inputs)
+        present = [torch.isin(visual, positions[0]) for positions in entered]
+        examples.append((sample.load_image(), f"{sample.text} {sample.answers[0]}", present))
+    layers = range(1, adapted.shape.decoder.layers)
+    draw_kept_tokens(examples, layers, output / "kept_tokens.png")
+
+
+def _require_matplotlib() -> None:
+    """Find out before the work, not after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            "the demo's pictures need matplotlib: pip install 'fitprune[figures]', or use --quick"
+        ) from None

@@ -1,0 +1,59 @@
+"""Write files whole or not at all.
+
+A file is written beside its place under a temporary name and renamed, so that a killed run or a full disk leaves the
+old file, or none, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path to write to; on success it becomes `path`, on any exception it is removed.
+
+    Raises:
+        OSError: the folder cannot be made or written to, or the disk is full; the message names `path`.
+    """
+    target = Path(path)
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {target}: {error.strerror}; nothing was changed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before long work that its output can be written; leaves nothing behind.
+
+    Raises:
+        OSError: as for `replacing`.
+    """
+    _temporary(Path(path)).unlink()
+
+
+def _temporary(target: Path) -> Path:
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(21, "is a folder, not a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {target}: {error.strerror}; choose another output path") from None
+    os.close(handle)
+    return Path(name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

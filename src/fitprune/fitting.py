@@ -1,0 +1,287 @@
+"""`fit`: from saved statistics and a budget to a recipe. No model, no GPU; one measurement serves every budget.
+
+The fit searches one number, the tolerance: the share of received attention that each layer may lose. For a tolerance,
+`_Simulation` walks through the layers of every sample and counts what could leave; the search finds the least tolerance
+that meets the budget; what the last step overshoots is given back token by token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fitprune import flops, tokens
+from fitprune.recipe import PruningRecipe
+from fitprune.stats import AttentionStats
+
+TOLERANCE_STEP = 1e-3  # the search ends when feasible and infeasible tolerance are this close
+_CHUNK = 32  # samples simulated at a time: their working set stays in the processor's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What the user asks for: a kind that `measured` can evaluate, and its value."""
+
+    kind: str
+    value: float
+
+    def measured(self, decoder: flops.DecoderShape, visual_tokens: int, kept: Sequence[float]) -> float:
+        """Evaluate this kind of budget for `kept` tokens after each layer. More removal never moves it backwards."""
+        entering = [visual_tokens, *kept[:-1]]
+        if self.kind == "mean_visual_tokens":
+            return sum(entering) / len(entering)
+        if self.kind == "kv_cache_reduction":
+            return 1 - sum(entering) / len(entering) / visual_tokens
+        removed = [before - after for before, after in zip([visual_tokens, *kept], kept, strict=False)]
+        return flops.visual_flops_reduction(decoder, visual_tokens, removed)  # type: ignore[arg-type]
+
+    def met_by(self, measured: float) -> bool:
+        """Say whether the budget is met, to within floating-point noise."""
+        if self.kind == "mean_visual_tokens":
+            return measured <= self.value + 1e-9
+        return measured >= self.value - 1e-12
+
+
+def fit(
+    stats: AttentionStats,
+    *,
+    flops_reduction: float | None = None,
+    kv_cache_reduction: float | None = None,
+    mean_visual_tokens: float | None = None,
+    tolerance: float | None = None,
+    visual_tokens: int | None = None,
+) -> PruningRecipe:
+    """Fit the recipe that meets a budget at the least loss of attention.
+
+    State exactly one budget. It is met for images of `visual_tokens`, and missed by less than one token in one layer.
+
+    Args:
+        stats: from `measure`.
+        flops_reduction: fraction of the visual tokens' FLOPs to remove, the paper's budget.
+        kv_cache_reduction: fraction of the visual tokens' KV-cache bytes to remove.
+        mean_visual_tokens: visual tokens that may enter a layer, mean over layers.
+        tolerance: no budget but the share of attention that each layer may lose, 0 to 1.
+        visual_tokens: image size that the budget is met for; by default the statistics' most common count.
+
+    Returns:
+        The recipe; its provenance holds budget, tolerance, what was reached, and the number of samples.
+
+    Raises:
+        ValueError: no budget or several, a value out of range, a budget that no removal can meet (the message says
+            what can), or statistics without samples.
+
+    Source: arXiv:2409.10197. Differs from the authors' code: attention is not renormalised among the tokens that are
+    left (one measurement serves every budget; `fit_sequential` is their procedure), the last feasible tolerance is kept
+    instead of the last tried, and the tolerance is searched to 0.001 instead of 0.01.
+    """
+    budget = _one_budget(
+        flops_reduction=flops_reduction,
+        kv_cache_reduction=kv_cache_reduction,
+        mean_visual_tokens=mean_visual_tokens,
+        tolerance=tolerance,
+    )
+    return Fitter(stats, visual_tokens=visual_tokens).fit(budget)
+
+
+class Fitter:
+    """Fits several budgets from one set of statistics, sorting once and sharing every tolerance tried."""
+
+    def __init__(self, stats: AttentionStats, *, visual_tokens: int | None = None) -> None:
+        if len(stats) == 0:
+            raise ValueError("stats holds no sample: measure at least one")
+        if visual_tokens is not None and visual_tokens < 1:
+            raise ValueError(f"visual_tokens={visual_tokens}: must be at least 1")
+        counts = sorted(stats.visual_tokens)
+        self.stats = stats
+        self.visual_tokens = visual_tokens or max(counts, key=lambda n: (counts.count(n), n))
+        self._simulation = _Simulation(stats)
+        self._tried: dict[float, list[float]] = {}
+
+    def fit(self, budget: Budget) -> PruningRecipe:
+        """Fit one budget; see `fit`."""
+        decoder, n = self.stats.model.decoder, self.visual_tokens
+        if budget.kind == "tolerance":
+            return self._recipe(budget, budget.value, self._whole(budget.value))
+        _require_possible(budget, decoder, n)
+
+        def measured(at: float) -> float:
+            return budget.measured(decoder, n, [fraction * n for fraction in self.kept_fractions(at)])
+
+        def meets(at: float) -> bool:
+            return budget.met_by(budget.measured(decoder, n, self._whole(at)))
+
+        feasible = infeasible = 0.0
+        if not meets(0.0):
+            known = sorted({0.0, 1.0, *self._tried})  # other budgets' trials narrow the search
+            feasible = next(at for at in known if meets(at))
+            infeasible = max(at for at in known if at < feasible)
+            while feasible - infeasible > TOLERANCE_STEP:
+                middle = _next_tolerance(infeasible, feasible, measured, budget.value)
+                if meets(middle):
+                    feasible = middle
+                else:
+                    infeasible = middle
+        kept = _between(budget, decoder, n, self._whole(feasible), self._whole(infeasible))
+        return self._recipe(budget, feasible, give_back(budget, decoder, n, kept))
+
+    def kept_fractions(self, tolerance: float) -> list[float]:
+        """Mean over samples of the fraction of visual tokens left after each layer, at a tolerance."""
+        if tolerance not in self._tried:
+            self._tried[tolerance] = self._simulation.kept_fractions(tolerance)
+        return self._tried[tolerance]
+
+    def _whole(self, tolerance: float) -> list[int]:
+        return tokens.kept_counts(self.kept_fractions(tolerance), self.visual_tokens)
+
+    def _recipe(self, budget: Budget, tolerance: float, kept: Sequence[int]) -> PruningRecipe:
+        provenance: dict[str, Any] = {
+            "source": "fitprune.fit",
+            "budget": {budget.kind: budget.value},
+            "tolerance": tolerance,
+            "samples": len(self.stats),
+            "measured": dict(self.stats.provenance),
+        }
+        if budget.kind != "tolerance":
+            provenance["reached"] = budget.measured(self.stats.model.decoder, self.visual_tokens, kept)
+        keep = tuple(count / self.visual_tokens for count in kept)
+        return PruningRecipe(keep, self.stats.model, self.visual_tokens, provenance)
+
+
+class _Simulation:
+    """Walks all samples through the layers at a tolerance, on the attention that was measured dense."""
+
+    def __init__(self, stats: AttentionStats) -> None:
+        layers, samples, longest = stats.model.decoder.layers, len(stats), max(stats.visual_tokens)
+        self.counts = torch.tensor(stats.visual_tokens)
+        self.present = torch.arange(longest) < self.counts[:, None]  # [S, n]
+        sides = []
+        for attention in (stats.self_attention, stats.cross_attention):
+            padded = torch.full((layers, samples, longest), float("inf"))
+            padded.masked_scatter_(self.present.expand(layers, -1, -1), attention.float())
+            value, order = padded.sort(dim=2, stable=True)
+            value.masked_fill_(value.isinf(), 0)
+            sides.append((value, order, value.sum(2)))
+        self.sides = sides
+
+    def kept_fractions(self, tolerance: float) -> list[float]:
+        """Mean over samples of the fraction left after each layer."""
+        total = torch.zeros(len(self.sides[0][0]), dtype=torch.float64)
+        for start in range(0, len(self.counts), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            total += self._chunk(rows, tolerance)
+        return (total / len(self.counts)).tolist()
+
+    def _chunk(self, rows: slice, tolerance: float) -> torch.Tensor:
+        """Sum over the chunk's samples of the fraction left after each layer; the rule is `lowest_in_both`'s.
+
+        Orders are sorted once for all tolerances, so a layer costs gathers and running sums only.
+        """
+        present = self.present[rows].clone()
+        original = self.counts[rows].double()
+        fractions = []
+        for layer in range(len(self.sides[0][0])):
+            leaving = present
+            for values, orders, totals in self.sides:
+                value, order = values[layer, rows], orders[layer, rows]
+                here = value * present.gather(1, order)
+                running = here.cumsum(1)
+                slack = running[:, -1] - (1 - tolerance) * totals[layer, rows]
+                removable = running <= slack[:, None]
+                leaving = leaving & torch.empty_like(removable).scatter_(1, order, removable)
+            present &= ~leaving
+            fractions.append((present.sum(1) / original).sum())
+        return torch.stack(fractions)
+
+
+def _between(
+    budget: Budget, decoder: flops.DecoderShape, visual_tokens: int, feasible: list[int], infeasible: list[int]
+) -> list[int]:
+    """Move all layers together from the feasible counts towards the infeasible ones, as far as the budget allows."""
+    low, high, best = 0.0, 1.0, feasible
+    for _ in range(12):
+        share = (low + high) / 2
+        mixed = [math.floor(a + share * (b - a) + 0.5) for a, b in zip(feasible, infeasible, strict=True)]
+        if budget.met_by(budget.measured(decoder, visual_tokens, mixed)):
+            low, best = share, mixed
+        else:
+            high = share
+    return best
+
+
+def give_back(budget: Budget, decoder: flops.DecoderShape, visual_tokens: int, kept: Sequence[int]) -> list[int]:
+    """Raise kept counts, first layer first, as long as the budget is still met.
+
+    Afterwards no layer can keep one token more without missing the budget.
+    """
+    kept = list(kept)
+
+    def fits(layer: int, more: int) -> bool:
+        ceiling = kept[layer - 1] if layer else visual_tokens
+        raised = [*kept[:layer], kept[layer] + more, *kept[layer + 1 :]]
+        return raised[layer] <= ceiling and budget.met_by(budget.measured(decoder, visual_tokens, raised))
+
+    changed = True
+    while changed:
+        changed = False
+        for layer in range(len(kept)):
+            step = 0
+            while fits(layer, step + 1):  # tokens given back at one layer are few: the tolerance is fine already
+                step += 1
+            kept[layer] += step
+            changed |= step > 0
+    return kept
+
+
+def _next_tolerance(low: float, high: float, measured: Callable[[float], float], target: float) -> float:
+    """Choose the tolerance to try between an infeasible and a feasible one.
+
+    The interpolated root, moved a little towards the farther end: when it is close, two such trials enclose it within
+    a step, where plain interpolation would creep up from one side.
+    """
+    at_low, at_high = measured(low), measured(high)
+    share = 0.5 if at_high == at_low else (target - at_low) / (at_high - at_low)
+    root = low + (high - low) * min(max(share, 0.02), 0.98)
+    nudge = 0.4 * TOLERANCE_STEP
+    tried = root - nudge if root - low > high - root else root + nudge
+    return min(max(tried, low + nudge), high - nudge)
+
+
+def _one_budget(**given: float | None) -> Budget:
+    """Pick the one stated budget and check its range."""
+    stated = {kind: value for kind, value in given.items() if value is not None}
+    if len(stated) != 1:
+        raise ValueError(f"{len(stated)} budgets stated ({', '.join(stated) or 'none'}): state exactly one of {sorted(given)}")
+    kind, value = next(iter(stated.items()))
+    return checked_budget(kind, value)
+
+
+def checked_budget(kind: str, value: float) -> Budget:
+    """Make a budget, its value in range.
+
+    Raises:
+        ValueError: the value is no number or outside the kind's range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{kind}={value!r}: must be a finite number")
+    if kind.endswith("_reduction") and not 0 <= value < 1:
+        raise ValueError(f"{kind}={value}: must be at least 0 and below 1 (a fraction, not percent)")
+    if kind == "tolerance" and not 0 <= value <= 1:
+        raise ValueError(f"tolerance={value}: must be between 0 and 1")
+    if kind == "mean_visual_tokens" and value <= 0:
+        raise ValueError(f"mean_visual_tokens={value}: must be above 0")
+    return Budget(kind, float(value))
+
+
+def _require_possible(budget: Budget, decoder: flops.DecoderShape, visual_tokens: int) -> None:
+    """Refuse a budget that even removing everything after the first layer's attention does not meet."""
+    best = budget.measured(decoder, visual_tokens, [0] * decoder.layers)
+    if not budget.met_by(best):
+        bound = "at least" if budget.kind == "mean_visual_tokens" else "at most"
+        raise ValueError(
+            f"{budget.kind}={budget.value}: cannot be met; with all visual tokens removed after layer 0 it is {best:.4f}; "
+            f"ask for {bound} that"
+        )

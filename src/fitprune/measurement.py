@@ -1,0 +1,164 @@
+"""`measure`: one dense forward per calibration sample gives the statistics that every budget is fitted from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fitprune.adapters import AdaptedModel, adapt, visual_mask
+from fitprune.attention import ReceivedAttention, received_attention
+from fitprune.hooks import tap_attention
+from fitprune.selection import images_of
+from fitprune.stats import AttentionStats, merge
+
+
+def measure(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    parts: str | os.PathLike[str] | None = None,
+    total: int | None = None,
+    progress: bool = False,
+) -> AttentionStats:
+    """Measure the attention that visual tokens receive in each decoder layer of the dense model.
+
+    The model's own attention implementation stays in use; the needed softmax rows are recomputed beside it.
+
+    Args:
+        model: a supported `...ForConditionalGeneration` model.
+        batches: the processor's outputs: `input_ids`, `attention_mask`, `pixel_values` and what else the model takes.
+            Samples of a batch may differ in length (padded) and in visual tokens.
+        parts: folder for one file per sample; a run that was killed continues from it. None keeps all in memory.
+        total: number of batches, for the progress bar.
+        progress: show a progress bar.
+
+    Returns:
+        Statistics of all samples, in the order of the batches.
+
+    Raises:
+        ValueError: `batches` is empty, a sample has no visual token or no text after its last one, or `parts` is of
+            another model.
+
+    Source: arXiv:2409.10197. Differs from the authors' code: no attention map is kept, samples may be batched, and the
+    attention of each token is stored instead of the sum, so that a fit needs no model.
+    """
+    adapted = adapt(model)
+    folder = Path(parts) if parts is not None else None
+    measured: list[AttentionStats] = []
+    for batch in tqdm(batches, total=total, desc="measure", unit="batch", disable=not progress):
+        digests = _digests(adapted, batch)
+        files = [folder / f"{digest}.safetensors" for digest in digests] if folder else []
+        if files and all(file.exists() for file in files):
+            found = [AttentionStats.load(file) for file in files]
+            for part in found:
+                part.model.require_same(adapted.shape, what=f"a part in {folder}")
+        else:
+            found = _measure_batch(adapted, batch, digests)
+            for file, part in zip(files, found, strict=False):
+                part.save(file)
+        measured += found
+    if not measured:
+        raise ValueError("batches is empty: the calibration set must hold at least one sample")
+    return merge(measured)
+
+
+def _measure_batch(adapted: AdaptedModel, batch: Mapping[str, Any], digests: list[str]) -> list[AttentionStats]:
+    """Run one batch and split what its visual tokens received by sample."""
+    model = adapted.model
+    inputs = to_model(batch, model)
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    visual = visual_mask(adapted, ids)
+    padded = None if bool(valid.all()) else valid
+    _require_text_after(visual, valid)
+    received: dict[int, ReceivedAttention] = {}
+
+    def tap(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        received[layer] = received_attention(query, key, visual, scaling=scaling, valid=padded)
+
+    with torch.no_grad(), tap_attention(adapted, tap):
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    ordered = [received[layer] for layer in range(len(adapted.layers))]
+    self_attention = torch.stack([r.self_attention for r in ordered], 1).cpu()  # [B, L, N]
+    cross_attention = torch.stack([r.cross_attention for r in ordered], 1).cpu()
+    visual, valid = visual.cpu(), valid.cpu()
+    provenance = provenance_of(model)
+    return [
+        AttentionStats(
+            self_attention[row][:, visual[row]],
+            cross_attention[row][:, visual[row]],
+            (int(visual[row].sum()),),
+            (int((valid[row] & ~visual[row]).sum()),),
+            (digest,),
+            adapted.shape,
+            provenance,
+        )
+        for row, digest in enumerate(digests)
+    ]
+
+
+def provenance_of(model: Any) -> dict[str, str]:
+    """Say what was measured with which versions."""
+    import transformers
+
+    import fitprune
+
+    return {
+        "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "fitprune": fitprune.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def to_model(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Move a batch to the model's device, and its floating-point tensors to the model's dtype."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+    return {name: move(value) for name, value in batch.items()}
+
+
+def _require_text_after(visual: torch.Tensor, valid: torch.Tensor) -> None:
+    position = torch.arange(visual.shape[1], device=visual.device)
+    last_visual = torch.where(visual, position, -1).amax(1)
+    last_valid = torch.where(valid, position, -1).amax(1)
+    for row in range(len(visual)):
+        if int(last_visual[row]) < 0:
+            raise ValueError(f"sample {row} of the batch has no visual token: calibration needs an image in every prompt")
+        if int(last_valid[row]) <= int(last_visual[row]):
+            raise ValueError(f"sample {row} of the batch has no text after its image: cross attention needs a question there")
+
+
+def _digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
+    """Name each sample by a hash of its own inputs, whatever the batch around it.
+
+    Images are dealt to samples in order, one for each run of visual tokens. Where they do not come out even (adjacent
+    images), the whole batch's images enter the hash: safe, only less able to continue with another batch size.
+    """
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    pixels = batch.get("pixel_values")
+    images = (images_of(visual_mask(adapted, ids)).amax(1) + 1).tolist()
+    even = pixels is not None and sum(images) == len(pixels)
+    digests, first = [], 0
+    for row, count in enumerate(images):
+        own = ids[row] if mask is None else ids[row][mask[row].bool()]
+        digest = hashlib.sha256(own.cpu().numpy().tobytes())
+        if pixels is not None:
+            mine = pixels[first : first + count] if even else pixels
+            digest.update(mine.float().cpu().numpy().tobytes())
+        first += count
+        digests.append(digest.hexdigest())
+    return digests

@@ -1,0 +1,263 @@
+"""The recipe: how many visual tokens are left after each decoder layer. Data, not code.
+
+Knows its JSON form and the published recipes of the FitPrune authors. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fitprune import files, flops, tokens
+from fitprune.flops import DecoderShape, ModelShape, VisionShape
+
+SCHEMA = 1
+
+# The published shapes: Llama-7B decoders with CLIP ViT-L/14 at 336 px. LLaVA-HR's tower is not a plain ViT: not priced.
+_LLAMA_7B = {"heads": 32, "kv_heads": 32, "head_dim": 128, "vocab": 32064}
+_CLIP_L_336 = VisionShape(layers=24, hidden=1024, intermediate=4096, image_size=336, patch_size=14)
+_PUBLISHED_TYPES: dict[str, tuple[str, VisionShape | None]] = {
+    "llava-1.5-7b": ("llava", _CLIP_L_336),
+    "llava-next-7b": ("llava_next", _CLIP_L_336),
+    "llava-hr-7b": ("llava_hr", None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a recipe costs for one sample, with the dense figure beside each.
+
+    Attributes:
+        visual_tokens: visual tokens that enter layer 0.
+        text_tokens: text tokens of the prompt.
+        kept: visual tokens present after each layer.
+        flops_reduction: fraction of visual-token FLOPs removed (the paper's accounting).
+        kv_cache_reduction: fraction of the visual tokens' KV bytes removed.
+        mean_visual_tokens: mean over layers of the visual tokens that enter the layer.
+        prefill_flops: FLOPs of the real prefill; text, scoring, tower, projector and head included.
+        dense_prefill_flops: the same without pruning.
+        kv_bytes: bytes of the KV cache after prefill, text included.
+        dense_kv_bytes: the same without pruning.
+    """
+
+    visual_tokens: int
+    text_tokens: int
+    kept: tuple[int, ...]
+    flops_reduction: float
+    kv_cache_reduction: float
+    mean_visual_tokens: float
+    prefill_flops: int
+    dense_prefill_flops: int
+    kv_bytes: int
+    dense_kv_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningRecipe:
+    """For each decoder layer, the fraction of an image's visual tokens still present after it.
+
+    Attributes:
+        keep: one fraction per layer, between 0 and 1, non-increasing.
+        model: the model that the recipe was fitted for.
+        visual_tokens: the visual-token count that the budget was met for.
+        provenance: how it came to be (budget, tolerance, samples, source, version).
+
+    Raises:
+        ValueError: `keep` has another length than the model has layers, is not a number, leaves 0..1, or increases;
+            `visual_tokens` is not positive.
+    """
+
+    keep: tuple[float, ...]
+    model: ModelShape
+    visual_tokens: int
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(self.keep))
+        if len(self.keep) != self.model.decoder.layers:
+            raise ValueError(
+                f"keep has {len(self.keep)} entries: must be one for each of the model's {self.model.decoder.layers} layers"
+            )
+        before = 1.0
+        for layer, fraction in enumerate(self.keep):
+            if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not math.isfinite(fraction):
+                raise ValueError(f"keep[{layer}]={fraction!r}: must be a finite number")
+            if not 0 <= fraction <= 1:
+                raise ValueError(f"keep[{layer}]={fraction}: must be between 0 and 1")
+            if fraction > before:
+                raise ValueError(
+                    f"keep[{layer}]={fraction}: must not exceed keep[{layer - 1}]={before}; removed tokens cannot return"
+                )
+            before = fraction
+        if not isinstance(self.visual_tokens, int) or self.visual_tokens < 1:
+            raise ValueError(f"visual_tokens={self.visual_tokens!r}: must be an integer of at least 1")
+
+    def kept(self, visual_tokens: int) -> list[int]:
+        """Count the visual tokens present after each layer, for an image of `visual_tokens`."""
+        return tokens.kept_counts(self.keep, visual_tokens)
+
+    def counts(self, visual_tokens: int) -> list[int]:
+        """Count the visual tokens removed at each layer, for an image of `visual_tokens`."""
+        return tokens.removed_counts(self.keep, visual_tokens)
+
+    def cost(
+        self,
+        *,
+        visual_tokens: int | None = None,
+        text_before: int = 0,
+        text_tokens: int = 64,
+        crops: int = 1,
+        value_bytes: int = 2,
+    ) -> Cost:
+        """Price the recipe for one sample.
+
+        Args:
+            visual_tokens: visual tokens of the sample; by default the recipe's own.
+            text_before: text tokens before the image, part of `text_tokens`.
+            text_tokens: text tokens of the prompt.
+            crops: image crops that the vision tower sees.
+            value_bytes: bytes of one cached value, 2 for 16-bit types.
+
+        Raises:
+            ValueError: `visual_tokens` below 1, or text counts that are negative or do not fit each other.
+        """
+        n = self.visual_tokens if visual_tokens is None else visual_tokens
+        if n < 1:
+            raise ValueError(f"visual_tokens={n}: must be at least 1")
+        if not 0 <= text_before <= text_tokens:
+            raise ValueError(f"text_before={text_before}: must be between 0 and text_tokens={text_tokens}")
+        removed, none = self.counts(n), [0] * len(self.keep)
+        decoder = self.model.decoder
+
+        def prefill(counts: list[int]) -> int:
+            text = {"text_before": text_before, "text_after": text_tokens - text_before}
+            return flops.prefill_flops(self.model, n, counts, crops=crops, **text).total
+
+        def held(counts: list[int], text: int) -> int:
+            return flops.kv_bytes(decoder, n, counts, text_tokens=text, value_bytes=value_bytes)
+
+        return Cost(
+            visual_tokens=n,
+            text_tokens=text_tokens,
+            kept=tuple(self.kept(n)),
+            flops_reduction=flops.visual_flops_reduction(decoder, n, removed),
+            kv_cache_reduction=1 - held(removed, 0) / held(none, 0),
+            mean_visual_tokens=flops.mean_visual_tokens(n, removed),
+            prefill_flops=prefill(removed),
+            dense_prefill_flops=prefill(none),
+            kv_bytes=held(removed, text_tokens),
+            dense_kv_bytes=held(none, text_tokens),
+        )
+
+    @classmethod
+    def dense(cls, model: ModelShape, visual_tokens: int) -> PruningRecipe:
+        """Make the recipe that keeps everything."""
+        return cls((1.0,) * model.decoder.layers, model, visual_tokens, {"source": "keeps all"})
+
+    @classmethod
+    def published(cls, name: str, percent: int) -> PruningRecipe:
+        """Take a recipe that the FitPrune authors published.
+
+        Args:
+            name: "llava-1.5-7b", "llava-next-7b" or "llava-hr-7b".
+            percent: the visual-token FLOPs reduction in percent that the authors name the recipe by.
+
+        Raises:
+            ValueError: there is no such recipe; the message lists those that there are.
+
+        Source: arXiv:2409.10197 and the authors' code.
+        """
+        table = _published()
+        if name not in table:
+            raise ValueError(f"name={name!r}: no published recipe; must be one of {sorted(table)}")
+        entry = table[name]
+        if str(percent) not in entry["removals"]:
+            there = sorted(int(p) for p in entry["removals"])
+            raise ValueError(f"percent={percent!r}: no published recipe of {name}; must be one of {there}")
+        model_type, vision = _PUBLISHED_TYPES[name]
+        decoder = DecoderShape(
+            layers=entry["layers"], hidden=entry["hidden"], intermediate=entry["intermediate"], **_LLAMA_7B
+        )
+        provenance = {
+            "source": "arXiv:2409.10197, recipe published by the authors",
+            "name": name,
+            "nominal_percent": int(percent),
+        }
+        keep = tokens.keep_fractions(entry["removals"][str(percent)], entry["visual_tokens"])
+        return cls(keep, ModelShape(model_type, decoder, vision), entry["visual_tokens"], provenance)
+
+    @staticmethod
+    def published_names() -> dict[str, list[int]]:
+        """List the published recipes: model name -> nominal percents."""
+        return {name: [int(p) for p in entry["removals"]] for name, entry in _published().items()}
+
+    def to_json(self) -> str:
+        """Give the recipe as JSON text."""
+        data = {
+            "schema": SCHEMA,
+            "model": self.model.to_dict(),
+            "visual_tokens": self.visual_tokens,
+            "keep": list(self.keep),
+            "provenance": dict(self.provenance),
+        }
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningRecipe:
+        """Read `to_json`'s text.
+
+        Raises:
+            ValueError: no JSON object, another schema version, a missing or unknown key, or values that break the rules.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"recipe is not JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"recipe is a JSON {type(data).__name__}: must be an object")
+        known = {"schema", "model", "visual_tokens", "keep", "provenance"}
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"schema={data.get('schema')!r}: this version reads schema {SCHEMA}; is it a recipe?")
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"unknown key {unknown[0]!r} in recipe: must be among {sorted(known)}; remove it")
+        if missing := sorted(known - set(data)):
+            raise ValueError(f"key {missing[0]!r} is missing from the recipe; fit it again")
+        if not isinstance(data["keep"], list) or not isinstance(data["provenance"], dict):
+            raise ValueError("recipe's 'keep' must be a list and 'provenance' an object; fit it again")
+        model = ModelShape.from_dict(data["model"])
+        return cls(tuple(data["keep"]), model, data["visual_tokens"], data["provenance"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe as JSON, whole or not at all.
+
+        Raises:
+            OSError: `path` cannot be written.
+        """
+        with files.replacing(path) as temporary:
+            temporary.write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningRecipe:
+        """Read a recipe file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: as `from_json`, with the file's name.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise ValueError(f"{path}: {error}") from None
+
+
+@functools.cache
+def _published() -> dict[str, Any]:
+    text = importlib.resources.files("fitprune").joinpath("data/published_recipes.json").read_text()
+    return {name.split(" (")[0]: entry for name, entry in json.loads(text)["models"].items()}

@@ -1,0 +1,85 @@
+"""Which visual tokens leave: the rule of the fit and the rule of inference. They are two rules.
+
+* The fit counts, per layer, the tokens that are in both lowest-attention sets (`lowest_in_both`).
+* Inference removes a given number of tokens, those with the lowest score (`keep_highest`).
+
+Pure tensor functions: no model. Shapes: B samples, N tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def images_of(visual: torch.Tensor) -> torch.Tensor:
+    """Number the images of each sample: a run of adjacent visual tokens is one image.
+
+    Args:
+        visual: [B, N] bool.
+
+    Returns:
+        [B, N] int64: 0, 1, ... in the order of the images, -1 where no visual token is.
+    """
+    starts = visual.clone()
+    starts[:, 1:] &= ~visual[:, :-1]
+    return torch.where(visual, starts.long().cumsum(1) - 1, -1)
+
+
+def keep_highest(score: torch.Tensor, image: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """Choose the tokens that stay: per image the `left` highest-scored ones, and everything that is not visual.
+
+    Of equal scores the later token stays.
+
+    Args:
+        score: [B, N], higher is kept.
+        image: [B, N] int64, number of the image each token belongs to, -1 for text.
+        left: [B, images] int64, tokens that each image keeps.
+
+    Returns:
+        [B, N] bool, True where the token stays.
+
+    Source: arXiv:2409.10197, the authors' `modeling_llama.py` (they sort ascending and cut the head of the list).
+    """
+    stays = image < 0
+    for number in range(left.shape[1]):
+        member = image == number
+        # Members first, by falling score; a member's rank is its place in that order.
+        ranked = torch.where(member, score, float("-inf")).flip(1).argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(score.shape[1], device=score.device).expand_as(ranked))
+        stays = stays | (member & (rank.flip(1) < left[:, number, None]))
+    return stays
+
+
+def lowest_in_both(
+    self_attention: torch.Tensor,
+    cross_attention: torch.Tensor,
+    present: torch.Tensor,
+    self_floor: torch.Tensor,
+    cross_floor: torch.Tensor,
+) -> torch.Tensor:
+    """Find the tokens that a layer can lose within a tolerance: in both lowest-attention sets.
+
+    For each kind of attention, the set is the longest head of the ascending order that can leave while the tokens that
+    remain still hold the floor.
+
+    Args:
+        self_attention: [B, N] received self attention, 0 or more.
+        cross_attention: [B, N] received cross attention, 0 or more.
+        present: [B, N] bool, visual tokens that are still there.
+        self_floor: [B] attention that the remaining tokens must hold.
+        cross_floor: [B], the same for cross attention.
+
+    Returns:
+        [B, N] bool, True where the token may leave.
+
+    Source: arXiv:2409.10197, the authors' `statistical_analysis.py`.
+    """
+    return _removable(self_attention, present, self_floor) & _removable(cross_attention, present, cross_floor)
+
+
+def _removable(attention: torch.Tensor, present: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    order = torch.where(present, attention, float("inf")).argsort(dim=1, stable=True)
+    value = attention.masked_fill(~present, 0).gather(1, order)
+    slack = value.sum(1) - floor
+    removable = value.cumsum(1) <= slack[:, None]
+    return torch.zeros_like(present).scatter_(1, order, removable) & present

@@ -1,0 +1,140 @@
+"""`fit_sequential`: the authors' own procedure, as the reference that the one-pass fit is compared with.
+
+For every tolerance tried, every sample runs through the decoder again with the tokens removed so far really gone, so
+attention is renormalised among those left. The dense totals come from saved statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fitprune import flops, tokens
+from fitprune.adapters import adapt
+from fitprune.attention import ReceivedAttention
+from fitprune.fitting import TOLERANCE_STEP, checked_budget
+from fitprune.measurement import measure, to_model
+from fitprune.recipe import PruningRecipe
+from fitprune.removal import removing
+from fitprune.selection import lowest_in_both
+from fitprune.stats import AttentionStats
+
+
+def fit_sequential(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    flops_reduction: float,
+    stats: AttentionStats | None = None,
+    tolerance_step: float = 0.01,
+    progress: bool = False,
+) -> PruningRecipe:
+    """Fit a recipe as the authors' script does: layers re-run with tokens removed, for every tolerance tried.
+
+    Slow by design: about seven passes over the calibration set for one budget. Use `fit` for work.
+
+    Args:
+        model: a supported `...ForConditionalGeneration` model.
+        batches: one sample each (batch size 1); gone through once per tolerance.
+        flops_reduction: fraction of the visual tokens' FLOPs to remove.
+        stats: dense statistics of the same samples in the same order; measured first if not given.
+        tolerance_step: width at which the bisection ends; the authors use 0.01.
+        progress: show a progress bar.
+
+    Returns:
+        The recipe of the last feasible tolerance.
+
+    Raises:
+        ValueError: a batch holds several samples, `stats` is of another model or other samples, or the budget is out
+            of range or not met even at tolerance 1.
+
+    Source: arXiv:2409.10197, the authors' `statistical_analysis.py`. Differs from it: the last feasible tolerance is
+    kept, not the last tried; sums that no token can leave give zero removals instead of an unset variable.
+    """
+    budget = checked_budget("flops_reduction", flops_reduction)
+    if not tolerance_step >= TOLERANCE_STEP:
+        raise ValueError(f"tolerance_step={tolerance_step}: must be at least {TOLERANCE_STEP}")
+    adapted = adapt(model)
+    held = list(batches)
+    if any(len(batch["input_ids"]) != 1 for batch in held):
+        raise ValueError("batches hold several samples: fit_sequential takes one sample at a time, as the authors do")
+    stats = stats if stats is not None else measure(model, held, progress=progress)
+    stats.model.require_same(adapted.shape, what="stats")
+    if len(stats) != len(held):
+        raise ValueError(f"stats hold {len(stats)} samples, batches {len(held)}: must be the same samples in the same order")
+    decoder = adapted.shape.decoder
+    totals = _totals(stats)
+
+    def count(tolerance: float) -> torch.Tensor:
+        """Tokens left after each layer, for each sample: [samples, layers]."""
+        left = torch.zeros(len(held), decoder.layers, dtype=torch.long)
+        for index, batch in enumerate(tqdm(held, desc=f"tolerance {tolerance:.3f}", disable=not progress)):
+            choose = _within(totals[index], tolerance, left[index])
+            with torch.no_grad(), removing(adapted, choose):
+                model(**to_model(batch, model), use_cache=False, logits_to_keep=1)
+        return left
+
+    def attempt(tolerance: float) -> list[int] | None:
+        """Removals per layer if the budget is met at this tolerance, else None."""
+        left = count(tolerance)
+        original = torch.tensor(stats.visual_tokens)
+        before = torch.cat([original[:, None], left[:, :-1]], 1)
+        removed = before - left
+        # The authors stop removing at the first layer where the tokens left already meet the budget to the end.
+        for stop in range(decoder.layers + 1):
+            head = removed.clone()
+            head[:, stop:] = 0
+            samples = zip(stats.visual_tokens, head.tolist(), strict=True)
+            spent = sum(flops.visual_macs(decoder, n, row) for n, row in samples)
+            dense = sum(flops.visual_macs(decoder, n, [0] * decoder.layers) for n in stats.visual_tokens)
+            if budget.met_by(1 - spent / dense):
+                # As the authors: the mean over samples, rounded down.
+                return [int(total) // len(held) for total in head.sum(0)]
+        return None
+
+    low, high, best = 0.0, 1.0, attempt(1.0)
+    if best is None:
+        raise ValueError(f"flops_reduction={flops_reduction}: not met even at tolerance 1; ask for less")
+    while high - low > tolerance_step + 1e-6:
+        middle = (low + high) / 2
+        removed = attempt(middle)
+        if removed is None:
+            low = middle
+        else:
+            high, best = middle, removed
+    n = max(stats.visual_tokens, key=lambda v: (stats.visual_tokens.count(v), v))
+    provenance = {
+        "source": "fitprune.fit_sequential",
+        "budget": {"flops_reduction": flops_reduction},
+        "tolerance": high,
+        "reached": flops.visual_flops_reduction(decoder, n, best),
+        "samples": len(held),
+    }
+    return PruningRecipe(tokens.keep_fractions(best, n), adapted.shape, n, provenance)
+
+
+def _totals(stats: AttentionStats) -> list[torch.Tensor]:
+    """For each sample, the dense totals [2, layers] of received self and cross attention."""
+    pairs = torch.stack([stats.self_attention, stats.cross_attention])
+    return [part.sum(2) for part in pairs.split(list(stats.visual_tokens), dim=2)]
+
+
+def _within(
+    totals: torch.Tensor, tolerance: float, left: torch.Tensor
+) -> Callable[[int, torch.Tensor, Callable[[], ReceivedAttention]], torch.Tensor | None]:
+    """Choose what leaves within the tolerance, and write down in `left` [layers] how many are left."""
+
+    def choose(layer: int, image: torch.Tensor, received: Callable[[], ReceivedAttention]) -> torch.Tensor | None:
+        visual = image >= 0
+        if not bool(visual.any()):
+            return None
+        now = received()
+        floor = ((1 - tolerance) * totals[:, layer]).to(image.device)
+        leaving = lowest_in_both(now.self_attention, now.cross_attention, visual, floor[:1], floor[1:])
+        left[layer] = (visual & ~leaving).sum()
+        return ~leaving
+
+    return choose

@@ -1,0 +1,155 @@
+"""Attention statistics of a calibration set: their form in memory and on disk. Knows no model.
+
+Samples may differ in visual-token count, so tokens of all samples stand one after the other.
+Shapes: L layers, S samples, T visual tokens of all samples together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fitprune import files
+from fitprune.flops import ModelShape
+
+FORMAT = "fitprune-stats-1"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionStats:
+    """Received attention of every visual token, layer by layer, for each calibration sample.
+
+    Attributes:
+        self_attention: [L, T] fp32, mean over the sample's visual query rows, maximum over heads.
+        cross_attention: [L, T] fp32, mean over the text query rows after the image.
+        visual_tokens: [S] visual tokens of each sample; they sum to T.
+        text_tokens: [S] text tokens of each sample.
+        digests: [S] SHA-256 of each sample's inputs, so that a run can be continued and duplicates are seen.
+        model: the model that was measured.
+        provenance: how it was measured.
+
+    Raises:
+        ValueError: the parts disagree in size, or a value is negative or not finite.
+    """
+
+    self_attention: torch.Tensor
+    cross_attention: torch.Tensor
+    visual_tokens: tuple[int, ...]
+    text_tokens: tuple[int, ...]
+    digests: tuple[str, ...]
+    model: ModelShape
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = (self.model.decoder.layers, sum(self.visual_tokens))
+        for name in ("self_attention", "cross_attention"):
+            values = getattr(self, name)
+            if tuple(values.shape) != shape:
+                raise ValueError(f"{name} is {tuple(values.shape)}: must be [layers, visual tokens of all samples] = {shape}")
+            if values.numel() and (not bool(torch.isfinite(values).all()) or float(values.min()) < 0):
+                raise ValueError(f"{name} holds negative or non-finite values: measure again, in another dtype if in fp16")
+        if not len(self.visual_tokens) == len(self.text_tokens) == len(self.digests):
+            raise ValueError("visual_tokens, text_tokens and digests differ in length: must be one for each sample")
+
+    def __len__(self) -> int:
+        return len(self.visual_tokens)
+
+    def select(self, samples: Sequence[int]) -> AttentionStats:
+        """Take some samples, by index."""
+        ends = torch.tensor(self.visual_tokens).cumsum(0).tolist()
+        picked = [torch.arange(ends[i] - self.visual_tokens[i], ends[i]) for i in samples]
+        index = torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)
+        return dataclasses.replace(
+            self,
+            self_attention=self.self_attention[:, index],
+            cross_attention=self.cross_attention[:, index],
+            visual_tokens=tuple(self.visual_tokens[i] for i in samples),
+            text_tokens=tuple(self.text_tokens[i] for i in samples),
+            digests=tuple(self.digests[i] for i in samples),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Raises:
+            OSError: `path` cannot be written.
+        """
+        tensors = {
+            "self_attention": self.self_attention.contiguous(),
+            "cross_attention": self.cross_attention.contiguous(),
+            "visual_tokens": torch.tensor(self.visual_tokens, dtype=torch.int64),
+            "text_tokens": torch.tensor(self.text_tokens, dtype=torch.int64),
+        }
+        metadata = {
+            "format": FORMAT,
+            "model": json.dumps(self.model.to_dict()),
+            "digests": json.dumps(self.digests),
+            "provenance": json.dumps(dict(self.provenance)),
+        }
+        with files.replacing(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata=metadata)
+            except SafetensorError as error:  # how safetensors says that the disk is full
+                raise OSError(28, str(error)) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AttentionStats:
+        """Read `save`'s file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is truncated, or no statistics of this format.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(2, f"{path}: no such file; make it with 'fitprune measure'")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{path}: format {metadata.get('format')!r}, must be {FORMAT!r}; not statistics of this version"
+                    )
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            return cls(
+                tensors["self_attention"],
+                tensors["cross_attention"],
+                tuple(tensors["visual_tokens"].tolist()),
+                tuple(tensors["text_tokens"].tolist()),
+                tuple(json.loads(metadata["digests"])),
+                ModelShape.from_dict(json.loads(metadata["model"])),
+                json.loads(metadata["provenance"]),
+            )
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not readable as statistics ({error}); truncated or foreign file, measure again") from None
+
+
+def merge(parts: Iterable[AttentionStats]) -> AttentionStats:
+    """Join statistics of one model; a sample that is in several parts counts once.
+
+    Raises:
+        ValueError: there is no part, or the parts are of different models.
+    """
+    parts = list(parts)
+    if not parts:
+        raise ValueError("parts is empty: there must be at least one AttentionStats to merge")
+    first = parts[0]
+    for part in parts[1:]:
+        part.model.require_same(first.model, what="a part of the statistics")
+    joined = dataclasses.replace(
+        first,
+        self_attention=torch.cat([p.self_attention for p in parts], 1),
+        cross_attention=torch.cat([p.cross_attention for p in parts], 1),
+        visual_tokens=tuple(n for p in parts for n in p.visual_tokens),
+        text_tokens=tuple(n for p in parts for n in p.text_tokens),
+        digests=tuple(d for p in parts for d in p.digests),
+    )
+    unique = {digest: index for index, digest in reversed(list(enumerate(joined.digests)))}
+    return joined if len(unique) == len(joined) else joined.select(sorted(unique.values()))

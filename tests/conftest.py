@@ -1,0 +1,183 @@
+"""Tiny random models from real config classes, their inputs, and the masked dense oracle."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
+
+IMAGE = 5  # image token id
+
+
+def tiny_model(family="llava", *, layers=5, kv_heads=2, attention="sdpa", seed=0):
+    """A random model with 4 query heads, 16 (LLaVA) or a variable number (LLaVA-NeXT) of visual tokens."""
+    torch.manual_seed(seed)
+    text = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=kv_heads, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+        initializer_range=0.2,
+    )  # fmt: skip
+    common = {
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_index": IMAGE,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+    }
+    if family == "llava":
+        model = LlavaForConditionalGeneration(LlavaConfig(**common, image_seq_length=16))
+    else:
+        config = LlavaNextConfig(**common, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
+        model = LlavaNextForConditionalGeneration(config)
+    model = model.eval()
+    model.generation_config.pad_token_id = 0
+    model.set_attn_implementation(attention)
+    return model
+
+
+def tiny_inputs(model, *, batch=1, before=3, after=6, pad=(), images=1, seed=1):
+    """Inputs of `batch` samples; `pad[b]` pads sample b on the left with so many tokens (its text is as much shorter)."""
+    generator = torch.Generator().manual_seed(seed)
+    extra = {}
+    if model.config.model_type == "llava":
+        per_image = 16
+        pixels = torch.randn(batch * images, 3, 32, 32, generator=generator)
+    else:
+        sizes = torch.tensor([[60, 30]] * (batch * images))  # best resolution 64 x 32: base crop and two more
+        pixels = torch.randn(batch * images, 3, 3, 32, 32, generator=generator)
+        extra["image_sizes"] = sizes
+        with torch.no_grad():
+            features = model.model.get_image_features(pixels, sizes).pooler_output
+        per_image = features[0].shape[0]
+    text = lambda n: torch.randint(10, 97, (batch, n), generator=generator)  # noqa: E731
+    parts = [text(before)]
+    for _ in range(images):
+        parts += [torch.full((batch, per_image), IMAGE), text(after)]
+    ids = torch.cat(parts, 1)
+    mask = torch.ones_like(ids)
+    for row, width in enumerate(pad):
+        # Padding replaces leading text, so that all visual tokens stay in the same columns or not, as the pad says.
+        ids[row] = torch.cat([torch.zeros(width, dtype=ids.dtype), ids[row, : ids.shape[1] - width]])
+        mask[row, :width] = 0
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, **extra}
+
+
+class Oracle:
+    """The dense eager model with removed tokens masked per layer; nothing is removed. Shares no code with fitprune.
+
+    From full attention maps it takes, at each layer, the lowest product of received self and cross attention, and hides
+    those keys from every later layer.
+    """
+
+    def __init__(self, model, counts):
+        self.model, self.counts = model, counts
+        self.gone = None  # per layer [B, N] bool: hidden from that layer
+        self.lowest = torch.finfo(torch.float32).min
+
+    @contextlib.contextmanager
+    def prefill(self, input_ids, attention_mask):
+        visual = input_ids == IMAGE
+        batch, length = visual.shape
+        position = torch.arange(length)
+        last = torch.stack([position[row].max() for row in visual])
+        text_after = (position[None] > last[:, None]) & attention_mask.bool()
+        self.gone = [torch.zeros(batch, length, dtype=torch.bool)]
+
+        def before(number):
+            def hook(_, args, kwargs):
+                hidden = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None]
+                hidden = hidden | (~attention_mask.bool() | self.gone[number])[:, None]
+                kwargs["attention_mask"] = torch.where(hidden, self.lowest, 0.0)[:, None]
+                return args, kwargs
+
+            return hook
+
+        def after(number):
+            def hook(_, args, kwargs, output):
+                weights = output[1].amax(1)
+                gone = self.gone[number].clone()
+                for row in range(batch):
+                    alive = visual[row] & ~gone[row]
+                    own = weights[row][alive].mean(0)
+                    cross = weights[row][text_after[row]].mean(0)
+                    product = torch.where(alive, own * cross, torch.inf)
+                    gone[row, product.argsort()[: self.counts[number]]] = True
+                self.gone.append(gone)
+
+            return hook
+
+        with self._hooked(before, after):
+            yield
+
+    @contextlib.contextmanager
+    def step(self, attention_mask):
+        """Decode one token; `attention_mask` [B, all tokens]."""
+
+        def before(number):
+            def hook(_, args, kwargs):
+                hidden = ~attention_mask.bool()
+                hidden[:, : self.gone[number].shape[1]] |= self.gone[number]
+                kwargs["attention_mask"] = torch.where(hidden, self.lowest, 0.0)[:, None, None]
+                return args, kwargs
+
+            return hook
+
+        with self._hooked(before, None):
+            yield
+
+    @contextlib.contextmanager
+    def _hooked(self, before, after):
+        handles = []
+        for number, layer in enumerate(self.model.model.language_model.layers):
+            handles.append(layer.register_forward_pre_hook(before(number), with_kwargs=True))
+            if after:
+                handles.append(layer.self_attn.register_forward_hook(after(number), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def greedy_logits(model, inputs, steps, *, oracle=None):
+    """Prefill and `steps` greedy steps: logits of the last prompt token and of every step, [B, steps + 1, vocab]."""
+    mask = inputs["attention_mask"]
+    found = []
+    with torch.no_grad():
+        with oracle.prefill(inputs["input_ids"], mask) if oracle else contextlib.nullcontext():
+            output = model(**inputs, position_ids=_positions(mask), use_cache=True)
+        for _ in range(steps):
+            found.append(output.logits[:, -1])
+            token = found[-1].argmax(-1, keepdim=True)
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            with oracle.step(mask) if oracle else contextlib.nullcontext():
+                output = model(
+                    input_ids=token,
+                    attention_mask=mask,
+                    position_ids=_positions(mask)[:, -1:],
+                    past_key_values=output.past_key_values,
+                    use_cache=True,
+                )
+        found.append(output.logits[:, -1])
+    return torch.stack(found, 1), output.past_key_values
+
+
+def _positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@pytest.fixture(params=["llava", "llava_next"])
+def family(request):
+    return request.param

@@ -1,0 +1,189 @@
+"""`prune` against the masked dense oracle, and what it must leave behind: nothing."""
+
+import pytest
+import torch
+from conftest import IMAGE, Oracle, greedy_logits, tiny_inputs, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from fitprune import PruningRecipe, prune
+from fitprune.adapters import adapt
+from fitprune.flops import prefill_flops
+from fitprune.pruning import kept_positions
+from fitprune.tokens import keep_fractions
+
+COUNTS = {"llava": [3, 0, 5, 4, 0], "llava_next": [7, 0, 11, 9, 3]}
+
+
+def recipe_for(model, inputs, counts=None):
+    visual = int((inputs["input_ids"][0] == IMAGE).sum())
+    counts = counts or COUNTS[model.config.model_type]
+    return PruningRecipe(keep_fractions(counts, visual), adapt(model).shape, visual)
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def test_an_all_keep_recipe_is_bit_identical_to_dense(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, batch=2)
+    dense, _ = greedy_logits(model, inputs, 8)
+    with prune(model, recipe_for(model, inputs, [0] * 5)):
+        pruned, _ = greedy_logits(model, inputs, 8)
+    assert torch.equal(dense, pruned)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("batch", "pad"), [(1, ()), (3, ()), (3, (2, 0, 5))])
+def test_prefill_and_sixteen_steps_equal_the_masked_dense_oracle(family, attention, batch, pad):
+    model = tiny_model(family, attention=attention)
+    inputs = tiny_inputs(model, batch=batch, before=8, pad=pad)
+    recipe = recipe_for(model, inputs)
+    with prune(model, recipe):
+        pruned, cache = greedy_logits(model, inputs, 16)
+    reference = tiny_model(family, attention="eager")
+    oracle = Oracle(reference, recipe.counts(recipe.visual_tokens))
+    expected, _ = greedy_logits(reference, inputs, 16, oracle=oracle)
+    assert torch.equal(pruned.argmax(-1), expected.argmax(-1))
+    assert relative(pruned, expected) < 1e-5
+    kept = [recipe.visual_tokens, *recipe.kept(recipe.visual_tokens)]
+    text = inputs["input_ids"].shape[1] - recipe.visual_tokens
+    assert [cache.get_seq_length(layer) for layer in range(5)] == [n + text + 16 for n in kept[:-1]]
+
+
+@pytest.mark.parametrize("counts", [[16, 0, 0, 0, 0], [0, 0, 0, 0, 16], [1, 1, 1, 1, 1], [15, 1, 0, 0, 0]])
+def test_extreme_recipes_equal_the_oracle(counts):
+    model, reference = tiny_model(), tiny_model(attention="eager")
+    inputs = tiny_inputs(model, batch=2)
+    with prune(model, recipe_for(model, inputs, counts)):
+        pruned, _ = greedy_logits(model, inputs, 4)
+    expected, _ = greedy_logits(reference, inputs, 4, oracle=Oracle(reference, counts))
+    assert relative(pruned, expected) < 1e-5
+
+
+def test_generate_gives_the_tokens_of_stepwise_decoding(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, batch=3, before=8, pad=(2, 0, 5))
+    with prune(model, recipe_for(model, inputs)):
+        stepwise, _ = greedy_logits(model, inputs, 9)
+        ids = model.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None)
+    assert torch.equal(ids[:, inputs["input_ids"].shape[1] :], stepwise.argmax(-1))
+
+
+def test_each_row_of_a_batch_equals_its_sample_alone(family):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, batch=3, before=8, pad=(2, 0, 5))
+    with prune(model, recipe_for(model, inputs)):
+        together, _ = greedy_logits(model, inputs, 6)
+        for row, pad in enumerate((2, 0, 5)):
+            alone = {k: v[row : row + 1] for k, v in inputs.items()}
+            alone |= {k: alone[k][:, pad:] for k in ("input_ids", "attention_mask")}
+            single, _ = greedy_logits(model, alone, 6)
+            assert relative(together[row], single[0]) < 1e-5
+
+
+def test_beam_search_equals_the_row_alone():
+    model = tiny_model()
+    inputs = tiny_inputs(model, batch=2, before=8, pad=(3, 0))
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    with prune(model, recipe_for(model, inputs)):
+        both = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        alone = {k: v[:1] for k, v in inputs.items()}
+        alone |= {k: alone[k][:, 3:] for k in ("input_ids", "attention_mask")}
+        single = model.generate(**alone, **options)[:, alone["input_ids"].shape[1] :]
+    assert torch.equal(both[:1], single)
+
+
+def test_two_images_keep_their_own_shares_and_text_stays():
+    model = tiny_model()
+    inputs = tiny_inputs(model, images=2)
+    recipe = PruningRecipe(keep_fractions([4, 0, 4, 4, 0], 16), adapt(model).shape, 16)
+    entered = kept_positions(model, recipe, inputs)
+    ids = inputs["input_ids"][0]
+    first = torch.arange(len(ids)) < 3 + 16
+    last = entered[-1][0]
+    assert int((ids[last] != IMAGE).sum()) == int((ids != IMAGE).sum())
+    visual = last[ids[last] == IMAGE]
+    assert (int(first[visual].sum()), int((~first[visual]).sum())) == (4, 4)
+    assert torch.equal(last, last.sort().values)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_executed_flops_equal_the_cost_model_within_one_percent(family, batch):
+    model = tiny_model(family, attention="eager")
+    inputs = tiny_inputs(model, batch=batch, before=4, after=9)
+    recipe = recipe_for(model, inputs)
+    crops = inputs["pixel_values"].shape[1] if family == "llava_next" else 1
+    for counts in (recipe.counts(recipe.visual_tokens), [0] * 5):
+        used = recipe_for(model, inputs, counts)
+        with prune(model, used), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**inputs, logits_to_keep=1)
+        shape = adapt(model).shape
+        predicted = prefill_flops(shape, recipe.visual_tokens, counts, text_before=4, text_after=9, crops=crops).total
+        # Eager attention of Llama's rotary tables is a product too: positions x frequencies, no part of the cost.
+        assert counter.get_total_flops() == pytest.approx(predicted * batch, rel=0.01)
+
+
+def handles(model):
+    return [
+        (name, table, list(getattr(module, table)))
+        for name, module in model.named_modules()
+        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    ]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["block", "mlp of a pruning layer"])
+def test_nothing_is_left_on_the_model(error, where):
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    before, _ = greedy_logits(model, inputs, 4)
+    implementation = model.model.language_model.config._attn_implementation
+    interrupted = model.model.language_model.layers[2].mlp.act_fn
+    had = handles(model)  # transformers holds some of its own on the vision tower
+
+    def interrupt(*_):
+        raise error
+
+    handle = interrupted.register_forward_pre_hook(interrupt) if error and where != "block" else None
+    caught = False
+    try:
+        with prune(model, recipe_for(model, inputs)):
+            model.generate(**inputs, max_new_tokens=3, eos_token_id=None)
+            if error and where == "block":
+                raise error
+    except (RuntimeError, KeyboardInterrupt):
+        caught = True
+    if handle:
+        handle.remove()
+    assert caught == (error is not None)
+    assert handles(model) == had
+    assert model.model.language_model.config._attn_implementation == implementation
+    assert model.config.text_config._attn_implementation == implementation
+    after, _ = greedy_logits(model, inputs, 4)
+    assert torch.equal(before, after)
+
+
+def test_a_custom_scorer_is_obeyed():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    recipe = recipe_for(model, inputs, [10, 0, 0, 0, 0])
+
+    def first_stay(received):
+        return -torch.arange(received.self_attention.shape[1]).expand_as(received.self_attention).float()
+
+    entered = kept_positions(model, recipe, inputs, scorer=first_stay)
+    assert entered[1][0].tolist() == [*range(3 + 6), *range(3 + 16, 3 + 16 + 6)]
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_cuda_decodes_as_the_oracle_does():
+    model = tiny_model().to("cuda")
+    inputs = {k: v.to("cuda") for k, v in tiny_inputs(model, batch=2).items()}
+    with prune(model, recipe_for(model, inputs)):
+        on_gpu, _ = greedy_logits(model, inputs, 8)
+    model = model.to("cpu")
+    inputs = {k: v.to("cpu") for k, v in inputs.items()}
+    with prune(model, recipe_for(model, inputs)):
+        on_cpu, _ = greedy_logits(model, inputs, 8)
+    assert relative(on_gpu.cpu(), on_cpu) < 1e-4

@@ -1,0 +1,48 @@
+"""Render the embedded calibration and test sets: digit scenes as JPEG with one question each.
+
+    python training/render.py --out src/fitprune/embedded
+
+Each folder is an image folder that `datasets` loads, and its `metadata.jsonl` is a question file for fitprune. No scan
+of the test set is in the training or calibration set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import scenes
+
+
+def render(split: str, count: int, out: Path, seed: int) -> None:
+    """Write `count` scenes, the kinds of question taken in turn."""
+    rng = np.random.default_rng([seed, len(split)])
+    bank = scenes.GlyphBank(scenes.split_scans()[split], variants=8, rng=rng)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        scene = scenes.compose(bank, rng)
+        kind = scenes.KINDS[number % len(scenes.KINDS)]
+        question, answer = scenes.ask(scene, kind, rng)
+        name = f"images/{number:04d}.jpg"
+        Image.fromarray(scene.pixels).save(out / name, quality=92, subsampling=0)
+        entry = {"question_id": f"{split}-{number:04d}", "file_name": name, "text": question, "answer": answer, "kind": kind}
+        lines.append(json.dumps(entry))
+    (out / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=7)
+    args = parser.parse_args()
+    render("calibration", 64, args.out / "calibration", args.seed)
+    render("test", 640, args.out / "test", args.seed)
+
+
+if __name__ == "__main__":
+    main()

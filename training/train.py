@@ -1,0 +1,383 @@
+"""Train the embedded model: a small but genuine LLaVA that answers questions about digit scenes.
+
+    python training/train.py --out DIR            # about 100 minutes on two cores
+
+First the vision tower learns to name each patch (digit, colour, left neighbour, cell), then it is frozen and the
+projector and the decoder learn to answer. Seeded; the tower is kept in DIR, and the decoder's state every few
+hundred steps, so that a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+import scenes
+
+PATCH = 8
+VISUAL_TOKENS = (scenes.SIZE // PATCH) ** 2
+SLOT = 15  # tokens of one packed question with its answer
+TEMPLATE = "USER: <image>\n{question} ASSISTANT: {answer}</s>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% else %} ASSISTANT: "
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def make_processor() -> LlavaProcessor:
+    """Build the processor: a byte-level BPE learnt from the questions, and CLIP's image steps at 96 px."""
+    rng = np.random.default_rng(0)
+    bank = scenes.GlyphBank({d: s[:1] for d, s in scenes.split_scans()["train"].items()}, variants=1, rng=rng)
+    texts = []
+    for _ in range(600):
+        scene = scenes.compose(bank, rng)
+        for kind in scenes.KINDS:
+            question, answer = scenes.ask(scene, kind, rng)
+            texts.append(TEMPLATE.format(question=question, answer=answer).replace("<image>", "").replace("</s>", ""))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_max_length=2048,
+    )
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": scenes.SIZE},
+        crop_size={"height": scenes.SIZE, "width": scenes.SIZE},
+        image_mean=[0.2, 0.2, 0.2],
+        image_std=[0.25, 0.25, 0.25],
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=fast,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(processor: LlavaProcessor, args: argparse.Namespace) -> LlavaForConditionalGeneration:
+    """Build the model, weights drawn from the seed."""
+    torch.manual_seed(args.seed)
+    tokenizer = processor.tokenizer
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=scenes.SIZE,
+            patch_size=PATCH,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden,
+            intermediate_size=args.intermediate,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads,
+            max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=VISUAL_TOKENS,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+class Batches:
+    """Endless batches of fresh scenes from the training scans; `step` seeds each, so that a run can be continued."""
+
+    def __init__(self, processor: LlavaProcessor, args: argparse.Namespace) -> None:
+        self.args = args
+        self.bank = scenes.GlyphBank(
+            scenes.split_scans()["train"], variants=args.variants, rng=np.random.default_rng(args.seed)
+        )
+        self.processor = processor
+        self.image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+        self._slots: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+
+    def scenes(self, step: int, count: int) -> tuple[list[scenes.Scene], np.random.Generator]:
+        rng = np.random.default_rng([self.args.seed, step])
+        return [scenes.compose(self.bank, rng) for _ in range(count)], rng
+
+    def pixels(self, batch: list[scenes.Scene]) -> torch.Tensor:
+        """The image processor's arithmetic for images already of the right size: [batch, 3, SIZE, SIZE]."""
+        pixels = torch.from_numpy(np.stack([s.pixels for s in batch])).permute(0, 3, 1, 2).float() / 255
+        return (pixels - 0.2) / 0.25
+
+    def slot(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids and labels, [SLOT] each, of what follows the image: labels are -100 outside the answer."""
+        if (question, answer) not in self._slots:
+            text = TEMPLATE.format(question=question, answer=answer)
+            ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+            ids = ids[ids.index(self.image_id) + 1 :]
+            prompt = TEMPLATE.format(question=question, answer="")[: -len(" </s>")]
+            start = len(self.processor.tokenizer(prompt, add_special_tokens=False).input_ids)
+            start -= len(self.prefix()) + 1
+            labels = [-100] * start + ids[start:]
+            pad = SLOT - len(ids)
+            assert pad >= 0, (question, answer, len(ids))
+            self._slots[question, answer] = (ids + [0] * pad, labels + [-100] * pad)
+        return self._slots[question, answer]
+
+    def prefix(self) -> list[int]:
+        """Token ids before the image."""
+        ids = self.processor.tokenizer("USER: <image>", add_special_tokens=False).input_ids
+        return ids[: ids.index(self.image_id)]
+
+    def questions(self, batch: list[scenes.Scene], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed questions: ids and labels [batch, questions, SLOT]."""
+        ids, labels = [], []
+        for scene in batch:
+            kinds = rng.choice(len(scenes.KINDS), size=self.args.questions, p=scenes.TRAINING_SHARES)
+            slots = [self.slot(*scenes.ask(scene, scenes.KINDS[k], rng)) for k in kinds]
+            ids.append([s[0] for s in slots])
+            labels.append([s[1] for s in slots])
+        return torch.tensor(ids), torch.tensor(labels)
+
+
+class PatchHeads(nn.Module):
+    """Linear heads for the tower's pretraining; thrown away afterwards."""
+
+    CLASSES = {"digit": 10, "colour": 8, "left": 11, "cell": 10}
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in self.CLASSES.items()})
+        self.presence = nn.Linear(width, 10)
+
+
+def train_tower(model: LlavaForConditionalGeneration, batches: Batches, args: argparse.Namespace) -> None:
+    """Pretrain the vision tower on labels of digit, colour, left neighbour and cell for each patch."""
+    tower = model.model.vision_tower
+    heads = PatchHeads(tower.config.hidden_size)
+    parameters = [*tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.tower_lr, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    forward = torch.compile(tower) if args.compile else tower
+    started = time.time()
+    for step in range(args.tower_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.tower_lr * schedule(step, args.tower_steps, 100)
+        batch, _ = batches.scenes(10_000_000 + step, args.tower_batch)
+        labels = [scenes.patch_labels(scene, PATCH) for scene in batch]
+        target = {name: torch.from_numpy(np.stack([x[name] for x in labels])) for name in labels[0]}
+        target["cell"] = torch.where(target["cell"] < 0, 9, target["cell"])  # one class says "no ink here"
+        present = torch.zeros(len(batch), 10)
+        for row, scene in enumerate(batch):
+            present[row, scene.digits[scene.digits >= 0]] = 1
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = forward(batches.pixels(batch), output_hidden_states=True).hidden_states[-1].float()
+            loss = F.binary_cross_entropy_with_logits(heads.presence(hidden[:, 0]).float(), present)
+            accuracy = {}
+            for name, head in heads.heads.items():
+                logits = head(hidden[:, 1:]).float()
+                loss = loss + F.cross_entropy(logits.flatten(0, 1), target[name].flatten(), ignore_index=-1)
+                known = target[name] >= 0
+                accuracy[name] = (logits.argmax(-1) == target[name])[known].float().mean().item()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0 or step == args.tower_steps - 1:
+            shown = " ".join(f"{k} {v:.3f}" for k, v in accuracy.items())
+            print(f"tower {step} loss {loss.item():.3f} {shown} {time.time() - started:.0f}s", flush=True)
+
+
+def schedule(step: int, steps: int, warmup: int, decay: float = 0.3) -> float:
+    """Linear warm-up, constant, then down to nothing over the last share `decay` of the steps.
+
+    Not a cosine: a run can be continued with another number of steps as long as the descent has not begun.
+    """
+    return min((step + 1) / warmup, 1.0, (steps - step) / (decay * steps))
+
+
+_PREFIX = 0  # tokens that all packed questions share; set once by train_decoder
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling, **_):  # noqa: ANN001, ANN201
+    """Attention of packed questions: each sees the shared prefix and itself, never its neighbours."""
+    n = _PREFIX
+    shared = F.scaled_dot_product_attention(
+        query[:, :, :n], key[:, :, :n], value[:, :, :n], is_causal=True, scale=scaling, enable_gqa=True
+    )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    b, h, t, d = query[:, :, n:].shape
+    own_q, own_k, own_v = (x[:, :, n:].reshape(b, h, t // SLOT, SLOT, d) for x in (query, key, value))
+    to_shared = (query[:, :, n:] @ key[:, :, :n].transpose(-1, -2)).view(b, h, t // SLOT, SLOT, n)
+    later = torch.ones(SLOT, SLOT, dtype=torch.bool).triu(1)
+    to_own = (own_q @ own_k.transpose(-1, -2)).masked_fill(later, -1e4)
+    weights = (torch.cat([to_shared, to_own], -1).float() * scaling).softmax(-1).to(value.dtype)
+    packed = (weights[..., :n].reshape(b, h, t, n) @ value[:, :, :n]).view(b, h, t // SLOT, SLOT, d)
+    packed = packed + weights[..., n:] @ own_v
+    return torch.cat([shared, packed.view(b, h, t, d)], 2).transpose(1, 2), None
+
+
+def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: argparse.Namespace) -> None:
+    """Train projector and decoder on packed questions, loss on the answers only."""
+    global _PREFIX
+    tower, projector, decoder = model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model
+    tower.requires_grad_(False)
+    prefix = torch.tensor(batches.prefix())
+    _PREFIX = len(prefix) + VISUAL_TOKENS
+    positions = torch.cat([torch.arange(_PREFIX)] + [_PREFIX + torch.arange(SLOT)] * args.questions)[None]
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", lambda *_, **__: None)
+    before = decoder.config._attn_implementation
+    model.set_attn_implementation({"text_config": "packed"})
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in parameters if p.ndim > 1]
+    rest = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+    state_file = args.out / "decoder_state.pt"
+    first = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+
+    def answers(features: torch.Tensor, ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        embed = decoder.get_input_embeddings()
+        b = len(ids)
+        inputs = torch.cat([embed(prefix).expand(b, -1, -1), projector(features), embed(ids.flatten(1))], 1)
+        hidden = decoder(inputs_embeds=inputs, position_ids=positions, use_cache=False).last_hidden_state
+        return model.lm_head(hidden.flatten(0, 1)[where])
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+
+    if args.compile:
+        answers, encode = torch.compile(answers, dynamic=False), torch.compile(encode)
+    started = time.time()
+    log: dict[str, float] = {}
+    for step in range(first, args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule(step, args.steps, 200)
+        batch, rng = batches.scenes(step, args.batch)
+        ids, labels = batches.questions(batch, rng)
+        # The hidden state one place before each answer token predicts it. Padded to a fixed count for the compiler.
+        sequence = torch.full((len(ids), _PREFIX + args.questions * SLOT), -100)
+        sequence[:, _PREFIX - 1 : -1] = labels.flatten(1)
+        sequence = sequence.flatten()
+        where = torch.nonzero(sequence != -100)[:, 0]
+        room = args.batch * args.questions * 5 - len(where)
+        assert room >= 0
+        target = F.pad(sequence[where], (0, room), value=-100)
+        where = F.pad(where, (0, room))
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                features = encode(batches.pixels(batch))
+            logits = answers(features, ids, where)
+        loss = F.cross_entropy(logits.float(), target, ignore_index=-100)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log["loss"] = loss.item() if step == first else 0.95 * log["loss"] + 0.05 * loss.item()
+        if step % 50 == 0:
+            print(f"decoder {step} loss {log['loss']:.4f} {time.time() - started:.0f}s", flush=True)
+        if (step + 1) % args.save_every == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, state_file.with_suffix(".tmp"))
+            os.replace(state_file.with_suffix(".tmp"), state_file)
+    model.set_attn_implementation({"text_config": before})
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+    """Write model and processor for `from_pretrained`: weights stored in fp16, computed in fp32."""
+    model = model.eval().requires_grad_(False)
+    model.config.dtype = torch.float32
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    model.generation_config.update(do_sample=False, max_new_tokens=16, pad_token_id=0)
+    model.save_pretrained(out, state_dict=half)
+    processor.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tower-steps", type=int, default=1500)
+    parser.add_argument("--tower-batch", type=int, default=48)
+    parser.add_argument("--tower-lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--questions", type=int, default=10, help="questions packed behind each image")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--variants", type=int, default=12, help="drawn variants of each scan")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--intermediate", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    processor = make_processor()
+    model = make_model(processor, args)
+    batches = Batches(processor, args)
+    started = time.time()
+    tower_file = args.out / "tower.pt"
+    if tower_file.exists():
+        model.model.vision_tower.load_state_dict(torch.load(tower_file, weights_only=True))
+    else:
+        train_tower(model, batches, args)
+        torch.save(model.model.vision_tower.state_dict(), tower_file)
+    train_decoder(model, batches, args)
+    save(model, processor, args.out)
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    facts = {"minutes": round((time.time() - started) / 60, 1), "torch": torch.__version__, "options": options}
+    (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
