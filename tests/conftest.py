@@ -48,7 +48,7 @@ def tiny_model(family="llava", *, layers=5, kv_heads=2, attention="sdpa", seed=0
 
 
 def tiny_inputs(model, *, batch=1, before=3, after=6, pad=(), images=1, seed=1):
-    """Inputs of `batch` samples; `pad[b]` pads sample b on the left with so many tokens (its text is as much shorter)."""
+    """Inputs of `batch` samples; `pad[b]` pads sample b on the left with so many tokens, at the cost of its text."""
     generator = torch.Generator().manual_seed(seed)
     extra = {}
     if model.config.model_type == "llava":

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import IMAGE, Oracle, greedy_logits, tiny_inputs, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import IMAGE, Oracle, greedy_logits, tiny_inputs, tiny_model
 from fitprune import PruningRecipe, prune
 from fitprune.adapters import adapt
 from fitprune.flops import prefill_flops

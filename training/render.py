@@ -30,7 +30,13 @@ def render(split: str, count: int, out: Path, seed: int) -> None:
         question, answer = scenes.ask(scene, kind, rng)
         name = f"images/{number:04d}.jpg"
         Image.fromarray(scene.pixels).save(out / name, quality=92, subsampling=0)
-        entry = {"question_id": f"{split}-{number:04d}", "file_name": name, "text": question, "answer": answer, "kind": kind}
+        entry = {
+            "question_id": f"{split}-{number:04d}",
+            "file_name": name,
+            "text": question,
+            "answer": answer,
+            "kind": kind,
+        }
         lines.append(json.dumps(entry))
     (out / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 

@@ -99,9 +99,9 @@ class Scene:
     ink: np.ndarray
 
 
-def compose(bank: GlyphBank, rng: np.random.Generator) -> Scene:
-    """Draw three to six digits, all different and of different colours, into cells of the grid."""
-    count = int(rng.integers(3, 7))
+def compose(bank: GlyphBank, rng: np.random.Generator, *, fewest: int = 3, most: int = 6) -> Scene:
+    """Draw `fewest` to `most` digits, all different and of different colours, into cells of the grid."""
+    count = int(rng.integers(fewest, most + 1))
     cells = rng.permutation(GRID * GRID)[:count]
     chosen = rng.permutation(10)[:count]
     hues = rng.permutation(len(COLOURS))[:count]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -139,9 +138,11 @@ class Batches:
         self.image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
         self._slots: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
-    def scenes(self, step: int, count: int) -> tuple[list[scenes.Scene], np.random.Generator]:
+    def scenes(
+        self, step: int, count: int, *, fewest: int = 3, most: int = 6
+    ) -> tuple[list[scenes.Scene], np.random.Generator]:
         rng = np.random.default_rng([self.args.seed, step])
-        return [scenes.compose(self.bank, rng) for _ in range(count)], rng
+        return [scenes.compose(self.bank, rng, fewest=fewest, most=most) for _ in range(count)], rng
 
     def pixels(self, batch: list[scenes.Scene]) -> torch.Tensor:
         """The image processor's arithmetic for images already of the right size: [batch, 3, SIZE, SIZE]."""
@@ -179,14 +180,15 @@ class Batches:
         return torch.tensor(ids), torch.tensor(labels)
 
 
+PATCH_CLASSES = {"digit": 10, "colour": 8, "left": 11, "cell": 10}
+
+
 class PatchHeads(nn.Module):
     """Linear heads for the tower's pretraining; thrown away afterwards."""
 
-    CLASSES = {"digit": 10, "colour": 8, "left": 11, "cell": 10}
-
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in self.CLASSES.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in PATCH_CLASSES.items()})
         self.presence = nn.Linear(width, 10)
 
 
@@ -237,7 +239,7 @@ def schedule(step: int, steps: int, warmup: int, decay: float = 0.3) -> float:
 _PREFIX = 0  # tokens that all packed questions share; set once by train_decoder
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling, **_):  # noqa: ANN001, ANN201
+def packed_attention(module, query, key, value, attention_mask, scaling, **_):
     """Attention of packed questions: each sees the shared prefix and itself, never its neighbours."""
     n = _PREFIX
     shared = F.scaled_dot_product_attention(
@@ -298,8 +300,10 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
     log: dict[str, float] = {}
     for step in range(first, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule(step, args.steps, 200)
-        batch, rng = batches.scenes(step, args.batch)
+            group["lr"] = args.lr * schedule(step, args.steps, 100)
+        # Binding is found among two digits ten times sooner than among six: scenes grow during the first steps.
+        most = 2 + min(4, step // args.growth)
+        batch, rng = batches.scenes(step, args.batch, fewest=min(3, most - 1), most=most)
         ids, labels = batches.questions(batch, rng)
         # The hidden state one place before each answer token predicts it. Padded to a fixed count for the compiler.
         sequence = torch.full((len(ids), _PREFIX + args.questions * SLOT), -100)
@@ -346,10 +350,11 @@ def main() -> None:
     parser.add_argument("--tower-steps", type=int, default=1500)
     parser.add_argument("--tower-batch", type=int, default=48)
     parser.add_argument("--tower-lr", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--questions", type=int, default=10, help="questions packed behind each image")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--growth", type=int, default=150, help="steps until scenes may hold one digit more, up to six")
+    parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--variants", type=int, default=12, help="drawn variants of each scan")
     parser.add_argument("--layers", type=int, default=8)

@@ -27,17 +27,19 @@ _HOMES = {
     "merge": "stats",
     "prune": "pruning",
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 (names of _HOMES)
+__all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from fitprune.calibration import load_samples, make_batches
-    from fitprune.evaluation import evaluate
-    from fitprune.fitting import fit
-    from fitprune.measurement import measure
-    from fitprune.pruning import prune
-    from fitprune.recipe import PruningRecipe
-    from fitprune.sequential import fit_sequential
-    from fitprune.stats import AttentionStats, merge
+    from fitprune.calibration import load_samples as load_samples
+    from fitprune.calibration import make_batches as make_batches
+    from fitprune.evaluation import evaluate as evaluate
+    from fitprune.fitting import fit as fit
+    from fitprune.measurement import measure as measure
+    from fitprune.pruning import prune as prune
+    from fitprune.recipe import PruningRecipe as PruningRecipe
+    from fitprune.sequential import fit_sequential as fit_sequential
+    from fitprune.stats import AttentionStats as AttentionStats
+    from fitprune.stats import merge as merge
 
 
 def __getattr__(name: str) -> Any:

@@ -23,14 +23,14 @@ class AdaptedModel:
     Attributes:
         model: the whole model, as the user holds it.
         decoder: the language model that owns `layers`.
-        layers: the decoder layers; each has `self_attn` and `mlp`.
+        layers: the decoder layers, a ModuleList; each has `self_attn` and `mlp`.
         shape: type and sizes.
         image_token_id: id that marks a visual token's position in `input_ids`.
     """
 
     model: Any
-    decoder: nn.Module
-    layers: nn.ModuleList
+    decoder: Any
+    layers: Any
     shape: ModelShape
     image_token_id: int
 
@@ -54,7 +54,6 @@ def adapt(model: Any) -> AdaptedModel:
         )
     if len(layers) != shape.decoder.layers:
         raise ValueError(f"model has {len(layers)} decoder layers but its config says {shape.decoder.layers}")
-    assert isinstance(decoder, nn.Module)
     return AdaptedModel(model, decoder, layers, shape, config.image_token_id)
 
 

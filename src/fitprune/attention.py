@@ -29,6 +29,7 @@ class ReceivedAttention:
     cross_attention: torch.Tensor
 
 
+@torch.no_grad()
 def received_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -72,7 +73,9 @@ def received_attention(
     per_sample = max(1, BLOCK_BYTES // (heads * SCORE_BLOCK * length * 4))
     for first in range(0, batch, per_sample):
         rows = slice(first, first + per_sample)
-        _accumulate(received[rows], query[rows], key[rows], row_weight[rows], scaling, None if valid is None else valid[rows])
+        _accumulate(
+            received[rows], query[rows], key[rows], row_weight[rows], scaling, None if valid is None else valid[rows]
+        )
     received.masked_fill_(~visual[:, None], 0)
     return ReceivedAttention(received[:, 0], received[:, 1])
 
@@ -94,7 +97,7 @@ def _accumulate(
     batch, heads, _, width = query.shape
     groups = key.shape[1]
     needed = torch.nonzero((row_weight > 0).any(1).any(0))[:, 0]  # rows that some sample needs, ascending
-    for index in needed.split(SCORE_BLOCK):
+    for index in torch.split(needed, SCORE_BLOCK):
         keys = int(index[-1]) + 1  # later keys are behind every row of the block
         contiguous = keys - int(index[0]) == len(index)
         block = query[:, :, int(index[0]) : keys] if contiguous else query[:, :, index]

@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-
 class BadSample(ValueError):
     """One entry of the data that cannot be used; the message names file and line."""
 
@@ -66,7 +65,9 @@ class Sample:
         if (frames := getattr(opened, "n_frames", 1)) > 1:
             raise BadSample(f"{self.where}: {self.image} is animated ({frames} frames); save the frame that is meant")
         if min(opened.size) < 2:
-            raise BadSample(f"{self.where}: {self.image} is {opened.size[0]}x{opened.size[1]} pixels: too small to show anything")
+            raise BadSample(
+                f"{self.where}: {self.image} is {opened.size[0]}x{opened.size[1]} pixels: too small to show anything"
+            )
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             logger.warning("PIL's LOAD_TRUNCATED_IMAGES is set: truncated images will not be noticed")
         try:
@@ -148,7 +149,7 @@ def format_prompt(processor: Any, text: str, prompt_template: str | None = None)
         prompt_template: used instead of the processor's chat template: text with `{question}` and the image token.
 
     Raises:
-        ValueError: the template lacks `{question}`, or the processor has no chat template and none is given.
+        ValueError: the template lacks `{question}` or the image token, or there is no template at all.
     """
     if prompt_template is not None:
         if "{question}" not in prompt_template:
@@ -156,10 +157,15 @@ def format_prompt(processor: Any, text: str, prompt_template: str | None = None)
                 f"prompt_template={prompt_template!r}: must contain {{question}}, "
                 "for example 'USER: <image>\\n{question} ASSISTANT:'"
             )
+        token = getattr(processor, "image_token", None)
+        if token and token not in prompt_template:
+            raise ValueError(
+                f"prompt_template={prompt_template!r}: no visual token in it; put {token!r} where the image is"
+            )
         return prompt_template.replace("{question}", text)
     if not getattr(processor, "chat_template", None):
         raise ValueError(
-            "the processor has no chat template: state one with --prompt-template 'USER: <image>\\n{question} ASSISTANT:'"
+            "the processor has no chat template; state one: --prompt-template 'USER: <image>\\n{question} ASSISTANT:'"
         )
     content = [{"type": "image"}, {"type": "text", "text": text}]
     prompt: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -267,12 +273,16 @@ def _dataset_entries(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"{name}: reading a dataset needs the datasets package: pip install 'fitprune[datasets]'") from None
+        raise ValueError(
+            f"{name}: reading a dataset needs the datasets package: pip install 'fitprune[datasets]'"
+        ) from None
     try:
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name)
     except Exception as error:  # datasets raises many kinds; all mean that the name does not load
-        raise ValueError(f"{name}: datasets cannot load it ({error}); give a JSONL file, a folder or a hub name") from None
+        raise ValueError(
+            f"{name}: datasets cannot load it ({error}); give a JSONL file, a folder or a hub name"
+        ) from None
     if isinstance(loaded, dict):
         splits = list(loaded)
         if len(splits) > 1:
@@ -313,7 +323,7 @@ def _first_exchange(conversations: Any, where: str) -> tuple[str, str | None]:
         question = next(value for speaker, value in turns if speaker == "human")
         answer = next((value for speaker, value in turns if speaker == "gpt"), None)
     except (TypeError, KeyError, StopIteration):
-        raise BadSample(f"{where}: 'conversations' must be a list of {{'from': 'human'|'gpt', 'value': text}}") from None
+        raise BadSample(
+            f"{where}: 'conversations' must be a list of {{'from': 'human'|'gpt', 'value': text}}"
+        ) from None
     return question.replace("<image>", "").strip(), answer
-
-

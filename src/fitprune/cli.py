@@ -61,7 +61,9 @@ def _fit(args: argparse.Namespace) -> None:
     from fitprune.fitting import Fitter, checked_budget
     from fitprune.stats import AttentionStats
 
-    kind = next(k for k in ("flops_reduction", "kv_cache_reduction", "mean_visual_tokens", "tolerance") if getattr(args, k))
+    kind = next(
+        k for k in ("flops_reduction", "kv_cache_reduction", "mean_visual_tokens", "tolerance") if getattr(args, k)
+    )
     budgets = [checked_budget(kind, value) for value in getattr(args, kind)]
     one_file = len(budgets) == 1 and not args.output.endswith(("/", "\\")) and not Path(args.output).is_dir()
     fitter = Fitter(AttentionStats.load(args.stats), visual_tokens=args.visual_tokens)
@@ -71,8 +73,8 @@ def _fit(args: argparse.Namespace) -> None:
         recipe.save(path)
         cost = recipe.cost()
         print(
-            f"{path}: visual FLOPs -{100 * cost.flops_reduction:.2f}%, {cost.mean_visual_tokens:.1f} visual tokens a layer, "
-            f"tolerance {recipe.provenance['tolerance']:.4f}"
+            f"{path}: visual FLOPs -{100 * cost.flops_reduction:.2f}%, "
+            f"{cost.mean_visual_tokens:.1f} visual tokens a layer, tolerance {recipe.provenance['tolerance']:.4f}"
         )
 
 
@@ -85,7 +87,8 @@ def _cost(args: argparse.Namespace) -> None:
     def change(after: float, before: float) -> str:
         return f"{after:,.0f} against {before:,.0f} dense ({100 * (after / before - 1):+.1f}%)"
 
-    print(f"visual tokens       {cost.visual_tokens}, mean {cost.mean_visual_tokens:.1f} a layer, {cost.kept[-1]} at the end")
+    means = f"mean {cost.mean_visual_tokens:.1f} a layer, {cost.kept[-1]} at the end"
+    print(f"visual tokens       {cost.visual_tokens}, {means}")
     print(f"removed per layer   {' '.join(str(n) for n in recipe.counts(cost.visual_tokens))}")
     print(f"visual FLOPs        -{100 * cost.flops_reduction:.2f}% (the paper's accounting: visual tokens alone)")
     print(f"prefill GFLOPs      {change(cost.prefill_flops / 1e9, cost.dense_prefill_flops / 1e9)}")
@@ -115,9 +118,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     recipes = {Path(name).stem if Path(name).exists() else name: _recipe(name) for name in args.recipe}
     if len(recipes) < len(args.recipe):
         raise ValueError(f"--recipe {' '.join(args.recipe)}: two files have the same name; rename one")
-    samples = load_samples(
-        _data(args), args.image_folder, samples=args.samples, seed=args.seed, skip_bad=args.skip_bad
-    )
+    samples = load_samples(_data(args), args.image_folder, samples=args.samples, seed=args.seed, skip_bad=args.skip_bad)
     model, processor = _load(args)
     results = evaluate(
         model,
@@ -193,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("model", metavar="MODEL", help="folder or hub name; 'digit-scenes' is the embedded model")
         made.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
         made.add_argument("--device", default="cpu", help="for example cpu, cuda, cuda:1 (default: cpu)")
-        made.add_argument("--prompt-template", help="instead of the chat template: 'USER: <image>\\n{question} ASSISTANT:'")
+        made.add_argument(
+            "--prompt-template", help="instead of the chat template: 'USER: <image>\\n{question} ASSISTANT:'"
+        )
 
     def add_data(made: argparse.ArgumentParser) -> None:
         made.add_argument("--data", required=True, help="question JSONL, LLaVA JSON, dataset folder or hub name; "
@@ -219,10 +222,14 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("stats", metavar="STATS", help="file made by 'fitprune measure'")
     budget = made.add_mutually_exclusive_group(required=True)
     budget.add_argument("--flops-reduction", type=float, nargs="+", help="fraction of visual FLOPs to remove")
-    budget.add_argument("--kv-cache-reduction", type=float, nargs="+", help="fraction of the image's KV bytes to remove")
+    budget.add_argument(
+        "--kv-cache-reduction", type=float, nargs="+", help="fraction of the image's KV bytes to remove"
+    )
     budget.add_argument("--mean-visual-tokens", type=float, nargs="+", help="visual tokens a layer, mean over layers")
     budget.add_argument("--tolerance", type=float, nargs="+", help="share of attention that a layer may lose")
-    made.add_argument("--visual-tokens", type=_positive, help="image size to meet the budget for (default: most common)")
+    made.add_argument(
+        "--visual-tokens", type=_positive, help="image size to meet the budget for (default: most common)"
+    )
     made.add_argument("-o", "--output", required=True, help="recipe file; a folder for several budgets")
 
     made = command(
@@ -251,7 +258,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_model(made)
     add_data(made)
-    made.add_argument("--recipe", required=True, nargs="+", help="recipe files, or published ones such as llava-1.5-7b:60")
+    made.add_argument(
+        "--recipe", required=True, nargs="+", help="recipe files, or published ones such as llava-1.5-7b:60"
+    )
     made.add_argument("-o", "--output", required=True, help="results file to write")
     made.add_argument("--batch-size", type=_positive, default=8)
     made.add_argument("--max-new-tokens", type=_positive, default=16)

@@ -74,7 +74,9 @@ def demo(output: Path, *, quick: bool = False) -> None:
         say(f"pictures: {output / 'kept_tokens.png'}, {output / 'keep_curves.png'}")
 
 
-def _draw(output: Path, model: object, processor: object, test: list[Sample], recipes: dict[str, PruningRecipe]) -> None:
+def _draw(
+    output: Path, model: object, processor: object, test: list[Sample], recipes: dict[str, PruningRecipe]
+) -> None:
     """Draw the keep curves, and on four test images the tokens that stay at 60%."""
     from fitprune.figures import draw_keep_curves, draw_kept_tokens
 

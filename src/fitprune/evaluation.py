@@ -122,8 +122,8 @@ def evaluate(
             inputs = to_model(batch, model)
             if sizes is None:
                 sizes = _sizes(visual_mask(adapted, inputs["input_ids"])[0], inputs)
-            for name, recipe in columns.items():
-                context = contextlib.nullcontext() if recipe is None else prune(model, recipe)
+            for name, used in columns.items():
+                context = contextlib.nullcontext() if used is None else prune(model, used)
                 with torch.inference_mode(), context:
                     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
                 texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -135,8 +135,8 @@ def evaluate(
     assert sizes is not None
     ratios: Sequence[float | None] = time_ratios(seconds) if seconds[0] else [None] * len(columns)
     rows = []
-    for (name, recipe), ratio in zip(columns.items(), ratios, strict=True):
-        priced = recipe or PruningRecipe.dense(adapted.shape, sizes[0])
+    for (name, used), ratio in zip(columns.items(), ratios, strict=True):
+        priced = used or PruningRecipe.dense(adapted.shape, sizes[0])
         cost = priced.cost(
             visual_tokens=sizes[0], text_before=sizes[1], text_tokens=sizes[2], crops=sizes[3],
             value_bytes=model.dtype.itemsize,
@@ -145,7 +145,13 @@ def evaluate(
         agreement = sum(said[name][i] == said[DENSE][i] for i in range(len(samples))) / len(samples)
         rows.append(Row(name, accuracy, agreement, by_kind, cost, ratio))
     answers = tuple(
-        {"id": s.id, "kind": s.kind, "question": s.text, "accepted": list(s.answers), **{"said": {n: said[n][i] for n in said}}}
+        {
+            "id": s.id,
+            "kind": s.kind,
+            "question": s.text,
+            "accepted": list(s.answers),
+            "said": {n: said[n][i] for n in said},
+        }
         for i, s in enumerate(samples)
     )
     provenance = {**provenance_of(model), "samples": len(samples), "batch_size": batch_size}
@@ -166,7 +172,10 @@ def table(results: Results) -> str:
         cells = (percent(cost.flops_reduction), f"{cost.mean_visual_tokens:.1f}", f"{cost.kv_bytes:,}")
         lines.append((row.name, *cells, percent(row.accuracy), percent(row.agreement), ratio))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    shown = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    shown = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
     return "\n".join(line.rstrip() for line in shown)
 
 

@@ -41,7 +41,7 @@ def draw_kept_tokens(
     """Draw images with the visual tokens that still enter chosen layers; what has left is dark.
 
     Args:
-        examples: image, caption, and for each layer a bool tensor [visual tokens] that is True where the token is present.
+        examples: image, caption, and for each layer a bool tensor [visual tokens], True where the token is present.
             The tokens form a square grid, row by row.
         layers: layers to show, one column each; the original image comes first.
         path: PNG file to write.

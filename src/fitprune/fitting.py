@@ -254,7 +254,9 @@ def _one_budget(**given: float | None) -> Budget:
     """Pick the one stated budget and check its range."""
     stated = {kind: value for kind, value in given.items() if value is not None}
     if len(stated) != 1:
-        raise ValueError(f"{len(stated)} budgets stated ({', '.join(stated) or 'none'}): state exactly one of {sorted(given)}")
+        raise ValueError(
+            f"{len(stated)} budgets stated ({', '.join(stated) or 'none'}): state exactly one of {sorted(given)}"
+        )
     kind, value = next(iter(stated.items()))
     return checked_budget(kind, value)
 
@@ -282,6 +284,6 @@ def _require_possible(budget: Budget, decoder: flops.DecoderShape, visual_tokens
     if not budget.met_by(best):
         bound = "at least" if budget.kind == "mean_visual_tokens" else "at most"
         raise ValueError(
-            f"{budget.kind}={budget.value}: cannot be met; with all visual tokens removed after layer 0 it is {best:.4f}; "
-            f"ask for {bound} that"
+            f"{budget.kind}={budget.value}: cannot be met; with all visual tokens removed after layer 0 it is "
+            f"{best:.4f}; ask for {bound} that"
         )

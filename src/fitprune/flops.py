@@ -145,7 +145,7 @@ def entering_counts(visual_tokens: int, removed: Sequence[int]) -> list[int]:
 def kv_bytes(
     decoder: DecoderShape, visual_tokens: int, removed: Sequence[int], *, text_tokens: int = 0, value_bytes: int = 2
 ) -> int:
-    """Count the bytes of the KV cache after prefill, all layers, for one sample; `value_bytes` is 2 for 16-bit types."""
+    """Count the bytes of one sample's KV cache after prefill, all layers; `value_bytes` is 2 for 16-bit types."""
     held = sum(n + text_tokens for n in entering_counts(visual_tokens, removed))
     return 2 * held * decoder.kv_width * value_bytes
 

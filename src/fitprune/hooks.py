@@ -7,22 +7,19 @@ own attention implementation goes on computing the output. Nothing is registered
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from fitprune.adapters import AdaptedModel
 
-
-class Tap(Protocol):
-    """Sees one attention call: layer number, query [B, H, Q, D], key [B, G, K, D], scaling."""
-
-    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None: ...
-
+# Sees one attention call: layer number, query [B, H, Q, D], key [B, G, K, D], scaling.
+Tap = Callable[[int, torch.Tensor, torch.Tensor, float], None]
 
 _TAPS: weakref.WeakKeyDictionary[nn.Module, Callable[[torch.Tensor, torch.Tensor, float], None]] = (
     weakref.WeakKeyDictionary()
@@ -40,12 +37,14 @@ def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[None]:
     config = adapted.decoder.config
     original: str = config._attn_implementation
     if original.startswith(_PREFIX):
-        raise ValueError(f"attention implementation is {original!r}: the model is in use by fitprune; leave that block first")
+        raise ValueError(
+            f"attention implementation is {original!r}: the model is in use by fitprune; leave that block first"
+        )
     _register(original)
     attentions = [layer.self_attn for layer in adapted.layers]
     try:
         for number, attention in enumerate(attentions):
-            _TAPS[attention] = lambda q, k, s, number=number: tap(number, q, k, s)
+            _TAPS[attention] = functools.partial(tap, number)
         adapted.decoder.set_attn_implementation(_PREFIX + original)
         yield
     finally:

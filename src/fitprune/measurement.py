@@ -136,9 +136,13 @@ def _require_text_after(visual: torch.Tensor, valid: torch.Tensor) -> None:
     last_valid = torch.where(valid, position, -1).amax(1)
     for row in range(len(visual)):
         if int(last_visual[row]) < 0:
-            raise ValueError(f"sample {row} of the batch has no visual token: calibration needs an image in every prompt")
+            raise ValueError(
+                f"sample {row} of the batch has no visual token: calibration needs an image in every prompt"
+            )
         if int(last_valid[row]) <= int(last_visual[row]):
-            raise ValueError(f"sample {row} of the batch has no text after its image: cross attention needs a question there")
+            raise ValueError(
+                f"sample {row} of the batch has no text after its image: cross attention needs a question there"
+            )
 
 
 def _digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:

@@ -39,8 +39,8 @@ def prune(model: Any, recipe: PruningRecipe, scorer: str | Scorer = "fitprune") 
 
     Raises:
         ValueError: the recipe is of another model, the scorer is unknown, the model's family is not supported or the
-            model is pruned already; from a call of the model: visual tokens differ within the batch, none is in a prompt
-            with an image, the cache is not a plain DynamicCache, labels are given, or input_ids are not.
+            model is pruned already; from a call of the model: visual tokens differ within the batch, a prompt with an
+            image has none, the cache is not a plain DynamicCache, labels are given, or input_ids are not.
 
     Source: arXiv:2409.10197. Differs from the authors' code: any batch, prompt and attention implementation instead of
     one prompt of 35 + 576 tokens under eager attention.

@@ -83,7 +83,8 @@ class PruningRecipe:
         object.__setattr__(self, "keep", tuple(self.keep))
         if len(self.keep) != self.model.decoder.layers:
             raise ValueError(
-                f"keep has {len(self.keep)} entries: must be one for each of the model's {self.model.decoder.layers} layers"
+                f"keep has {len(self.keep)} entries: must be one for each of the model's "
+                f"{self.model.decoder.layers} layers"
             )
         before = 1.0
         for layer, fraction in enumerate(self.keep):
@@ -93,7 +94,8 @@ class PruningRecipe:
                 raise ValueError(f"keep[{layer}]={fraction}: must be between 0 and 1")
             if fraction > before:
                 raise ValueError(
-                    f"keep[{layer}]={fraction}: must not exceed keep[{layer - 1}]={before}; removed tokens cannot return"
+                    f"keep[{layer}]={fraction}: must not exceed keep[{layer - 1}]={before}; "
+                    "removed tokens cannot return"
                 )
             before = fraction
         if not isinstance(self.visual_tokens, int) or self.visual_tokens < 1:
@@ -214,7 +216,7 @@ class PruningRecipe:
         """Read `to_json`'s text.
 
         Raises:
-            ValueError: no JSON object, another schema version, a missing or unknown key, or values that break the rules.
+            ValueError: no JSON object, another schema version, a missing or unknown key, or values out of the rules.
         """
         try:
             data = json.loads(text)

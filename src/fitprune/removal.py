@@ -81,19 +81,25 @@ class Remover:
         self._prefill = None
         ids, cache = given.get("input_ids"), given.get("past_key_values")
         if ids is None:
-            raise ValueError("input_ids is None: prune finds visual tokens by their ids; pass input_ids, not inputs_embeds")
-        if given.get("pixel_values") is None:
+            raise ValueError(
+                "input_ids is None: prune finds visual tokens by their ids; pass input_ids, not inputs_embeds"
+            )
+        if not given.get("mm_encoder_outputs") and given.get("pixel_values") is None:  # generate encodes images itself
             return  # text alone, or decoding, where even a generated image token is no image: nothing leaves
         visual = visual_mask(self.adapted, ids)
         if not bool(visual.any()):
             raise ValueError(
-                f"no visual token (id {self.adapted.image_token_id}) in the prompt, but pixel_values are given; "
+                f"no visual token (id {self.adapted.image_token_id}) in the prompt, but an image is given; "
                 "make the prompt with the processor's chat template, or put the image token into it"
             )
         if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError("an image in a later turn of a cached conversation cannot be pruned yet; start a new cache")
+            raise ValueError(
+                "an image in a later turn of a cached conversation cannot be pruned yet; start a new cache"
+            )
         if given.get("labels") is not None:
-            raise ValueError("labels are given: removed tokens have no logits, so a loss over them means nothing; drop labels")
+            raise ValueError(
+                "labels are given: removed tokens have no logits, so a loss over them means nothing; drop labels"
+            )
         _require_plain(cache)
         mask = given.get("attention_mask")
         if mask is not None and mask.ndim != 2:
@@ -116,7 +122,10 @@ class Remover:
             pruned = self._caches.get(cache) if cache is not None else None
             if pruned is None or kwargs.get("attention_mask") is None:
                 return kwargs
-            return {**kwargs, "attention_mask": _cut_keys(kwargs["attention_mask"], pruned.entered[number], pruned.length)}
+            return {
+                **kwargs,
+                "attention_mask": _cut_keys(kwargs["attention_mask"], pruned.entered[number], pruned.length),
+            }
         if number == 0 and cache is not None:
             _require_plain(cache)
         state.entered.append(state.kept)
@@ -190,7 +199,8 @@ def removing(adapted: AdaptedModel, choose: Choose) -> Iterator[Remover]:
         for number, layer in enumerate(adapted.layers):
             handles = (
                 layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, number=number: (args, remover.before_layer(number, kwargs)), with_kwargs=True
+                    lambda _, args, kwargs, number=number: (args, remover.before_layer(number, kwargs)),
+                    with_kwargs=True,
                 ),
                 layer.mlp.register_forward_pre_hook(lambda _, args: (remover.before_mlp(args[0]), *args[1:])),
                 layer.mlp.register_forward_hook(lambda _, __, output: remover.after_mlp(output)),
@@ -221,7 +231,9 @@ def _slice_arguments(kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, An
         cut["position_ids"] = ids.expand(batch, -1).gather(1, kept)
     if (mask := kwargs.get("attention_mask")) is not None:
         if not isinstance(mask, torch.Tensor):
-            raise ValueError(f"attention mask is a {type(mask).__name__}: cannot be cut; load the model with 'sdpa' or 'eager'")
+            raise ValueError(
+                f"attention mask is a {type(mask).__name__}: cannot be cut; load the model with 'sdpa' or 'eager'"
+            )
         if mask.ndim == 4:
             rows = kept[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
             mask = mask.expand(batch, -1, -1, -1).gather(2, rows)
@@ -250,7 +262,7 @@ def _require_plain(cache: Any) -> None:
     if type(cache) is not DynamicCache or kinds != {DynamicLayer} or cache.offloading:
         names = sorted(getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__} of {', '.join(names)}{' offloaded' if cache.offloading else ''}: "
+            f"past_key_values is a {type(cache).__name__} of {', '.join(names)}, offloading={cache.offloading}: "
             "layers of a pruned cache differ in length, which only DynamicCache holds; drop cache_implementation"
         )
 

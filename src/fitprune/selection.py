@@ -45,7 +45,9 @@ def keep_highest(score: torch.Tensor, image: torch.Tensor, left: torch.Tensor) -
         member = image == number
         # Members first, by falling score; a member's rank is its place in that order.
         ranked = torch.where(member, score, float("-inf")).flip(1).argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(score.shape[1], device=score.device).expand_as(ranked))
+        rank = torch.empty_like(ranked).scatter_(
+            1, ranked, torch.arange(score.shape[1], device=score.device).expand_as(ranked)
+        )
         stays = stays | (member & (rank.flip(1) < left[:, number, None]))
     return stays
 

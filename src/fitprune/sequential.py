@@ -64,7 +64,9 @@ def fit_sequential(
     stats = stats if stats is not None else measure(model, held, progress=progress)
     stats.model.require_same(adapted.shape, what="stats")
     if len(stats) != len(held):
-        raise ValueError(f"stats hold {len(stats)} samples, batches {len(held)}: must be the same samples in the same order")
+        raise ValueError(
+            f"stats hold {len(stats)} samples, batches {len(held)}: must be the same samples in the same order"
+        )
     decoder = adapted.shape.decoder
     totals = _totals(stats)
 
@@ -119,7 +121,7 @@ def fit_sequential(
 def _totals(stats: AttentionStats) -> list[torch.Tensor]:
     """For each sample, the dense totals [2, layers] of received self and cross attention."""
     pairs = torch.stack([stats.self_attention, stats.cross_attention])
-    return [part.sum(2) for part in pairs.split(list(stats.visual_tokens), dim=2)]
+    return [part.sum(2) for part in torch.split(pairs, list(stats.visual_tokens), dim=2)]
 
 
 def _within(

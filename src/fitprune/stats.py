@@ -53,9 +53,13 @@ class AttentionStats:
         for name in ("self_attention", "cross_attention"):
             values = getattr(self, name)
             if tuple(values.shape) != shape:
-                raise ValueError(f"{name} is {tuple(values.shape)}: must be [layers, visual tokens of all samples] = {shape}")
+                raise ValueError(
+                    f"{name} is {tuple(values.shape)}: must be [layers, visual tokens of all samples] = {shape}"
+                )
             if values.numel() and (not bool(torch.isfinite(values).all()) or float(values.min()) < 0):
-                raise ValueError(f"{name} holds negative or non-finite values: measure again, in another dtype if in fp16")
+                raise ValueError(
+                    f"{name} holds negative or non-finite values: measure again, in another dtype if in fp16"
+                )
         if not len(self.visual_tokens) == len(self.text_tokens) == len(self.digests):
             raise ValueError("visual_tokens, text_tokens and digests differ in length: must be one for each sample")
 
@@ -128,7 +132,9 @@ class AttentionStats:
                 json.loads(metadata["provenance"]),
             )
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not readable as statistics ({error}); truncated or foreign file, measure again") from None
+            raise ValueError(
+                f"{path}: not readable as statistics ({error}); truncated or foreign file, measure again"
+            ) from None
 
 
 def merge(parts: Iterable[AttentionStats]) -> AttentionStats:

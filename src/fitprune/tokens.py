@@ -6,6 +6,7 @@ after the layer; images differ in token count, so counts are made here and nowhe
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -33,7 +34,7 @@ def kept_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
 def removed_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
     """Count the visual tokens that leave at each layer; arguments and errors as for `kept_counts`."""
     kept = [visual_tokens, *kept_counts(keep, visual_tokens)]
-    return [before - after for before, after in zip(kept, kept[1:], strict=False)]
+    return [before - after for before, after in itertools.pairwise(kept)]
 
 
 def keep_fractions(removed: Sequence[int], visual_tokens: int) -> tuple[float, ...]:

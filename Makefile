@@ -1,0 +1,31 @@
+# make demo: the whole way on the embedded model. make test: lint, types and tests. Both work on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint train data clean
+
+demo: .venv/installed
+	$(BIN)/fitprune demo
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest --durations=10
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch is pinned: a bare `torch` may bring gigabytes of CUDA libraries where its CPU build would do.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Trains the embedded model again (about 100 minutes on two cores) and renders its data again.
+train: .venv/installed
+	$(BIN)/python training/train.py --out training/run
+data: .venv/installed
+	$(BIN)/python training/render.py --out src/fitprune/embedded
+
+clean:
+	rm -rf .venv build dist demo-output src/*.egg-info

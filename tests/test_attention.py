@@ -1,0 +1,114 @@
+"""Received attention against full maps, and what it costs in memory."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import IMAGE, tiny_inputs, tiny_model
+from fitprune.attention import received_attention
+
+
+def full_map_reference(query, key, visual, scaling, valid):
+    """The definition, written with whole maps: softmax, maximum over heads, mean over query rows."""
+    batch, heads, length, _ = query.shape
+    key = key.repeat_interleave(heads // key.shape[1], 1)
+    scores = (query.double() @ key.double().transpose(2, 3)) * scaling
+    hidden = torch.triu(torch.ones(length, length, dtype=torch.bool), 1) | ~valid[:, None, None]
+    weights = scores.masked_fill(hidden, -1e300).softmax(-1).amax(1)
+    own, cross = torch.zeros(2, batch, length, dtype=torch.float64)
+    for row in range(batch):
+        last = torch.nonzero(visual[row]).max()
+        after = (torch.arange(length) > last) & valid[row]
+        own[row] = weights[row][visual[row]].mean(0) * visual[row]
+        cross[row] = weights[row][after].mean(0) * visual[row]
+    return own, cross
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("length", [9, 70, 201])
+@pytest.mark.parametrize("padded", [False, True])
+def test_received_attention_equals_the_full_map(groups, length, padded):
+    torch.manual_seed(length + groups)
+    query, key = torch.randn(3, 4, length, 8) * 2, torch.randn(3, groups, length, 8) * 2
+    visual = torch.zeros(3, length, dtype=torch.bool)
+    for row, (first, last) in enumerate([(2, length - 2), (3, length // 2 + 2), (4, length - 3)]):
+        visual[row, first:last] = True
+    visual[1, 5] = False  # text between images
+    valid = torch.ones(3, length, dtype=torch.bool)
+    if padded:
+        valid[0, :2] = valid[2, :1] = False  # left
+        valid[1, -1] = False  # right
+    found = received_attention(query, key, visual, scaling=0.3, valid=valid if padded else None)
+    own, cross = full_map_reference(query, key, visual, 0.3, valid)
+    assert torch.allclose(found.self_attention.double(), own, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(found.cross_attention.double(), cross, rtol=1e-5, atol=1e-7)
+
+
+def test_it_equals_the_eager_models_own_maps(family):
+    from fitprune import measure
+
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, batch=2)
+    stats = measure(model, [inputs])
+    eager = tiny_model(family, attention="eager")
+    with torch.no_grad():
+        maps = eager(**inputs, output_attentions=True).attentions
+    ids = inputs["input_ids"]
+    for layer, weights in enumerate(maps):
+        for row in range(2):
+            visual = ids[row] == IMAGE
+            last = torch.nonzero(visual).max()
+            strongest = weights[row].amax(0)
+            own, cross = strongest[visual].mean(0)[visual], strongest[last + 1 :].mean(0)[visual]
+            one = stats.select([row])
+            assert torch.allclose(one.self_attention[layer], own, rtol=1e-5, atol=1e-7)
+            assert torch.allclose(one.cross_attention[layer], cross, rtol=1e-5, atol=1e-7)
+
+
+def test_bfloat16_is_scored_in_fp32():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 4, 60, 16, dtype=torch.bfloat16)
+    visual = torch.zeros(1, 60, dtype=torch.bool)
+    visual[:, 5:50] = True
+    found = received_attention(query, key, visual, scaling=0.25)
+    own, _ = full_map_reference(query, key, visual, 0.25, torch.ones(1, 60, dtype=torch.bool))
+    assert found.self_attention.dtype == torch.float32
+    assert torch.allclose(found.self_attention.double(), own, rtol=0.05, atol=1e-4)
+
+
+PEAK = """
+import resource, torch
+from fitprune.attention import received_attention
+torch.set_num_threads(1)
+query = torch.randn(1, 32, 3000, 128)
+key = torch.randn(1, 32, 3000, 128)
+visual = torch.zeros(1, 3000, dtype=torch.bool)
+visual[:, 40:2920] = True
+received_attention(query[:, :, :80], key[:, :, :80], visual[:, :80], scaling=0.1)  # libraries loaded
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+received_attention(query, key, visual, scaling=0.1)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_extra_memory_at_2880_tokens_and_32_heads_stays_below_100_mb():
+    assert resource.getpagesize()  # the measurement needs a POSIX system
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100
+
+
+def test_a_sample_without_visual_tokens_is_refused():
+    with pytest.raises(ValueError, match="no visual token"):
+        received_attention(
+            torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), torch.zeros(1, 5, dtype=torch.bool), scaling=1
+        )
+
+
+def test_a_decoding_step_is_refused():
+    with pytest.raises(ValueError, match="1 queries against 5 keys"):
+        received_attention(
+            torch.randn(1, 2, 1, 4), torch.randn(1, 2, 5, 4), torch.ones(1, 1, dtype=torch.bool), scaling=1
+        )

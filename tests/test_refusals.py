@@ -1,0 +1,173 @@
+"""What cannot be done right raises, names the value, the rule and the remedy, and leaves the model as it was."""
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from conftest import IMAGE, tiny_inputs, tiny_model
+from fitprune import PruningRecipe, measure, prune
+from fitprune.adapters import adapt
+from fitprune.tokens import keep_fractions
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def inputs(model):
+    return tiny_inputs(model)
+
+
+def recipe_for(model):
+    layers = model.config.text_config.num_hidden_layers
+    return PruningRecipe(keep_fractions([4, 0, 4, 0, 0][:layers], 16), adapt(model).shape, 16)
+
+
+def unchanged(model):
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert not any(layer._forward_hooks or layer.mlp._forward_hooks for layer in model.model.language_model.layers)
+
+
+def test_nested_prune_and_measuring_while_pruned(model, inputs):
+    recipe = recipe_for(model)
+    with prune(model, recipe):
+        with pytest.raises(ValueError, match="in use by fitprune; leave that block first"), prune(model, recipe):
+            pass
+        with pytest.raises(ValueError, match="in use by fitprune"):
+            measure(model, [inputs])
+        model(**inputs)  # the outer block still works
+    unchanged(model)
+
+
+def test_two_models_may_be_pruned_at_once(inputs):
+    one, two = tiny_model(seed=0), tiny_model(seed=1)
+    with torch.no_grad():
+        with prune(two, recipe_for(two)):
+            alone = two(**inputs).logits
+        with prune(one, recipe_for(one)), prune(two, recipe_for(two)):
+            one(**inputs)
+            assert torch.equal(two(**inputs).logits, alone)
+
+
+def test_a_recipe_of_another_model(model):
+    for other, message in [
+        (tiny_model(layers=4), "layers 4 there, 5 here"),
+        (tiny_model(kv_heads=4), "kv_heads 4 there, 2 here"),
+        (tiny_model("llava_next"), "model_type llava_next there, llava here"),
+    ]:
+        with pytest.raises(ValueError, match=f"recipe is of another model: {message}"), prune(model, recipe_for(other)):
+            pass
+    with (
+        pytest.raises(ValueError, match="layers 32 there, 5 here"),
+        prune(model, PruningRecipe.published("llava-1.5-7b", 60)),
+    ):
+        pass
+    unchanged(model)
+
+
+@pytest.mark.parametrize("where", ["generate", "forward"])
+def test_a_static_cache(model, inputs, where):
+    def call():
+        if where == "generate":
+            return model.generate(**inputs, cache_implementation="static", max_new_tokens=2)
+        return model(**inputs, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=64))
+
+    with prune(model, recipe_for(model)), pytest.raises(ValueError, match=r"StaticCache of .*StaticLayer"):
+        call()
+    unchanged(model)
+
+
+def test_an_offloaded_cache(model, inputs):
+    with prune(model, recipe_for(model)), pytest.raises(ValueError, match="offloading=True"):
+        model(**inputs, past_key_values=DynamicCache(offloading=True))
+
+
+def test_models_that_are_no_supported_mllm(model):
+    recipe = recipe_for(model)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2))  # fmt: skip
+    with pytest.raises(ValueError, match="model_type='llama': not supported; must be one of"), prune(llama, recipe):
+        pass
+    with pytest.raises(ValueError, match="without decoder layers"), prune(model.model, recipe):
+        pass
+    bare = tiny_model()
+    del bare.model.language_model.layers
+    with pytest.raises(ValueError, match="without decoder layers"), prune(bare, recipe):
+        pass
+    with pytest.raises(ValueError, match="must be a transformers model"), prune(torch.nn.Linear(2, 2), recipe):
+        pass
+
+
+def test_prompts_without_visual_tokens(model, inputs):
+    text = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    text["input_ids"] = text["input_ids"].clamp(min=10)
+    with torch.no_grad():
+        dense = model(**text).logits
+        with prune(model, recipe_for(model)):
+            assert torch.equal(model(**text).logits, dense)  # text alone is the dense model's business
+            with pytest.raises(ValueError, match=r"no visual token \(id 5\) in the prompt, but an image is given"):
+                model(**text, pixel_values=inputs["pixel_values"])
+    unchanged(model)
+
+
+def test_more_image_tokens_than_features(model, inputs):
+    ids = inputs["input_ids"].clone()
+    ids[0, 0] = IMAGE
+    with (
+        prune(model, recipe_for(model)),
+        pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 17"),
+    ):
+        model(**{**inputs, "input_ids": ids})
+    unchanged(model)
+
+
+def test_after_a_failed_call_the_next_one_is_right(model, inputs):
+    """State of a prefill that died half-way must not reach the next call."""
+    with torch.no_grad(), prune(model, recipe_for(model)):
+        good = model(**inputs).logits
+
+        def die(*_):
+            raise RuntimeError("half-way")
+
+        handle = model.model.language_model.layers[3].mlp.act_fn.register_forward_pre_hook(die)
+        with pytest.raises(RuntimeError, match="half-way"):
+            model(**inputs)
+        handle.remove()
+        assert torch.equal(model(**inputs).logits, good)
+
+
+def test_a_batch_whose_samples_differ_in_visual_tokens(model):
+    one, two = tiny_inputs(model), tiny_inputs(model, images=2, after=2)
+    longest = two["input_ids"].shape[1]
+    pad = longest - one["input_ids"].shape[1]
+    ragged = {
+        "input_ids": torch.cat([torch.nn.functional.pad(one["input_ids"], (pad, 0)), two["input_ids"]]),
+        "attention_mask": torch.cat([torch.nn.functional.pad(one["attention_mask"], (pad, 0)), two["attention_mask"]]),
+        "pixel_values": torch.cat([one["pixel_values"], two["pixel_values"]]),
+    }
+    with (
+        prune(model, recipe_for(model)),
+        pytest.raises(ValueError, match=r"\[\[16, 0\], \[16, 16\]\] visual tokens per image: must be equal"),
+    ):
+        model(**ragged)
+
+
+def test_calls_whose_meaning_is_not_defined_yet(model, inputs):
+    with prune(model, recipe_for(model)):
+        with pytest.raises(ValueError, match="labels are given"):
+            model(**inputs, labels=inputs["input_ids"])
+        with pytest.raises(ValueError, match="pass input_ids, not inputs_embeds"):
+            model(inputs_embeds=torch.randn(1, 5, 32))
+        square = {**inputs, "attention_mask": torch.zeros(1, 1, *inputs["input_ids"].shape)}
+        with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
+            model(**square)
+        cache = model(**inputs).past_key_values
+        with pytest.raises(ValueError, match="later turn of a cached conversation"):
+            model(**inputs, past_key_values=cache)
+
+
+def test_an_unknown_scorer(model):
+    with pytest.raises(ValueError, match="scorer='best': must be one of"), prune(model, recipe_for(model), "best"):
+        pass
