@@ -80,6 +80,14 @@ def test_a_killed_run_continues_with_what_it_has(tmp_path):
     assert same(continued, measure(model, batches))
 
 
+def test_parts_that_were_measured_in_another_dtype_are_measured_again(tmp_path):
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    measure(model.bfloat16(), [inputs], parts=tmp_path)
+    model = model.float()
+    assert measure(model, [inputs], parts=tmp_path).provenance["dtype"] == "float32"
+
+
 def test_parts_of_another_model_are_refused(tmp_path):
     model, other = tiny_model(), tiny_model(layers=4)
     inputs = tiny_inputs(model)

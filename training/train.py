@@ -33,6 +33,7 @@ from transformers import (
 )
 
 import scenes
+from fitprune import embedded, evaluate, load_samples
 
 PATCH = 8
 VISUAL_TOKENS = (scenes.SIZE // PATCH) ** 2
@@ -258,8 +259,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling, **_):
     return torch.cat([shared, packed.view(b, h, t, d)], 2).transpose(1, 2), None
 
 
-def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: argparse.Namespace) -> None:
-    """Train projector and decoder on packed questions, loss on the answers only."""
+def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: argparse.Namespace) -> float:
+    """Train projector and decoder on packed questions, loss on the answers only; returns the seconds it took."""
     global _PREFIX
     tower, projector, decoder = model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model
     tower.requires_grad_(False)
@@ -277,12 +278,12 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
     state_file = args.out / "decoder_state.pt"
-    first = 0
+    first, spent = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+        first, spent = state["step"], state["seconds"]
 
     def answers(features: torch.Tensor, ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         embed = decoder.get_input_embeddings()
@@ -328,9 +329,11 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
             print(f"decoder {step} loss {log['loss']:.4f} {time.time() - started:.0f}s", flush=True)
         if (step + 1) % args.save_every == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state["seconds"] = spent + time.time() - started
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
     model.set_attn_implementation({"text_config": before})
+    return spent + time.time() - started
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
@@ -370,18 +373,27 @@ def main() -> None:
     processor = make_processor()
     model = make_model(processor, args)
     batches = Batches(processor, args)
-    started = time.time()
     tower_file = args.out / "tower.pt"
     if tower_file.exists():
         model.model.vision_tower.load_state_dict(torch.load(tower_file, weights_only=True))
     else:
         train_tower(model, batches, args)
         torch.save(model.model.vision_tower.state_dict(), tower_file)
-    train_decoder(model, batches, args)
+    seconds = train_decoder(model, batches, args)
     save(model, processor, args.out)
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    facts = {"minutes": round((time.time() - started) / 60, 1), "torch": torch.__version__, "options": options}
+
+    trained = LlavaForConditionalGeneration.from_pretrained(args.out).eval()
+    dense = evaluate(trained, processor, load_samples(embedded.folder("test")), {}, batch_size=32).rows[0]
+    options = {k: v for k, v in vars(args).items() if k != "out"}
+    facts = {
+        "accuracy": dense.accuracy,
+        "accuracy_by_kind": dense.accuracy_by_kind,
+        "decoder_minutes": round(seconds / 60, 1),
+        "torch": torch.__version__,
+        "options": options,
+    }
     (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

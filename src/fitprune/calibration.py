@@ -257,7 +257,7 @@ def _file_entries(path: Path) -> Iterator[tuple[str, Any]]:
             raise BadSample(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
         yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(whole))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,9 +52,7 @@ def _measure(args: argparse.Namespace) -> None:
         progress=True,
     )
     stats.save(args.output)
-    for part in (parts := Path(f"{args.output}.parts")).glob("*.safetensors"):
-        part.unlink()
-    parts.rmdir()
+    shutil.rmtree(f"{args.output}.parts")
     print(f"{args.output}: {len(stats)} samples, {stats.model.decoder.layers} layers")
 
 

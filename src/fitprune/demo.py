@@ -10,7 +10,7 @@ import torch
 from fitprune import embedded
 from fitprune.adapters import adapt, visual_mask
 from fitprune.calibration import Sample, load_samples, make_batches
-from fitprune.evaluation import evaluate, table
+from fitprune.evaluation import evaluate, kind_table, table
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.measurement import measure
 from fitprune.pruning import kept_positions
@@ -45,16 +45,15 @@ def demo(output: Path, *, quick: bool = False) -> None:
     source = embedded.folder("model")
     model = AutoModelForImageTextToText.from_pretrained(source).eval()
     processor = AutoProcessor.from_pretrained(source)
-    adapted = adapt(model)
-    shape = adapted.shape.decoder
-    say(f"model: {model.config.model_type}, {shape.layers} decoder layers of width {shape.hidden}, 144 visual tokens")
+    shape = adapt(model).shape.decoder
+    say(f"model: {model.config.model_type}, {shape.layers} decoder layers of width {shape.hidden}")
 
     calibration = load_samples(embedded.folder("calibration"), samples=16 if quick else None)
     stats = measure(model, make_batches(calibration, processor, batch_size=16))
     stats.save(output / "stats.safetensors")
-    say(f"measured received attention on {len(stats)} calibration questions -> {output / 'stats.safetensors'}")
-
     fitter = Fitter(stats)
+    say(f"measured {fitter.visual_tokens} visual tokens on {len(stats)} questions -> {output / 'stats.safetensors'}")
+
     recipes: dict[str, PruningRecipe] = {}
     for budget in (0.6,) if quick else BUDGETS:
         name = f"{round(100 * budget)}%"
@@ -70,6 +69,7 @@ def demo(output: Path, *, quick: bool = False) -> None:
     print(table(results))
     print()
     if not quick:
+        print(kind_table(results))
         _draw(output, model, processor, load_samples(embedded.folder("test")), recipes)
         say(f"pictures: {output / 'kept_tokens.png'}, {output / 'keep_curves.png'}")
 

@@ -164,19 +164,31 @@ def table(results: Results) -> str:
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}%"
 
-    head = ("", "FLOPs cut", "tokens/layer", "KV bytes", "accuracy", "agreement", "prefill time")
-    lines = [head]
+    lines = [("", "FLOPs cut", "tokens/layer", "tokens left", "KV bytes", "accuracy", "agreement", "prefill time")]
     for row in results.rows:
         ratio = "-" if row.prefill_time_ratio is None else f"{row.prefill_time_ratio:.2f}x"
         cost = row.cost
-        cells = (percent(cost.flops_reduction), f"{cost.mean_visual_tokens:.1f}", f"{cost.kv_bytes:,}")
-        lines.append((row.name, *cells, percent(row.accuracy), percent(row.agreement), ratio))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    shown = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    return "\n".join(line.rstrip() for line in shown)
+        counts = (f"{cost.mean_visual_tokens:.1f}", str(cost.kept[-1]), f"{cost.kv_bytes:,}")
+        accuracy, agreement = percent(row.accuracy), percent(row.agreement)
+        lines.append((row.name, percent(cost.flops_reduction), *counts, accuracy, agreement, ratio))
+    return _aligned(lines)
+
+
+def kind_table(results: Results) -> str:
+    """Format the accuracy on each kind of question, a column for each row of the results."""
+    lines = [("accuracy on", *(row.name for row in results.rows))]
+    for kind in results.rows[0].accuracy_by_kind:
+        lines.append((kind, *(f"{100 * row.accuracy_by_kind[kind]:.1f}%" for row in results.rows)))
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
+    """Line up columns: the first to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *row[1:]]).rstrip() for line, row in zip(lines, rows, strict=True)
+    )
 
 
 def _sizes(visual: torch.Tensor, inputs: Mapping[str, Any]) -> tuple[int, int, int, int]:

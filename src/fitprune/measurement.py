@@ -54,11 +54,8 @@ def measure(
     for batch in tqdm(batches, total=total, desc="measure", unit="batch", disable=not progress):
         digests = _digests(adapted, batch)
         files = [folder / f"{digest}.safetensors" for digest in digests] if folder else []
-        if files and all(file.exists() for file in files):
-            found = [AttentionStats.load(file) for file in files]
-            for part in found:
-                part.model.require_same(adapted.shape, what=f"a part in {folder}")
-        else:
+        found = _found_parts(adapted, files)
+        if found is None:
             found = _measure_batch(adapted, batch, digests)
             for file, part in zip(files, found, strict=False):
                 part.save(file)
@@ -66,6 +63,16 @@ def measure(
     if not measured:
         raise ValueError("batches is empty: the calibration set must hold at least one sample")
     return merge(measured)
+
+
+def _found_parts(adapted: AdaptedModel, files: list[Path]) -> list[AttentionStats] | None:
+    """Load a batch's parts if an earlier run left them all, measured alike; None if it is to be measured."""
+    if not files or not all(file.exists() for file in files):
+        return None
+    found = [AttentionStats.load(file) for file in files]
+    for part in found:
+        part.model.require_same(adapted.shape, what=f"a part in {files[0].parent}")
+    return found if all(part.provenance == provenance_of(adapted.model) for part in found) else None
 
 
 def _measure_batch(adapted: AdaptedModel, batch: Mapping[str, Any], digests: list[str]) -> list[AttentionStats]:
