@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -95,6 +96,7 @@ def test_samples_are_drawn_by_seed_in_the_datas_order():
         ({"image": "red.png", "text": "  "}, r"q\.jsonl:2: 'text' is '  '"),
         ({"image": ["a.png", "b.png"], "text": "x"}, r"q\.jsonl:2: 'image' is \['a.png', 'b.png'\]"),
         ({"image": "red.png", "text": "x", "answer": {"a": 1}}, r"q\.jsonl:2: 'answer' is"),
+        ({"image": "red.png", "text": "x", "answer": True}, r"q\.jsonl:2: 'answer' is"),
         ({"image": "red.png", "conversations": "hello"}, r"q\.jsonl:2: 'conversations' must be"),
         ({"image": "red.png", "conversations": [{"from": "gpt", "value": "x"}]}, r"q\.jsonl:2: 'conversations'"),
     ],
@@ -160,6 +162,43 @@ def test_unusual_but_sound_images_are_read(folder, kind, processor):
     (sample,) = load_samples(write(folder, QUESTION | {"image": path.name}))
     assert sample.load_image().mode == "RGB"
     assert next(make_batches([sample], processor))["pixel_values"].shape == (1, 3, 96, 96)
+
+
+def test_sixteen_bit_grey_is_scaled_and_a_phones_second_view_is_left_out(folder):
+    Image.fromarray(np.full((8, 8), 0x8000, dtype=np.uint16)).save(folder / "grey.png")
+    grey, *_ = load_samples(write(folder, QUESTION | {"image": "grey.png"}))
+    assert grey.load_image().getpixel((0, 0)) == (128, 128, 128)
+    views = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    views[0].save(folder / "phone.mpo", save_all=True, append_images=views[1:])
+    phone, *_ = load_samples(write(folder, QUESTION | {"image": "phone.mpo"}))
+    assert phone.load_image().getpixel((8, 8))[0] > 200
+
+
+def test_files_from_other_systems_are_read(folder):
+    (folder / "w.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(QUESTION).encode() + b"\r\n")
+    assert len(load_samples(folder / "w.jsonl")) == 1
+    odd = json.dumps(QUESTION | {"text": "a\u2028b"}, ensure_ascii=False)
+    assert load_samples(write(folder, odd))[0].text == "a\u2028b"
+
+
+def test_an_image_marker_in_a_question(folder, processor):
+    (sample,) = load_samples(write(folder, QUESTION | {"text": "<image>\nWhat?"}))
+    assert sample.text == "What?"
+    with pytest.raises(ValueError, match="contains the image token '<image>'"):
+        format_prompt(processor, "<image> What?")
+
+
+def test_a_bad_image_in_a_dataset_is_named_and_can_be_skipped(folder, caplog):
+    import datasets
+
+    rows = {"image": [str(folder / "red.png"), str(folder / "q.jsonl")], "text": ["a", "b"]}
+    write(folder, QUESTION)
+    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    made.save_to_disk(folder / "saved")
+    with pytest.raises(BadSample, match=r"row 1: .* is not an image file"):
+        [sample.load_image() for sample in load_samples(folder / "saved")]
+    assert len(load_samples(folder / "saved", skip_bad=True)) == 1
+    assert "row 1" in caplog.text
 
 
 def test_a_file_that_is_not_there_or_no_text(folder):

@@ -96,9 +96,12 @@ def test_ragged_statistics_meet_the_budget_for_the_stated_size():
         ({"flops_reduction": 60}, "a fraction, not percent"),
         ({"flops_reduction": float("nan")}, "must be a finite number"),
         ({"flops_reduction": "0.5"}, "must be a finite number"),
-        ({"flops_reduction": 0.99}, "cannot be met; with all visual tokens removed after layer 0 it is 0.9"),
-        ({"kv_cache_reduction": 0.9}, "it is 0.8750; ask for at most that"),
-        ({"mean_visual_tokens": 10}, "it is 18.0000; ask for at least that"),
+        (
+            {"flops_reduction": 0.99},
+            "cannot be met even with all visual tokens removed after layer 0; ask for at most 0.9",
+        ),
+        ({"kv_cache_reduction": 0.9}, "ask for at most 0.8750"),
+        ({"mean_visual_tokens": 10}, "ask for at least 18.0000"),
         ({"mean_visual_tokens": 0}, "must be above 0"),
         ({"tolerance": 1.1}, "must be between 0 and 1"),
         ({}, "0 budgets stated"),
@@ -164,12 +167,31 @@ def test_the_sequential_fit_at_a_tolerance_equals_one_pass_at_the_first_layer():
     assert (left[:, 0].double() / 16).mean().item() == pytest.approx(Fitter(stats).kept_fractions(0.3)[0])
 
 
+def test_the_sequential_fit_weighs_samples_of_different_size_by_their_shares():
+    model = tiny_model()
+    batches = [tiny_inputs(model, images=i, seed=s) for s, i in enumerate((3, 1, 1, 2, 1))]
+    recipe = fit_sequential(model, [*batches, batches[0]], flops_reduction=0.4)
+    assert recipe.provenance["samples"] == 5
+    kept = [16, *recipe.kept(16)]
+    assert kept == sorted(kept, reverse=True)
+
+
+def test_the_most_that_can_be_asked_for_is_what_the_message_says():
+    stats = synthetic()
+    with pytest.raises(ValueError, match="ask for at most") as caught:
+        fit(stats, flops_reduction=0.99)
+    most = float(str(caught.value).rsplit(" ", 1)[1])
+    assert fit(stats, flops_reduction=most).counts(144) == [144, *[0] * 7]
+
+
 def test_the_sequential_fit_refuses_other_samples_and_batches():
     model = tiny_model()
     batches = [tiny_inputs(model, seed=s) for s in range(2)]
     stats = measure(model, batches)
-    with pytest.raises(ValueError, match="stats hold 2 samples, batches 1"):
-        fit_sequential(model, batches[:1], flops_reduction=0.5, stats=stats)
+    others = [batches[0], tiny_inputs(model, seed=9)]
+    for wrong in (batches[:1], others, batches[::-1]):
+        with pytest.raises(ValueError, match="must be the same samples in the same order"):
+            fit_sequential(model, wrong, flops_reduction=0.5, stats=stats)
     with pytest.raises(ValueError, match="one sample at a time"):
         fit_sequential(model, [tiny_inputs(model, batch=2)], flops_reduction=0.5)
     with pytest.raises(ValueError, match="of another model"):
@@ -186,6 +208,12 @@ def test_the_lowest_scores_leave_each_image_by_its_own_share():
     score = torch.tensor([[0.0, 3, 1, 2, 0, 5, 4, 0]])
     stays = keep_highest(score, image, torch.tensor([[1, 1]]))
     assert stays.tolist() == [[True, True, False, False, True, True, False, True]]
+
+
+def test_scores_of_minus_infinity_still_leave_the_right_number():
+    image = torch.tensor([[-1, 0, 0, 0, -1]])
+    score = torch.tensor([[0.0, float("-inf"), float("-inf"), 1.0, 0.0]])
+    assert keep_highest(score, image, torch.tensor([[2]])).tolist() == [[True, False, True, True, True]]
 
 
 def test_of_equal_scores_the_later_token_stays():

@@ -1,5 +1,7 @@
 """`prune` against the masked dense oracle, and what it must leave behind: nothing."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -162,6 +164,33 @@ def test_nothing_is_left_on_the_model(error, where):
     assert model.config.text_config._attn_implementation == implementation
     after, _ = greedy_logits(model, inputs, 4)
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("how", ["same block", "another block", "copy"])
+def test_a_text_turn_continues_a_pruned_cache(how):
+    """The second turn's four tokens in one pass equal the same tokens one by one."""
+    model = tiny_model()
+    inputs = tiny_inputs(model, batch=2, before=8, pad=(3, 0))
+    recipe, more = recipe_for(model, inputs), torch.tensor([[7, 8, 9, 10]] * 2)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
+    positions = mask.cumsum(-1) - 1
+
+    def turn(cache, tokens, start):
+        stop = inputs["input_ids"].shape[1] + start + tokens.shape[1]
+        where = positions[:, stop - tokens.shape[1] : stop]
+        return model(input_ids=tokens, attention_mask=mask[:, :stop], position_ids=where, past_key_values=cache).logits
+
+    with torch.no_grad():
+        with prune(model, recipe):
+            steps = model(**inputs, position_ids=positions[:, :-4].clamp(min=0)).past_key_values
+            cache = copy.deepcopy(steps)
+            one_by_one = torch.cat([turn(steps, more[:, i : i + 1], i) for i in range(4)], 1)
+            if how != "another block":
+                at_once = turn(copy.deepcopy(cache) if how == "copy" else cache, more, 0)
+        if how == "another block":
+            with prune(model, recipe):
+                at_once = turn(cache, more, 0)
+    assert relative(at_once, one_by_one) < 1e-5
 
 
 def test_a_custom_scorer_is_obeyed():

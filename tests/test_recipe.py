@@ -1,5 +1,6 @@
 """Recipes: the published ones to the digit, the cost model, JSON, and every way to be wrong."""
 
+import dataclasses
 import importlib.resources
 import json
 import math
@@ -86,6 +87,17 @@ def test_json_and_file_round_trip(tmp_path):
         ({"keep": 3}, "must be a list"),
         ({"schema": 2}, "reads schema 1"),
         ({"visual_tokens": 0}, "visual_tokens=0"),
+        ({"visual_tokens": True}, "visual_tokens=True"),
+        ({"schema": True}, "reads schema 1"),
+        ({"keep": [10**400, 1, 1, 1]}, "must be between 0 and 1"),
+        ({"model": {"model_type": 5, "decoder": {}}}, "model_type=5"),
+        *[
+            (
+                {"model": {"model_type": "llava", "decoder": dataclasses.asdict(SHAPE.decoder) | wrong}},
+                "must be an integer",
+            )
+            for wrong in ({"hidden": "x"}, {"kv_heads": 0}, {"layers": 4.0}, {"layers": None}, {"vocab": -1})
+        ],
         ({"model": {"model_type": "llava"}}, "not a model shape"),
         ({"model": {"model_type": "llava", "decoder": {}, "colour": 1}}, "not a model shape"),
     ],
@@ -103,6 +115,16 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ValueError, match=r"r\.json"):
         PruningRecipe.load(tmp_path / "r.json")
+
+
+def test_a_key_that_stands_twice_is_refused():
+    with pytest.raises(ValueError, match="stands twice"):
+        PruningRecipe.from_json(recipe().to_json().replace('"schema": 1', '"schema": 1, "schema": 1'))
+
+
+def test_a_byte_order_mark_is_no_harm(tmp_path):
+    (tmp_path / "r.json").write_text(recipe().to_json(), encoding="utf-8-sig")
+    assert PruningRecipe.load(tmp_path / "r.json") == recipe()
 
 
 def test_a_missing_key_is_named(tmp_path):

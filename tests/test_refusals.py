@@ -156,6 +156,8 @@ def test_a_batch_whose_samples_differ_in_visual_tokens(model):
 
 def test_calls_whose_meaning_is_not_defined_yet(model, inputs):
     with prune(model, recipe_for(model)):
+        with pytest.raises(ValueError, match="logits_to_keep is a tensor"):
+            model(**inputs, logits_to_keep=torch.tensor([3]))
         with pytest.raises(ValueError, match="labels are given"):
             model(**inputs, labels=inputs["input_ids"])
         with pytest.raises(ValueError, match="pass input_ids, not inputs_embeds"):
@@ -164,7 +166,7 @@ def test_calls_whose_meaning_is_not_defined_yet(model, inputs):
         with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
             model(**square)
         cache = model(**inputs).past_key_values
-        with pytest.raises(ValueError, match="later turn of a cached conversation"):
+        with pytest.raises(ValueError, match="image in a later turn, or in chunks"):
             model(**inputs, past_key_values=cache)
 
 

@@ -1,6 +1,7 @@
 """Measurement, statistics on disk, and runs that were killed."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -80,12 +81,40 @@ def test_a_killed_run_continues_with_what_it_has(tmp_path):
     assert same(continued, measure(model, batches))
 
 
-def test_parts_that_were_measured_in_another_dtype_are_measured_again(tmp_path):
-    model = tiny_model()
+def test_parts_of_other_weights_or_another_dtype_are_measured_again(tmp_path, caplog):
+    model, other = tiny_model(), tiny_model(seed=3)
     inputs = tiny_inputs(model)
     measure(model.bfloat16(), [inputs], parts=tmp_path)
     model = model.float()
     assert measure(model, [inputs], parts=tmp_path).provenance["dtype"] == "float32"
+    assert same(measure(other, [inputs], parts=tmp_path), measure(other, [inputs]))
+    (part,) = tmp_path.iterdir()
+    part.write_bytes(part.read_bytes()[:99])
+    assert same(measure(other, [inputs], parts=tmp_path), measure(other, [inputs]))
+    assert "measured again" in caplog.text
+
+
+def test_only_own_parts_are_forgotten(tmp_path):
+    from fitprune.measurement import forget_parts
+
+    (tmp_path / "notes.txt").write_text("mine")
+    model = tiny_model()
+    measure(model, [tiny_inputs(model)], parts=tmp_path)
+    forget_parts(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_link_is_followed_and_special_files_are_refused(tmp_path):
+    thing = PruningRecipe.dense(adapt(tiny_model()).shape, 16)
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    thing.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert PruningRecipe.load(tmp_path / "target") == thing
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        thing.save(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is a folder"):
+        thing.save(f"{tmp_path}/new/")
 
 
 def test_parts_of_another_model_are_refused(tmp_path):
@@ -112,7 +141,7 @@ def test_samples_without_image_or_question_are_refused():
     with pytest.raises(ValueError, match="sample 0 of the batch has no visual token"):
         measure(model, [no_image])
     no_question = {k: v[:, : 3 + 16] if v.ndim == 2 else v for k, v in inputs.items()}
-    with pytest.raises(ValueError, match="no text after its image"):
+    with pytest.raises(ValueError, match="sample 0 of the batch has no text after its last visual token"):
         measure(model, [no_question])
 
 

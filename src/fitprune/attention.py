@@ -48,10 +48,10 @@ def received_attention(
         valid: [B, N] bool, False at padding; None where nothing is padded.
 
     Returns:
-        Received self and cross attention, [B, N] each. Where no text follows the image, cross is zero.
+        Received self and cross attention, [B, N] each.
 
     Raises:
-        ValueError: queries and keys differ in length, or a sample has no visual token.
+        ValueError: queries and keys differ in length, or a sample has no visual token or no text after its last one.
 
     Source: arXiv:2409.10197, section on attention statistics; the authors take the maximum over heads first, then the
     mean over query rows, and so does this.
@@ -59,13 +59,7 @@ def received_attention(
     batch, heads, length, _ = query.shape
     if key.shape[2] != length:
         raise ValueError(f"{length} queries against {key.shape[2]} keys: scores are taken in a whole prefill only")
-    if not bool(visual.any(1).all()):
-        raise ValueError("a sample has no visual token: nothing receives attention; leave it out")
-    position = torch.arange(length, device=query.device)
-    last_visual = torch.where(visual, position, -1).amax(1, keepdim=True)
-    after = position[None] > last_visual
-    if valid is not None:
-        after = after & valid
+    after = text_after(visual, valid)
     # One weight per query row and kind: the mean over a sample's rows is a weighted sum over all rows.
     row_weight = torch.stack([_mean_weights(visual), _mean_weights(after)], 1)  # [B, 2, N]
 
@@ -78,6 +72,22 @@ def received_attention(
         )
     received.masked_fill_(~visual[:, None], 0)
     return ReceivedAttention(received[:, 0], received[:, 1])
+
+
+def text_after(visual: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Mark the text after each sample's last visual token, whose rows are cross attention: [B, N] bool.
+
+    Raises:
+        ValueError: a sample has no visual token or no such text.
+    """
+    position = torch.arange(visual.shape[1], device=visual.device)
+    after = position[None] > torch.where(visual, position, -1).amax(1, keepdim=True)
+    after = after if valid is None else after & valid
+    for needed, what in ((visual, "visual token"), (after, "text after its last visual token")):
+        if not bool(needed.any(1).all()):
+            number = int(needed.any(1).int().argmin())
+            raise ValueError(f"sample {number} of the batch has no {what}: scores need an image and then a question")
+    return after
 
 
 def _mean_weights(rows: torch.Tensor) -> torch.Tensor:
@@ -101,12 +111,12 @@ def _accumulate(
         keys = int(index[-1]) + 1  # later keys are behind every row of the block
         contiguous = keys - int(index[0]) == len(index)
         block = query[:, :, int(index[0]) : keys] if contiguous else query[:, :, index]
-        block = block.reshape(batch, groups, heads // groups * len(index), width)
+        block = (block * scaling).reshape(batch, groups, heads // groups * len(index), width)
         weights = (block @ key[:, :, :keys].transpose(2, 3)).view(batch, heads, len(index), keys)
         hidden = torch.arange(keys, device=index.device)[None] > index[:, None]
         if valid is not None:
             hidden = hidden | ~valid[:, None, None, :keys]
         # The lowest finite number, not -inf: a padded row has no key of its own and must not turn into NaN.
-        weights = weights.float().mul_(scaling).masked_fill_(hidden, torch.finfo(torch.float32).min)
+        weights = weights.float().masked_fill_(hidden, torch.finfo(torch.float32).min)
         strongest = weights.softmax(-1).amax(1)
         received[..., :keys] += row_weight[:, :, index] @ strongest

@@ -7,6 +7,7 @@ with its line. Knows processors, no models.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,7 +35,7 @@ class Sample:
     Attributes:
         id: `question_id`, `id` or the entry's number.
         text: the question, without image token and without prompt format.
-        image: path of the image file, or the image itself where a dataset holds it.
+        image: path of the image file; its bytes or the image itself where a dataset holds it.
         answers: accepted answers; empty where the data has none.
         kind: a label that results are grouped by ("" where the data has none).
         where: file and line, for messages.
@@ -41,7 +43,7 @@ class Sample:
 
     id: str
     text: str
-    image: Path | Image.Image
+    image: Path | bytes | Image.Image
     answers: tuple[str, ...] = ()
     kind: str = ""
     where: str = ""
@@ -52,28 +54,29 @@ class Sample:
         Raises:
             BadSample: the file is missing, no image, truncated, animated, a single pixel, or a decompression bomb.
         """
-        opened = self.image
-        if isinstance(opened, Path):
-            if not opened.is_file():
-                raise BadSample(f"{self.where}: image {opened} does not exist; check --image-folder")
-            try:
-                opened = Image.open(opened)
-            except UnidentifiedImageError:
-                raise BadSample(f"{self.where}: {opened} is not an image file") from None
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise BadSample(f"{self.where}: {opened} cannot be read as an image ({error})") from None
-        if (frames := getattr(opened, "n_frames", 1)) > 1:
-            raise BadSample(f"{self.where}: {self.image} is animated ({frames} frames); save the frame that is meant")
-        if min(opened.size) < 2:
-            raise BadSample(
-                f"{self.where}: {self.image} is {opened.size[0]}x{opened.size[1]} pixels: too small to show anything"
-            )
-        if ImageFile.LOAD_TRUNCATED_IMAGES:
-            logger.warning("PIL's LOAD_TRUNCATED_IMAGES is set: truncated images will not be noticed")
+        name = self.image if isinstance(self.image, Path) else "its image"
+        if isinstance(self.image, Path) and not self.image.is_file():
+            raise BadSample(f"{self.where}: image {name} does not exist; check --image-folder")
         try:
+            if isinstance(self.image, Image.Image):
+                opened = self.image
+            else:
+                opened = Image.open(io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image)
+            # A phone's MPO holds a second view of the same picture; the first is what is shown.
+            if (frames := getattr(opened, "n_frames", 1)) > 1 and opened.format != "MPO":
+                raise BadSample(f"{self.where}: {name} is animated ({frames} frames); save the frame that is meant")
+            if min(opened.size) < 2:
+                size = "x".join(map(str, opened.size))
+                raise BadSample(f"{self.where}: {name} is {size} pixels: too small to show anything")
+            if opened.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
+                opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
             return opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BadSample(f"{self.where}: {self.image} cannot be decoded ({error})") from None
+        except BadSample:
+            raise
+        except UnidentifiedImageError:
+            raise BadSample(f"{self.where}: {name} is not an image file") from None
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise BadSample(f"{self.where}: {name} cannot be decoded ({error})") from None
 
 
 def load_samples(
@@ -151,13 +154,17 @@ def format_prompt(processor: Any, text: str, prompt_template: str | None = None)
     Raises:
         ValueError: the template lacks `{question}` or the image token, or there is no template at all.
     """
+    token = getattr(processor, "image_token", None)
+    if token and token in text:
+        raise ValueError(
+            f"question {text!r} contains the image token {token!r}: the image is put in for you; remove it"
+        )
     if prompt_template is not None:
         if "{question}" not in prompt_template:
             raise ValueError(
                 f"prompt_template={prompt_template!r}: must contain {{question}}, "
                 "for example 'USER: <image>\\n{question} ASSISTANT:'"
             )
-        token = getattr(processor, "image_token", None)
         if token and token not in prompt_template:
             raise ValueError(
                 f"prompt_template={prompt_template!r}: no visual token in it; put {token!r} where the image is"
@@ -226,7 +233,8 @@ def equal_batches(
         window = samples[start : start + 32 * batch_size]
         groups: dict[tuple[Any, ...], list[tuple[int, Mapping[str, Any]]]] = {}
         for offset, single in enumerate(make_batches(window, processor, prompt_template=prompt_template)):
-            shape = tuple((name, tuple(value.shape)) for name, value in single.items())
+            visual = int((single["input_ids"] == getattr(processor, "image_token_id", None)).sum())
+            shape = (visual, *((name, tuple(value.shape)) for name, value in single.items()))
             groups.setdefault(shape, []).append((start + offset, single))
         for group in groups.values():
             for chunk in _chunks(group, batch_size):
@@ -247,7 +255,7 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def _file_entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Give (where, entry) for a JSONL file or a JSON list; a broken line is an entry that is an exception."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8 text; must be JSONL or JSON") from None
     if text.lstrip().startswith("["):
@@ -288,6 +296,8 @@ def _dataset_entries(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         if len(splits) > 1:
             logger.warning("%s has splits %s: %r is used", name, splits, splits[0])
         loaded = loaded[splits[0]]
+    if isinstance((loaded.features or {}).get("image"), datasets.Image):  # decoded here, where a bad one can be named
+        loaded = loaded.cast_column("image", datasets.Image(decode=False))
     yield from ((f"{name}, row {number}", row) for number, row in enumerate(loaded))
 
 
@@ -300,30 +310,39 @@ def _sample(entry: Any, folder: Path, where: str) -> Sample:
     image = entry.get("image", entry.get("file_name"))
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
+    if isinstance(image, dict):  # how datasets holds an image that is not decoded
+        image = image.get("bytes") or image.get("path")
     if isinstance(image, str) and image:
         image = folder / image
-    elif not isinstance(image, Image.Image):
+    elif not isinstance(image, (bytes, Image.Image)):
         raise BadSample(f"{where}: 'image' is {image!r}, must be one file name (or 'file_name')")
     text, answer = entry.get("text", entry.get("question")), entry.get("answer", entry.get("answers"))
     if "conversations" in entry:
         text, answer = _first_exchange(entry["conversations"], where)
     if not isinstance(text, str) or not text.strip():
         raise BadSample(f"{where}: 'text' is {text!r}, must be a question (or 'question', or 'conversations')")
-    answers = [] if answer is None else [answer] if isinstance(answer, (str, int, float)) else answer
-    if not isinstance(answers, list) or not all(isinstance(a, (str, int, float)) for a in answers):
+    answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
+    if not all(isinstance(a, (str, int, float)) and not isinstance(a, bool) for a in answers):
         raise BadSample(f"{where}: 'answer' is {answer!r}, must be a string or a list of strings")
     number = entry.get("question_id", entry.get("id", where))
-    return Sample(str(number), text, image, tuple(str(a) for a in answers), str(entry.get("kind") or ""), where)
+    return Sample(
+        str(number),
+        text.replace("<image>", "").strip(),
+        image,
+        tuple(str(a) for a in answers),
+        str(entry.get("kind") or ""),
+        where,
+    )
 
 
 def _first_exchange(conversations: Any, where: str) -> tuple[str, str | None]:
     """Take the first question, its image marker cut out, and its answer from LLaVA's conversation form."""
     try:
-        turns = [(turn["from"], turn["value"]) for turn in conversations]
+        turns = [(turn["from"], str(turn["value"])) for turn in conversations]
         question = next(value for speaker, value in turns if speaker == "human")
         answer = next((value for speaker, value in turns if speaker == "gpt"), None)
     except (TypeError, KeyError, StopIteration):
         raise BadSample(
             f"{where}: 'conversations' must be a list of {{'from': 'human'|'gpt', 'value': text}}"
         ) from None
-    return question.replace("<image>", "").strip(), answer
+    return question, answer

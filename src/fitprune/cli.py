@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        print("fitprune: interrupted; run the same command again to go on", file=sys.stderr)
+        more = "; run the same command again to go on" if args.run is _measure else ""
+        print(f"fitprune: interrupted{more}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if args.debug:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace) -> None:
     from fitprune.calibration import load_samples, make_batches
-    from fitprune.measurement import measure
+    from fitprune.measurement import forget_parts, measure
 
     files.require_writable(args.output)
     samples = load_samples(
@@ -52,7 +52,7 @@ def _measure(args: argparse.Namespace) -> None:
         progress=True,
     )
     stats.save(args.output)
-    shutil.rmtree(f"{args.output}.parts")
+    forget_parts(f"{args.output}.parts")
     print(f"{args.output}: {len(stats)} samples, {stats.model.decoder.layers} layers")
 
 
@@ -64,11 +64,13 @@ def _fit(args: argparse.Namespace) -> None:
         k for k in ("flops_reduction", "kv_cache_reduction", "mean_visual_tokens", "tolerance") if getattr(args, k)
     )
     budgets = [checked_budget(kind, value) for value in getattr(args, kind)]
+    if len({budget.value for budget in budgets}) < len(budgets):
+        raise ValueError(f"--{kind.replace('_', '-')} states a budget twice: each makes a file named by its value")
     one_file = len(budgets) == 1 and not args.output.endswith(("/", "\\")) and not Path(args.output).is_dir()
     fitter = Fitter(AttentionStats.load(args.stats), visual_tokens=args.visual_tokens)
     recipes = [fitter.fit(budget) for budget in budgets]  # all before the first is written
     for budget, recipe in zip(budgets, recipes, strict=True):
-        path = Path(args.output) if one_file else Path(args.output) / f"{kind}-{budget.value:g}.json"
+        path = Path(args.output) if one_file else Path(args.output) / f"{kind}-{budget.value}.json"
         recipe.save(path)
         cost = recipe.cost()
         print(
@@ -143,6 +145,10 @@ def _recipe(name: str) -> PruningRecipe:
     """Load a recipe file, or a published one by `model:percent`."""
     if not Path(name).exists() and (parts := name.split(":"))[0] in PruningRecipe.published_names() and len(parts) == 2:
         return PruningRecipe.published(parts[0], int(parts[1]) if parts[1].isdigit() else parts[1])  # type: ignore[arg-type]
+    if name in PruningRecipe.published_names():
+        raise ValueError(
+            f"{name}: say which of its recipes, such as {name}:60; {PruningRecipe.published_names()[name]}"
+        )
     return PruningRecipe.load(name)
 
 
@@ -155,10 +161,16 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     from fitprune import adapters, embedded
 
     transformers_logging.disable_progress_bar()
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise ValueError(f"--device {args.device}: unknown; for example cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this torch sees no CUDA device; use --device cpu")
     name = embedded.resolve(args.model)
     adapters.model_shape(AutoConfig.from_pretrained(name))  # before the weights: the wrong family is found in a second
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(args.device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
     return model, AutoProcessor.from_pretrained(name)
 
 
@@ -238,7 +250,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("recipe", metavar="RECIPE", help="recipe file, or a published one such as llava-1.5-7b:60")
     made.add_argument("--visual-tokens", type=_positive, help="visual tokens of the sample (default: the recipe's)")
     made.add_argument("--text-tokens", type=int, default=64)
-    made.add_argument("--crops", type=_positive, default=1, help="image crops that the vision tower sees")
+    made.add_argument(
+        "--crops", type=_positive, help="image crops in the vision tower (default: as few as give the tokens)"
+    )
     made.add_argument("--value-bytes", type=_positive, default=2, help="bytes of a cached value (16-bit: 2)")
 
     made = command(

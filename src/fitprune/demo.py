@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fitprune import embedded
+from fitprune import embedded, files
 from fitprune.adapters import adapt, visual_mask
 from fitprune.calibration import Sample, load_samples, make_batches
 from fitprune.evaluation import evaluate, kind_table, table
@@ -34,6 +34,7 @@ def demo(output: Path, *, quick: bool = False) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
+    files.require_writable(output / "stats.safetensors")
     if not quick:
         _require_matplotlib()
     transformers_logging.disable_progress_bar()

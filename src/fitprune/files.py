@@ -20,14 +20,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be made or written to, or the disk is full; the message names `path`.
     """
-    target = Path(path)
-    temporary = _temporary(target)
+    target, temporary = _open_beside(path)
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {target}: {error.strerror}; nothing was changed") from error
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}; nothing was changed") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -38,19 +37,23 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: as for `replacing`.
     """
-    _temporary(Path(path)).unlink()
+    _open_beside(path)[1].unlink()
 
 
-def _temporary(target: Path) -> Path:
+def _open_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Give the file meant by `path`, links followed, and a new temporary file beside it."""
+    target = Path(os.path.realpath(path))
     try:
-        if target.is_dir():
+        if target.is_dir() or os.fspath(path).endswith(os.sep):
             raise IsADirectoryError(21, "is a folder, not a file")
+        if target.exists() and not target.is_file():
+            raise FileExistsError(17, "is not a regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     except OSError as error:
-        raise type(error)(error.errno, f"cannot write {target}: {error.strerror}; choose another output path") from None
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}; choose another output path") from None
     os.close(handle)
-    return Path(name)
+    return target, Path(name)
 
 
 def _umask() -> int:

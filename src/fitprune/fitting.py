@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -267,7 +268,7 @@ def checked_budget(kind: str, value: float) -> Budget:
     Raises:
         ValueError: the value is no number or outside the kind's range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{kind}={value!r}: must be a finite number")
     if kind.endswith("_reduction") and not 0 <= value < 1:
         raise ValueError(f"{kind}={value}: must be at least 0 and below 1 (a fraction, not percent)")
@@ -282,8 +283,12 @@ def _require_possible(budget: Budget, decoder: flops.DecoderShape, visual_tokens
     """Refuse a budget that even removing everything after the first layer's attention does not meet."""
     best = budget.measured(decoder, visual_tokens, [0] * decoder.layers)
     if not budget.met_by(best):
-        bound = "at least" if budget.kind == "mean_visual_tokens" else "at most"
+        # Rounded to the side that can be met, so that the figure in the message works.
+        if budget.kind == "mean_visual_tokens":
+            bound = f"at least {math.ceil(best * 1e4) / 1e4:.4f}"
+        else:
+            bound = f"at most {math.floor(best * 1e4) / 1e4:.4f}"
         raise ValueError(
-            f"{budget.kind}={budget.value}: cannot be met; with all visual tokens removed after layer 0 it is "
-            f"{best:.4f}; ask for {bound} that"
+            f"{budget.kind}={budget.value}: cannot be met even with all visual tokens removed after layer 0; "
+            f"ask for {bound}"
         )

@@ -32,6 +32,9 @@ class DecoderShape:
     head_dim: int
     vocab: int = dataclasses.field(default=0, compare=False)
 
+    def __post_init__(self) -> None:
+        _require_sizes(self, may_be_zero="vocab")
+
     @property
     def q_width(self) -> int:
         """Width of all query heads together."""
@@ -53,6 +56,9 @@ class VisionShape:
     image_size: int
     patch_size: int
 
+    def __post_init__(self) -> None:
+        _require_sizes(self)
+
     @property
     def patches(self) -> int:
         """Patches of one crop."""
@@ -65,6 +71,14 @@ class VisionShape:
         tower = self.layers * (8 * n * d * d + 4 * n * n * d + 4 * n * d * m)
         projector = 2 * self.patches * (d * decoder_hidden + decoder_hidden**2)
         return embed + tower + projector
+
+
+def _require_sizes(shape: DecoderShape | VisionShape, may_be_zero: str = "") -> None:
+    """Refuse sizes that no model has, so that a damaged file fails where it is read."""
+    for field in dataclasses.fields(shape):
+        value = getattr(shape, field.name)
+        if type(value) is not int or value < (0 if field.name == may_be_zero else 1):
+            raise ValueError(f"{field.name}={value!r}: must be an integer of at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +101,14 @@ class ModelShape:
             ValueError: a key is missing or unknown.
         """
         try:
+            if not isinstance(data["model_type"], str):
+                raise ValueError(f"model_type={data['model_type']!r}: must be a string")
             vision = data.get("vision")
             rest = {key: value for key, value in data.items() if key not in ("decoder", "vision")}
             return cls(
                 decoder=DecoderShape(**data["decoder"]), vision=VisionShape(**vision) if vision else None, **rest
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"model={data!r}: not a model shape ({error}); fit or measure again") from None
 
     def require_same(self, other: ModelShape, *, what: str) -> None:
@@ -162,11 +178,9 @@ def scoring_flops(decoder: DecoderShape, visual_tokens: int, text_before: int, t
     last row.
     """
     first, rows = text_before, visual_tokens + text_after
-    total = 0
-    for start in range(0, rows, SCORE_BLOCK):
-        stop = min(start + SCORE_BLOCK, rows)
-        total += 2 * decoder.q_width * (stop - start) * (first + stop)
-    return total
+    blocks, rest = divmod(rows, SCORE_BLOCK)
+    pairs = SCORE_BLOCK * blocks * first + SCORE_BLOCK**2 * blocks * (blocks + 1) // 2 + rest * (first + rows)
+    return 2 * decoder.q_width * pairs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,10 +14,12 @@ import torch
 from tqdm import tqdm
 
 from fitprune.adapters import AdaptedModel, adapt, visual_mask
-from fitprune.attention import ReceivedAttention, received_attention
+from fitprune.attention import ReceivedAttention, received_attention, text_after
 from fitprune.hooks import tap_attention
 from fitprune.selection import images_of
 from fitprune.stats import AttentionStats, merge
+
+logger = logging.getLogger(__name__)
 
 
 def measure(
@@ -52,7 +56,7 @@ def measure(
     folder = Path(parts) if parts is not None else None
     measured: list[AttentionStats] = []
     for batch in tqdm(batches, total=total, desc="measure", unit="batch", disable=not progress):
-        digests = _digests(adapted, batch)
+        digests = input_digests(adapted, batch)
         files = [folder / f"{digest}.safetensors" for digest in digests] if folder else []
         found = _found_parts(adapted, files)
         if found is None:
@@ -69,9 +73,14 @@ def _found_parts(adapted: AdaptedModel, files: list[Path]) -> list[AttentionStat
     """Load a batch's parts if an earlier run left them all, measured alike; None if it is to be measured."""
     if not files or not all(file.exists() for file in files):
         return None
-    found = [AttentionStats.load(file) for file in files]
+    try:
+        found = [AttentionStats.load(file) for file in files]
+    except ValueError as error:
+        logger.warning("measured again: %s", error)
+        return None
     for part in found:
         part.model.require_same(adapted.shape, what=f"a part in {files[0].parent}")
+    # Other weights, dtype or versions: not what this run would measure.
     return found if all(part.provenance == provenance_of(adapted.model) for part in found) else None
 
 
@@ -84,7 +93,7 @@ def _measure_batch(adapted: AdaptedModel, batch: Mapping[str, Any], digests: lis
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     visual = visual_mask(adapted, ids)
     padded = None if bool(valid.all()) else valid
-    _require_text_after(visual, valid)
+    text_after(visual, padded)  # refuses before the forward what could not be scored in it
     received: dict[int, ReceivedAttention] = {}
 
     def tap(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
@@ -119,11 +128,31 @@ def provenance_of(model: Any) -> dict[str, str]:
 
     return {
         "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
+        "weights": weights_digest(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "fitprune": fitprune.__version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
+
+
+def weights_digest(model: Any) -> str:
+    """Tell weights of one shape apart: a hash of the first values of every parameter that is not on the meta device."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta":
+            digest.update(name.encode())
+            digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def forget_parts(parts: str | os.PathLike[str]) -> None:
+    """Delete the parts of a finished run, and their folder unless something else lies in it."""
+    for part in Path(parts).glob("*.safetensors"):
+        if len(part.stem) == hashlib.sha256().digest_size * 2:
+            part.unlink()
+    with contextlib.suppress(OSError):
+        Path(parts).rmdir()
 
 
 def to_model(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -137,22 +166,7 @@ def to_model(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return {name: move(value) for name, value in batch.items()}
 
 
-def _require_text_after(visual: torch.Tensor, valid: torch.Tensor) -> None:
-    position = torch.arange(visual.shape[1], device=visual.device)
-    last_visual = torch.where(visual, position, -1).amax(1)
-    last_valid = torch.where(valid, position, -1).amax(1)
-    for row in range(len(visual)):
-        if int(last_visual[row]) < 0:
-            raise ValueError(
-                f"sample {row} of the batch has no visual token: calibration needs an image in every prompt"
-            )
-        if int(last_valid[row]) <= int(last_visual[row]):
-            raise ValueError(
-                f"sample {row} of the batch has no text after its image: cross attention needs a question there"
-            )
-
-
-def _digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
+def input_digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
     """Name each sample by a hash of its own inputs, whatever the batch around it.
 
     Images are dealt to samples in order, one for each run of visual tokens. Where they do not come out even (adjacent

@@ -9,9 +9,9 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-import math
 import os
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class PruningRecipe:
             )
         before = 1.0
         for layer, fraction in enumerate(self.keep):
-            if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not math.isfinite(fraction):
+            if isinstance(fraction, bool) or not isinstance(fraction, Real) or fraction != fraction:
                 raise ValueError(f"keep[{layer}]={fraction!r}: must be a finite number")
             if not 0 <= fraction <= 1:
                 raise ValueError(f"keep[{layer}]={fraction}: must be between 0 and 1")
@@ -98,7 +98,8 @@ class PruningRecipe:
                     "removed tokens cannot return"
                 )
             before = fraction
-        if not isinstance(self.visual_tokens, int) or self.visual_tokens < 1:
+        object.__setattr__(self, "keep", tuple(float(fraction) for fraction in self.keep))
+        if type(self.visual_tokens) is not int or self.visual_tokens < 1:
             raise ValueError(f"visual_tokens={self.visual_tokens!r}: must be an integer of at least 1")
 
     def kept(self, visual_tokens: int) -> list[int]:
@@ -115,7 +116,7 @@ class PruningRecipe:
         visual_tokens: int | None = None,
         text_before: int = 0,
         text_tokens: int = 64,
-        crops: int = 1,
+        crops: int | None = None,
         value_bytes: int = 2,
     ) -> Cost:
         """Price the recipe for one sample.
@@ -124,7 +125,7 @@ class PruningRecipe:
             visual_tokens: visual tokens of the sample; by default the recipe's own.
             text_before: text tokens before the image, part of `text_tokens`.
             text_tokens: text tokens of the prompt.
-            crops: image crops that the vision tower sees.
+            crops: image crops that the vision tower sees; by default as few as give that many tokens.
             value_bytes: bytes of one cached value, 2 for 16-bit types.
 
         Raises:
@@ -135,6 +136,8 @@ class PruningRecipe:
             raise ValueError(f"visual_tokens={n}: must be at least 1")
         if not 0 <= text_before <= text_tokens:
             raise ValueError(f"text_before={text_before}: must be between 0 and text_tokens={text_tokens}")
+        if crops is None:
+            crops = -(-n // self.model.vision.patches) if self.model.vision else 1
         removed, none = self.counts(n), [0] * len(self.keep)
         decoder = self.model.decoder
 
@@ -219,13 +222,13 @@ class PruningRecipe:
             ValueError: no JSON object, another schema version, a missing or unknown key, or values out of the rules.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_without_duplicates)
         except json.JSONDecodeError as error:
             raise ValueError(f"recipe is not JSON ({error})") from None
         if not isinstance(data, dict):
             raise ValueError(f"recipe is a JSON {type(data).__name__}: must be an object")
         known = {"schema", "model", "visual_tokens", "keep", "provenance"}
-        if data.get("schema") != SCHEMA:
+        if type(data.get("schema")) is not int or data["schema"] != SCHEMA:
             raise ValueError(f"schema={data.get('schema')!r}: this version reads schema {SCHEMA}; is it a recipe?")
         if unknown := sorted(set(data) - known):
             raise ValueError(f"unknown key {unknown[0]!r} in recipe: must be among {sorted(known)}; remove it")
@@ -254,9 +257,15 @@ class PruningRecipe:
             ValueError: as `from_json`, with the file's name.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
         except ValueError as error:  # UnicodeDecodeError is one
             raise ValueError(f"{path}: {error}") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}; remove one")
+    return dict(pairs)
 
 
 @functools.cache

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +50,10 @@ class _Prefill:
     sliced: dict[str, Any] | None = None
 
 
+# Kept on the cache itself, so that a copy of it, or another block, continues it rightly.
+_MARK = "_fitprune_pruned"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Pruned:
     """What a pruned cache remembers: the prompt's length and, per layer, the positions that it holds."""
@@ -72,7 +75,6 @@ class Remover:
         self._signature = inspect.signature(adapted.model.forward)
         self.entered: list[torch.Tensor] = []
         self._prefill: _Prefill | None = None
-        self._caches: weakref.WeakKeyDictionary[Any, _Pruned] = weakref.WeakKeyDictionary()
 
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the visual tokens of a prefill, and refuse what cannot be pruned rightly."""
@@ -94,7 +96,12 @@ class Remover:
             )
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                "an image in a later turn of a cached conversation cannot be pruned yet; start a new cache"
+                "the cache holds tokens already: an image in a later turn, or in chunks (prefill_chunk_size), cannot "
+                "be pruned yet; start with an empty cache"
+            )
+        if isinstance(given.get("logits_to_keep"), torch.Tensor):
+            raise ValueError(
+                "logits_to_keep is a tensor: positions move when tokens leave; give a number of last tokens"
             )
         if given.get("labels") is not None:
             raise ValueError(
@@ -119,7 +126,7 @@ class Remover:
         state = self._prefill
         cache = kwargs.get("past_key_values")
         if state is None:
-            pruned = self._caches.get(cache) if cache is not None else None
+            pruned: _Pruned | None = getattr(cache, _MARK, None)
             if pruned is None or kwargs.get("attention_mask") is None:
                 return kwargs
             return {
@@ -180,7 +187,7 @@ class Remover:
         if number == len(self.adapted.layers) - 1:
             self.entered = state.entered
             if cache is not None:
-                self._caches[cache] = _Pruned(state.entered[0].shape[1], state.entered)
+                setattr(cache, _MARK, _Pruned(state.entered[0].shape[1], state.entered))
             self._prefill = None
         return output
 

@@ -43,8 +43,11 @@ def keep_highest(score: torch.Tensor, image: torch.Tensor, left: torch.Tensor) -
     stays = image < 0
     for number in range(left.shape[1]):
         member = image == number
-        # Members first, by falling score; a member's rank is its place in that order.
-        ranked = torch.where(member, score, float("-inf")).flip(1).argsort(dim=1, descending=True, stable=True)
+        # Members first, by falling score; a member's rank is its place in that order. Two stable sorts, not one with
+        # -inf for the others: a scorer may give -inf itself.
+        falling = score.flip(1).argsort(dim=1, descending=True, stable=True)
+        others = ~member.flip(1).gather(1, falling)
+        ranked = falling.gather(1, others.int().argsort(dim=1, stable=True))
         rank = torch.empty_like(ranked).scatter_(
             1, ranked, torch.arange(score.shape[1], device=score.device).expand_as(ranked)
         )

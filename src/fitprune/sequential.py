@@ -6,7 +6,9 @@ attention is renormalised among those left. The dense totals come from saved sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from fitprune import flops, tokens
 from fitprune.adapters import adapt
 from fitprune.attention import ReceivedAttention
 from fitprune.fitting import TOLERANCE_STEP, checked_budget
-from fitprune.measurement import measure, to_model
+from fitprune.measurement import input_digests, measure, to_model
 from fitprune.recipe import PruningRecipe
 from fitprune.removal import removing
 from fitprune.selection import lowest_in_both
@@ -58,15 +60,19 @@ def fit_sequential(
     if not tolerance_step >= TOLERANCE_STEP:
         raise ValueError(f"tolerance_step={tolerance_step}: must be at least {TOLERANCE_STEP}")
     adapted = adapt(model)
-    held = list(batches)
-    if any(len(batch["input_ids"]) != 1 for batch in held):
+    given = list(batches)
+    if any(len(batch["input_ids"]) != 1 for batch in given):
         raise ValueError("batches hold several samples: fit_sequential takes one sample at a time, as the authors do")
+    unique = {input_digests(adapted, batch)[0]: batch for batch in given}  # a sample counts once, as in `measure`
+    held = list(unique.values())
     stats = stats if stats is not None else measure(model, held, progress=progress)
     stats.model.require_same(adapted.shape, what="stats")
-    if len(stats) != len(held):
+    if stats.digests != tuple(unique):
         raise ValueError(
-            f"stats hold {len(stats)} samples, batches {len(held)}: must be the same samples in the same order"
+            f"stats ({len(stats)} samples) are not of batches ({len(held)} different samples): "
+            "must be the same samples in the same order; measure these batches"
         )
+    n = max(stats.visual_tokens, key=lambda v: (stats.visual_tokens.count(v), v))
     decoder = adapted.shape.decoder
     totals = _totals(stats)
 
@@ -80,7 +86,7 @@ def fit_sequential(
         return left
 
     def attempt(tolerance: float) -> list[int] | None:
-        """Removals per layer if the budget is met at this tolerance, else None."""
+        """Removals per layer, of n tokens, if the budget is met at this tolerance, else None."""
         left = count(tolerance)
         original = torch.tensor(stats.visual_tokens)
         before = torch.cat([original[:, None], left[:, :-1]], 1)
@@ -93,8 +99,12 @@ def fit_sequential(
             spent = sum(flops.visual_macs(decoder, n, row) for n, row in samples)
             dense = sum(flops.visual_macs(decoder, n, [0] * decoder.layers) for n in stats.visual_tokens)
             if budget.met_by(1 - spent / dense):
-                # As the authors: the mean over samples, rounded down.
-                return [int(total) // len(held) for total in head.sum(0)]
+                # As the authors: the mean over samples, rounded down; shares, since samples may differ in tokens.
+                shares = [
+                    sum(Fraction(int(k), t) for k, t in zip(column, stats.visual_tokens, strict=True))
+                    for column in head.T
+                ]
+                return [math.floor(share / len(held) * n) for share in shares]
         return None
 
     low, high, best = 0.0, 1.0, attempt(1.0)
@@ -107,7 +117,6 @@ def fit_sequential(
             low = middle
         else:
             high, best = middle, removed
-    n = max(stats.visual_tokens, key=lambda v: (stats.visual_tokens.count(v), v))
     provenance = {
         "source": "fitprune.fit_sequential",
         "budget": {"flops_reduction": flops_reduction},

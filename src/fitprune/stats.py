@@ -49,9 +49,15 @@ class AttentionStats:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.provenance, Mapping):
+            raise ValueError(f"provenance is a {type(self.provenance).__name__}: must be a mapping")
+        if any(type(n) is not int or n < 1 for n in self.visual_tokens):
+            raise ValueError("visual_tokens holds something else than counts of at least 1: measure again")
         shape = (self.model.decoder.layers, sum(self.visual_tokens))
         for name in ("self_attention", "cross_attention"):
             values = getattr(self, name)
+            if not values.is_floating_point():
+                raise ValueError(f"{name} is {values.dtype}: must be floating point")
             if tuple(values.shape) != shape:
                 raise ValueError(
                     f"{name} is {tuple(values.shape)}: must be [layers, visual tokens of all samples] = {shape}"
@@ -131,7 +137,7 @@ class AttentionStats:
                 ModelShape.from_dict(json.loads(metadata["model"])),
                 json.loads(metadata["provenance"]),
             )
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path}: not readable as statistics ({error}); truncated or foreign file, measure again"
             ) from None

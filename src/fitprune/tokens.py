@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 
 def kept_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
@@ -26,7 +27,7 @@ def kept_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
     Raises:
         ValueError: `visual_tokens` is negative or no integer.
     """
-    if not isinstance(visual_tokens, int) or isinstance(visual_tokens, bool) or visual_tokens < 0:
+    if not isinstance(visual_tokens, Integral) or isinstance(visual_tokens, bool) or visual_tokens < 0:
         raise ValueError(f"visual_tokens={visual_tokens!r}: must be an integer of at least 0")
     return [math.floor(fraction * visual_tokens + 0.5) for fraction in keep]
 
