@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from fitprune import embedded, load_samples, make_batches
-from fitprune.calibration import BadSample, Sample, equal_batches, format_prompt
+from fitprune.batches import equal_batches, format_prompt
+from fitprune.calibration import BadSample, Sample
 
 
 @pytest.fixture(scope="module")

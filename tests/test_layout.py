@@ -11,7 +11,7 @@ import fitprune
 LAYERS = [
     {"tokens", "flops", "files"},
     {"recipe", "attention", "selection", "stats", "calibration", "embedded", "adapters"},
-    {"fitting", "scoring", "hooks"},
+    {"fitting", "scoring", "hooks", "batches"},
     {"measurement", "removal"},
     {"pruning", "sequential"},
     {"benchmark", "figures"},

@@ -22,7 +22,7 @@ _HOMES = {
     "fit": "fitting",
     "fit_sequential": "sequential",
     "load_samples": "calibration",
-    "make_batches": "calibration",
+    "make_batches": "batches",
     "measure": "measurement",
     "merge": "stats",
     "prune": "pruning",
@@ -30,8 +30,8 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from fitprune.batches import make_batches as make_batches
     from fitprune.calibration import load_samples as load_samples
-    from fitprune.calibration import make_batches as make_batches
     from fitprune.evaluation import evaluate as evaluate
     from fitprune.fitting import fit as fit
     from fitprune.measurement import measure as measure

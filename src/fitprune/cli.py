@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    from fitprune.calibration import load_samples, make_batches
+    from fitprune.batches import make_batches
+    from fitprune.calibration import load_samples
     from fitprune.measurement import forget_parts, measure
 
     files.require_writable(args.output)
@@ -97,7 +98,8 @@ def _cost(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from fitprune.calibration import Sample, make_batches
+    from fitprune.batches import make_batches
+    from fitprune.calibration import Sample
     from fitprune.measurement import to_model
     from fitprune.pruning import prune
 

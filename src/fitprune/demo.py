@@ -9,7 +9,8 @@ import torch
 
 from fitprune import embedded, files
 from fitprune.adapters import adapt, visual_mask
-from fitprune.calibration import Sample, load_samples, make_batches
+from fitprune.batches import make_batches
+from fitprune.calibration import Sample, load_samples
 from fitprune.evaluation import evaluate, kind_table, table
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.measurement import measure

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from fitprune import files
 from fitprune.adapters import adapt, visual_mask
+from fitprune.batches import equal_batches
 from fitprune.benchmark import prefill_seconds, time_ratios
-from fitprune.calibration import Sample, equal_batches
+from fitprune.calibration import Sample
 from fitprune.measurement import provenance_of, to_model
 from fitprune.pruning import prune
 from fitprune.recipe import Cost, PruningRecipe
@@ -98,7 +99,7 @@ def evaluate(
         recipes: name -> recipe.
         batch_size: samples in a batch; only samples of one shape share a batch.
         max_new_tokens: longest answer.
-        prompt_template: see `fitprune.calibration.format_prompt`.
+        prompt_template: see `fitprune.batches.format_prompt`.
         timed_batches: batches whose prefill is timed, dense and pruned in turn; 0 for none.
         progress: show a progress bar.
 
