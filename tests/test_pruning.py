@@ -69,7 +69,9 @@ def test_generate_gives_the_tokens_of_stepwise_decoding(family):
     with prune(model, recipe_for(model, inputs)):
         stepwise, _ = greedy_logits(model, inputs, 9)
         ids = model.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None)
+        drawn = model.generate(**inputs, max_new_tokens=10, do_sample=True, top_k=1, eos_token_id=None)
     assert torch.equal(ids[:, inputs["input_ids"].shape[1] :], stepwise.argmax(-1))
+    assert torch.equal(drawn, ids)
 
 
 def test_each_row_of_a_batch_equals_its_sample_alone(family):

@@ -1,4 +1,4 @@
-"""From samples to the batches that models take: prompts, padding, groups of equal shape. Knows processors, no models."""
+"""From samples to the batches that models take: prompts, padding, groups of equal shape. Knows processors, no model."""
 
 from __future__ import annotations
 
