@@ -21,7 +21,7 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Trains the embedded model again (about 100 minutes on two cores) and renders its data again.
+# Trains the embedded model again (about 45 minutes on two cores) and renders its data again.
 train: .venv/installed
 	$(BIN)/python training/train.py --out training/run
 data: .venv/installed

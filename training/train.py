@@ -1,6 +1,6 @@
 """Train the embedded model: a small but genuine LLaVA that answers questions about digit scenes.
 
-    python training/train.py --out DIR            # about 100 minutes on two cores
+    python training/train.py --out DIR            # about 45 minutes on two cores
 
 First the vision tower learns to name each patch (digit, colour, left neighbour, cell), then it is frozen and the
 projector and the decoder learn to answer. Seeded; the tower is kept in DIR, and the decoder's state every few
@@ -420,7 +420,7 @@ def main() -> None:
     parser.add_argument("--tower-batch", type=int, default=48)
     parser.add_argument("--tower-lr", type=float, default=1e-3)
     parser.add_argument("--align-steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--questions", type=int, default=10, help="questions packed behind each image")
     parser.add_argument("--pooled-steps", type=int, default=600)
