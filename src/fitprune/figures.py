@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ def draw_keep_curves(recipes: Mapping[str, PruningRecipe], path: str | os.PathLi
     """
     figure, axes = _canvas(7, 4)
     for name, recipe in recipes.items():
-        axes.step(range(1, len(recipe.keep) + 1), recipe.keep, where="mid", marker="o", markersize=3, label=name)
-    axes.set(xlabel="after decoder layer", ylabel="visual tokens present (fraction)", ylim=(-0.02, 1.02))
+        axes.step(range(len(recipe.keep)), recipe.keep, where="mid", marker="o", markersize=3, label=name)
+    axes.set(
+        xlabel="after decoder layer (the first is 0)", ylabel="visual tokens present (fraction)", ylim=(-0.02, 1.02)
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(title="recipe", frameon=False)
     axes.grid(alpha=0.3)
@@ -54,7 +57,7 @@ def draw_kept_tokens(
     figure, grid = _canvas(2.1 * (len(layers) + 1), 2.4 * len(examples), len(examples), len(layers) + 1)
     for row, (image, caption, present) in zip(np.atleast_2d(grid), examples, strict=True):
         row[0].imshow(image)
-        row[0].set_title(caption, fontsize=8)
+        row[0].set_title(textwrap.fill(caption, 26), fontsize=8)
         for axes, layer in zip(row[1:], layers, strict=True):
             kept = present[layer]
             axes.imshow(_shade(image, kept))
