@@ -1,6 +1,6 @@
 """Render the embedded calibration and test sets: digit scenes as JPEG with one question each.
 
-    python training/render.py --out src/fitprune/embedded
+    python training/render.py --out src/fitprune/data/digit_scenes
 
 Each folder is an image folder that `datasets` loads, and its `metadata.jsonl` is a question file for fitprune. No scan
 of the test set is in the training or calibration set.

@@ -19,4 +19,4 @@ def resolve(name: str) -> str:
 
 def folder(part: str) -> Path:
     """Give the folder of "model", "calibration" or "test"."""
-    return Path(str(importlib.resources.files("fitprune").joinpath("embedded", part)))
+    return Path(str(importlib.resources.files("fitprune").joinpath("data", "digit_scenes", part)))
