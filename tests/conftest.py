@@ -88,7 +88,7 @@ class Oracle:
 
     @contextlib.contextmanager
     def prefill(self, input_ids, attention_mask):
-        visual = input_ids == IMAGE
+        visual = input_ids == self.model.config.image_token_index
         batch, length = visual.shape
         position = torch.arange(length)
         last = torch.stack([position[row].max() for row in visual])

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import IMAGE, Oracle, greedy_logits, tiny_inputs, tiny_model
-from fitprune import PruningRecipe, prune
+from fitprune import PruningRecipe, embedded, fit, load_samples, make_batches, measure, prune
 from fitprune.adapters import adapt
 from fitprune.flops import prefill_flops
 from fitprune.pruning import kept_positions
@@ -51,6 +52,23 @@ def test_prefill_and_sixteen_steps_equal_the_masked_dense_oracle(family, attenti
     kept = [recipe.visual_tokens, *recipe.kept(recipe.visual_tokens)]
     text = inputs["input_ids"].shape[1] - recipe.visual_tokens
     assert [cache.get_seq_length(layer) for layer in range(5)] == [n + text + 16 for n in kept[:-1]]
+
+
+def test_the_trained_model_equals_the_oracle_on_real_images():
+    source = embedded.folder("model")
+    model, reference = (
+        AutoModelForImageTextToText.from_pretrained(source, attn_implementation=a).eval() for a in ("sdpa", "eager")
+    )
+    processor = AutoProcessor.from_pretrained(source)
+    samples = load_samples(embedded.folder("calibration"))
+    stats = measure(model, make_batches(samples[:16], processor, batch_size=8))
+    for budget in (0.4, 0.6, 0.8, 0.9):
+        recipe = fit(stats, flops_reduction=budget)
+        for inputs in make_batches(samples[16:24], processor, batch_size=4):
+            with prune(model, recipe):
+                pruned, _ = greedy_logits(model, inputs, 16)
+            expected, _ = greedy_logits(reference, inputs, 16, oracle=Oracle(reference, recipe.counts(144)))
+            assert relative(pruned, expected) < 1e-5
 
 
 @pytest.mark.parametrize("counts", [[16, 0, 0, 0, 0], [0, 0, 0, 0, 16], [1, 1, 1, 1, 1], [15, 1, 0, 0, 0]])
