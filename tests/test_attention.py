@@ -1,8 +1,8 @@
 """Received attention against full maps, and what it costs in memory."""
 
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_bfloat16_is_scored_in_fp32():
 
 
 PEAK = """
-import resource, torch
+import torch
 from fitprune.attention import received_attention
 torch.set_num_threads(1)
 query = torch.randn(1, 32, 3000, 128)
@@ -88,16 +88,22 @@ key = torch.randn(1, 32, 3000, 128)
 visual = torch.zeros(1, 3000, dtype=torch.bool)
 visual[:, 40:2920] = True
 received_attention(query[:, :, 2880:], key[:, :, 2880:], visual[:, 2880:], scaling=0.1)  # libraries loaded
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def status(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+open("/proc/self/clear_refs", "w").write("5")  # the peak from here on, not that of loading torch
+before = status("VmRSS:")
 received_attention(query, key, visual, scaling=0.1)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(status("VmHWM:") - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
 def test_extra_memory_at_2880_tokens_and_32_heads_stays_below_100_mb():
-    assert resource.getpagesize()  # the measurement needs a POSIX system
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 100
+    assert 1 < float(done.stdout) < 100  # a block alone is more than a megabyte: less means that nothing was measured
 
 
 def test_a_sample_without_visual_tokens_is_refused():
