@@ -104,6 +104,39 @@ def test_each_row_of_a_batch_equals_its_sample_alone(family):
             assert relative(together[row], single[0]) < 1e-5
 
 
+def test_assisted_decoding_equals_plain_greedy(family):
+    """Draft tokens of the first step come with the prompt; they must not decide which tokens leave."""
+    model = tiny_model(family)
+    drafted = 0
+    for seed in range(24):
+        inputs = tiny_inputs(model, after=10, seed=seed)
+        inputs["input_ids"][0, -3:] = inputs["input_ids"][0, -6:-3]  # a repetition, for the look-up to find
+        plain = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+        with prune(model, recipe_for(model, inputs)):
+            expected = model.generate(**inputs, **plain)
+            lengths = []
+            handle = model.model.language_model.register_forward_pre_hook(
+                lambda _, args, kwargs, lengths=lengths: lengths.append(kwargs["inputs_embeds"].shape[1]),
+                with_kwargs=True,
+            )
+            assisted = model.generate(**inputs, **plain, prompt_lookup_num_tokens=3)
+            handle.remove()
+        drafted += lengths[0] > inputs["input_ids"].shape[1]
+        assert torch.equal(assisted, expected)
+    assert drafted > 12
+
+
+def test_a_given_answer_does_not_decide_what_leaves():
+    model = tiny_model()
+    inputs = tiny_inputs(model, after=9)
+    recipe = recipe_for(model, inputs)
+    question = {k: v[:, :-4] if k != "pixel_values" else v for k, v in inputs.items()}
+    with torch.no_grad(), prune(model, recipe):
+        first = model(**question).logits[:, -1]
+        teacher_forced = model(**inputs, logits_to_keep=5).logits
+        assert relative(teacher_forced[:, 0], first) < 1e-5
+
+
 def test_beam_search_equals_the_row_alone():
     model = tiny_model()
     inputs = tiny_inputs(model, batch=2, before=8, pad=(3, 0))

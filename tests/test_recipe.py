@@ -88,6 +88,12 @@ def test_json_and_file_round_trip(tmp_path):
         ({"schema": 2}, "reads schema 1"),
         ({"visual_tokens": 0}, "visual_tokens=0"),
         ({"visual_tokens": True}, "visual_tokens=True"),
+        ({"visual_tokens": 10**400}, "must be an integer from 1"),
+        ({"model": SHAPE.to_dict() | {"vision": []}}, "not a model shape"),
+        (
+            {"model": SHAPE.to_dict() | {"vision": SHAPE.to_dict()["vision"] | {"image_size": 1}}},
+            "at least patch_size=8",
+        ),
         ({"schema": True}, "reads schema 1"),
         ({"keep": [10**400, 1, 1, 1]}, "must be between 0 and 1"),
         ({"model": {"model_type": 5, "decoder": {}}}, "model_type=5"),
@@ -110,7 +116,7 @@ def test_a_wrong_recipe_file_is_refused(tmp_path, change, message):
     assert "r.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\x01", "null"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\x01", "null", "[" * 100_000])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ValueError, match=r"r\.json"):

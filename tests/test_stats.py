@@ -172,6 +172,10 @@ def test_inconsistent_or_non_finite_statistics_are_refused():
         dataclasses.replace(stats, visual_tokens=(15,))
     with pytest.raises(ValueError, match="non-finite"):
         dataclasses.replace(stats, self_attention=stats.self_attention * float("nan"))
+    with pytest.raises(ValueError, match="text_tokens holds"):
+        dataclasses.replace(stats, text_tokens=(-1,))
+    with pytest.raises(ValueError, match="digests holds"):
+        dataclasses.replace(stats, digests=([],))
     with pytest.raises(ValueError, match="differ in length"):
         dataclasses.replace(stats, digests=())
 

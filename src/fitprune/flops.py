@@ -58,6 +58,8 @@ class VisionShape:
 
     def __post_init__(self) -> None:
         _require_sizes(self)
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size={self.image_size}: must be at least patch_size={self.patch_size}")
 
     @property
     def patches(self) -> int:
@@ -106,7 +108,9 @@ class ModelShape:
             vision = data.get("vision")
             rest = {key: value for key, value in data.items() if key not in ("decoder", "vision")}
             return cls(
-                decoder=DecoderShape(**data["decoder"]), vision=VisionShape(**vision) if vision else None, **rest
+                decoder=DecoderShape(**data["decoder"]),
+                vision=None if vision is None else VisionShape(**vision),
+                **rest,
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"model={data!r}: not a model shape ({error}); fit or measure again") from None

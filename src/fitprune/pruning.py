@@ -26,8 +26,10 @@ def prune(model: Any, recipe: PruningRecipe, scorer: str | Scorer = "fitprune") 
     leaves comes from the recipe, for each image by its own token count; which ones, from this input's own attention.
     Kept tokens stay in order and at their original positions. Returned logits have a row for each token that is left.
 
-    A prompt without an image runs as in the dense model. A batch may be padded, but its samples must have the same
-    number of visual tokens.
+    The question whose attention counts as cross is the text after the last image, up to the first position whose logit
+    is asked for: with `logits_to_keep=k`, the last k - 1 tokens (the draft of assisted decoding, a given answer) do not
+    decide what leaves. A prompt without an image runs as in the dense model. A batch may be padded, but its samples
+    must have the same number of visual tokens.
 
     Args:
         model: a supported `...ForConditionalGeneration` model.

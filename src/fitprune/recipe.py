@@ -99,8 +99,8 @@ class PruningRecipe:
                 )
             before = fraction
         object.__setattr__(self, "keep", tuple(float(fraction) for fraction in self.keep))
-        if type(self.visual_tokens) is not int or self.visual_tokens < 1:
-            raise ValueError(f"visual_tokens={self.visual_tokens!r}: must be an integer of at least 1")
+        if type(self.visual_tokens) is not int or not 1 <= self.visual_tokens <= 10**9:
+            raise ValueError(f"visual_tokens={str(self.visual_tokens)[:20]}: must be an integer from 1 to 10**9")
 
     def kept(self, visual_tokens: int) -> list[int]:
         """Count the visual tokens present after each layer, for an image of `visual_tokens`."""
@@ -223,7 +223,7 @@ class PruningRecipe:
         """
         try:
             data = json.loads(text, object_pairs_hook=_without_duplicates)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"recipe is not JSON ({error})") from None
         if not isinstance(data, dict):
             raise ValueError(f"recipe is a JSON {type(data).__name__}: must be an object")

@@ -36,7 +36,7 @@ class _Prefill:
     Attributes:
         kept: [B, n] original positions of the tokens now present.
         image: [B, n] image number of each token now present, -1 for text.
-        valid: [B, n] False at padding; None where nothing is padded.
+        valid: [B, n] False where no score is read, at padding and behind the question; None where there is neither.
         entered: for each layer, the original positions in its KV cache, [B, n].
         stays: [B, m] rows that stay, between a layer's attention and its end; None elsewhere.
         sliced: the layer's arguments cut to the present tokens, until more leave.
@@ -114,10 +114,15 @@ class Remover:
         image = images_of(visual)
         _require_equal(image)
         batch, length = ids.shape
+        valid = torch.ones_like(visual) if mask is None else mask.bool()
+        # Tokens behind the first asked logit continue the prompt (a draft, a given answer): they are no question.
+        if (continuation := int(given.get("logits_to_keep") or 0) - 1) > 0:
+            valid = valid.clone()
+            valid[:, -continuation:] = False
         self._prefill = _Prefill(
             kept=torch.arange(length, device=ids.device).expand(batch, -1),
             image=image,
-            valid=None if mask is None or bool(mask.all()) else mask.bool(),
+            valid=None if bool(valid.all()) else valid,
             entered=[],
         )
 

@@ -53,6 +53,10 @@ class AttentionStats:
             raise ValueError(f"provenance is a {type(self.provenance).__name__}: must be a mapping")
         if any(type(n) is not int or n < 1 for n in self.visual_tokens):
             raise ValueError("visual_tokens holds something else than counts of at least 1: measure again")
+        if any(type(n) is not int or n < 0 for n in self.text_tokens):
+            raise ValueError("text_tokens holds something else than counts of at least 0: measure again")
+        if not all(isinstance(digest, str) for digest in self.digests):
+            raise ValueError("digests holds something else than strings: measure again")
         shape = (self.model.decoder.layers, sum(self.visual_tokens))
         for name in ("self_attention", "cross_attention"):
             values = getattr(self, name)
@@ -119,7 +123,8 @@ class AttentionStats:
             ValueError: it is truncated, or no statistics of this format.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(2, f"{path}: no such file; make it with 'fitprune measure'")
+            what = "not a regular file" if Path(path).exists() else "no such file"
+            raise FileNotFoundError(2, f"{path}: {what}; make it with 'fitprune measure'")
         try:
             with safe_open(path, framework="pt") as opened:
                 metadata = opened.metadata() or {}
