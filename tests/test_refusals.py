@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, StaticCache
 
 from conftest import IMAGE, tiny_inputs, tiny_model
 from fitprune import PruningRecipe, measure, prune
@@ -77,6 +77,12 @@ def test_a_static_cache(model, inputs, where):
     with prune(model, recipe_for(model)), pytest.raises(ValueError, match=r"StaticCache of .*StaticLayer"):
         call()
     unchanged(model)
+
+
+def test_a_sliding_window_cache(model, inputs):
+    config = MistralConfig(num_hidden_layers=5, sliding_window=8)
+    with prune(model, recipe_for(model)), pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
+        model(**inputs, past_key_values=DynamicCache(config=config))
 
 
 def test_an_offloaded_cache(model, inputs):

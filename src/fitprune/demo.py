@@ -72,7 +72,7 @@ def demo(output: Path, *, quick: bool = False) -> None:
     print()
     if not quick:
         print(kind_table(results))
-        _draw(output, model, processor, load_samples(embedded.folder("test")), recipes)
+        _draw(output, model, processor, test, recipes)
         say(f"pictures: {output / 'kept_tokens.png'}, {output / 'keep_curves.png'}")
 
 

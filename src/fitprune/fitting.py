@@ -96,9 +96,8 @@ class Fitter:
             raise ValueError("stats holds no sample: measure at least one")
         if visual_tokens is not None and visual_tokens < 1:
             raise ValueError(f"visual_tokens={visual_tokens}: must be at least 1")
-        counts = sorted(stats.visual_tokens)
         self.stats = stats
-        self.visual_tokens = visual_tokens or max(counts, key=lambda n: (counts.count(n), n))
+        self.visual_tokens = visual_tokens or stats.usual_visual_tokens
         self._simulation = _Simulation(stats)
         self._tried: dict[float, list[float]] = {}
 

@@ -54,13 +54,14 @@ def measure(
     """
     adapted = adapt(model)
     folder = Path(parts) if parts is not None else None
+    provenance = provenance_of(model)  # once: it reads from every weight
     measured: list[AttentionStats] = []
     for batch in tqdm(batches, total=total, desc="measure", unit="batch", disable=not progress):
         digests = input_digests(adapted, batch)
         files = [folder / f"{digest}.safetensors" for digest in digests] if folder else []
-        found = _found_parts(adapted, files)
+        found = _found_parts(adapted, files, provenance)
         if found is None:
-            found = _measure_batch(adapted, batch, digests)
+            found = _measure_batch(adapted, batch, digests, provenance)
             for file, part in zip(files, found, strict=False):
                 part.save(file)
         measured += found
@@ -69,7 +70,7 @@ def measure(
     return merge(measured)
 
 
-def _found_parts(adapted: AdaptedModel, files: list[Path]) -> list[AttentionStats] | None:
+def _found_parts(adapted: AdaptedModel, files: list[Path], provenance: dict[str, str]) -> list[AttentionStats] | None:
     """Load a batch's parts if an earlier run left them all, measured alike; None if it is to be measured."""
     if not files or not all(file.exists() for file in files):
         return None
@@ -81,10 +82,12 @@ def _found_parts(adapted: AdaptedModel, files: list[Path]) -> list[AttentionStat
     for part in found:
         part.model.require_same(adapted.shape, what=f"a part in {files[0].parent}")
     # Other weights, dtype or versions: not what this run would measure.
-    return found if all(part.provenance == provenance_of(adapted.model) for part in found) else None
+    return found if all(part.provenance == provenance for part in found) else None
 
 
-def _measure_batch(adapted: AdaptedModel, batch: Mapping[str, Any], digests: list[str]) -> list[AttentionStats]:
+def _measure_batch(
+    adapted: AdaptedModel, batch: Mapping[str, Any], digests: list[str], provenance: dict[str, str]
+) -> list[AttentionStats]:
     """Run one batch and split what its visual tokens received by sample."""
     model = adapted.model
     inputs = to_model(batch, model)
@@ -105,7 +108,6 @@ def _measure_batch(adapted: AdaptedModel, batch: Mapping[str, Any], digests: lis
     self_attention = torch.stack([r.self_attention for r in ordered], 1).cpu()  # [B, L, N]
     cross_attention = torch.stack([r.cross_attention for r in ordered], 1).cpu()
     visual, valid = visual.cpu(), valid.cpu()
-    provenance = provenance_of(model)
     return [
         AttentionStats(
             self_attention[row][:, visual[row]],

@@ -72,8 +72,9 @@ def fit_sequential(
             f"stats ({len(stats)} samples) are not of batches ({len(held)} different samples): "
             "must be the same samples in the same order; measure these batches"
         )
-    n = max(stats.visual_tokens, key=lambda v: (stats.visual_tokens.count(v), v))
+    n = stats.usual_visual_tokens
     decoder = adapted.shape.decoder
+    dense = sum(flops.visual_macs(decoder, own, [0] * decoder.layers) for own in stats.visual_tokens)
     totals = _totals(stats)
 
     def count(tolerance: float) -> torch.Tensor:
@@ -96,8 +97,7 @@ def fit_sequential(
             head = removed.clone()
             head[:, stop:] = 0
             samples = zip(stats.visual_tokens, head.tolist(), strict=True)
-            spent = sum(flops.visual_macs(decoder, n, row) for n, row in samples)
-            dense = sum(flops.visual_macs(decoder, n, [0] * decoder.layers) for n in stats.visual_tokens)
+            spent = sum(flops.visual_macs(decoder, own, row) for own, row in samples)
             if budget.met_by(1 - spent / dense):
                 # As the authors: the mean over samples, rounded down; shares, since samples may differ in tokens.
                 shares = [

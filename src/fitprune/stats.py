@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ class AttentionStats:
 
     def __len__(self) -> int:
         return len(self.visual_tokens)
+
+    @property
+    def usual_visual_tokens(self) -> int:
+        """The most common number of visual tokens of a sample, the larger one of two equally common."""
+        return max(Counter(self.visual_tokens).items(), key=lambda item: (item[1], item[0]))[0]
 
     def select(self, samples: Sequence[int]) -> AttentionStats:
         """Take some samples, by index."""
