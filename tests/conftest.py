@@ -74,25 +74,101 @@ def tiny_inputs(model, *, batch=1, before=3, after=6, pad=(), images=1, seed=1):
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, **extra}
 
 
+def prompts(model, layouts, *, seed=1):
+    """Inputs of single samples; a layout is a list of text lengths, with one image between each two.
+
+    LLaVA-NeXT images differ in size, and so in visual tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for number, layout in enumerate(layouts):
+        count = len(layout) - 1
+        if model.config.model_type == "llava":
+            images = {"pixel_values": torch.randn(count, 3, 32, 32, generator=generator)}
+            lengths = [16] * count
+        else:
+            sizes = torch.tensor([[(60, 30), (30, 30), (31, 62), (60, 60)][(number + i) % 4] for i in range(count)])
+            images = {"pixel_values": torch.randn(count, 5, 3, 32, 32, generator=generator), "image_sizes": sizes}
+            if count:
+                with torch.no_grad():
+                    lengths = [len(f) for f in model.model.get_image_features(**images).pooler_output]
+        ids = [torch.randint(10, 97, (1, layout[0]), generator=generator)]
+        for image, text in enumerate(layout[1:]):
+            ids += [torch.full((1, lengths[image]), IMAGE), torch.randint(10, 97, (1, text), generator=generator)]
+        ids = torch.cat(ids, 1)
+        samples.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **(images if count else {})})
+    return samples
+
+
+def batch_of(samples, side="left"):
+    """Pad samples to one batch."""
+    length = max(sample["input_ids"].shape[1] for sample in samples)
+
+    def padded(name):
+        rows = []
+        for sample in samples:
+            missing = length - sample[name].shape[1]
+            rows.append(torch.nn.functional.pad(sample[name], (missing, 0) if side == "left" else (0, missing)))
+        return torch.cat(rows)
+
+    images = [name for name in ("pixel_values", "image_sizes") if any(name in sample for sample in samples)]
+    return {
+        "input_ids": padded("input_ids"),
+        "attention_mask": padded("attention_mask"),
+        **{name: torch.cat([sample[name] for sample in samples if name in sample]) for name in images},
+    }
+
+
+def replay(model, inputs, answer, *, oracle=None):
+    """Logits of each token of `answer` [B, T], given the prompt and the tokens before it: [B, T, vocab]. The prompt may be
+    padded on either side.
+    """
+    mask = inputs["attention_mask"]
+    last = torch.where(mask.bool(), torch.arange(mask.shape[1]), 0).amax(1)
+    found = []
+    with torch.no_grad():
+        with oracle.prefill(inputs["input_ids"], mask) if oracle else contextlib.nullcontext():
+            output = model(**inputs, position_ids=_positions(mask), use_cache=True)
+        found.append(output.logits[torch.arange(len(last)), last])
+        for token in answer.T[:-1, :, None]:
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            with oracle.step(mask) if oracle else contextlib.nullcontext():
+                output = model(
+                    input_ids=token,
+                    attention_mask=mask,
+                    position_ids=_positions(mask)[:, -1:],
+                    past_key_values=output.past_key_values,
+                    use_cache=True,
+                )
+            found.append(output.logits[:, -1])
+    return torch.stack(found, 1)
+
+
 class Oracle:
     """The dense eager model with removed tokens masked per layer; nothing is removed. Shares no code with fitprune.
 
-    From full attention maps it takes, at each layer, the lowest product of received self and cross attention, and hides
-    those keys from every later layer.
+    From full attention maps it takes, at each layer and for each image (a run of visual tokens), the lowest product of
+    received self and cross attention, and hides those keys from every later layer.
     """
 
-    def __init__(self, model, counts):
-        self.model, self.counts = model, counts
+    def __init__(self, model, keep):
+        self.model, self.keep = model, keep
         self.gone = None  # per layer [B, N] bool: hidden from that layer
         self.lowest = torch.finfo(torch.float32).min
 
     @contextlib.contextmanager
     def prefill(self, input_ids, attention_mask):
-        visual = input_ids == self.model.config.image_token_index
-        batch, length = visual.shape
-        position = torch.arange(length)
-        last = torch.stack([position[row].max() for row in visual])
-        text_after = (position[None] > last[:, None]) & attention_mask.bool()
+        token = self.model.config.image_token_index
+        batch, length = input_ids.shape
+        runs = []  # (row, first, end) of each image
+        for row in range(batch):
+            ids = [-1, *input_ids[row].tolist(), -1]
+            starts = [i for i in range(length) if ids[i + 1] == token != ids[i]]
+            ends = [i + 1 for i in range(length) if ids[i + 1] == token != ids[i + 2]]
+            runs += [(row, first, end) for first, end in zip(starts, ends, strict=True)]
+        text_after = attention_mask.bool().clone()
+        for row, _, end in runs:
+            text_after[row, :end] = False
         self.gone = [torch.zeros(batch, length, dtype=torch.bool)]
 
         def before(number):
@@ -108,12 +184,13 @@ class Oracle:
             def hook(_, args, kwargs, output):
                 weights = output[1].amax(1)
                 gone = self.gone[number].clone()
-                for row in range(batch):
-                    alive = visual[row] & ~gone[row]
-                    own = weights[row][alive].mean(0)
-                    cross = weights[row][text_after[row]].mean(0)
-                    product = torch.where(alive, own * cross, torch.inf)
-                    gone[row, product.argsort()[: self.counts[number]]] = True
+                for row, first, end in runs:
+                    alive = (~gone[row]).nonzero()[:, 0]
+                    alive = alive[(alive >= first) & (alive < end)]
+                    left = int(self.keep[number] * (end - first) + 0.5)
+                    own = weights[row, alive][:, alive].mean(0)
+                    cross = weights[row, text_after[row]][:, alive].mean(0)
+                    gone[row, alive[(own * cross).argsort()[: len(alive) - left]]] = True
                 self.gone.append(gone)
 
             return hook

@@ -8,41 +8,47 @@ import pytest
 import torch
 
 from conftest import IMAGE, tiny_inputs, tiny_model
-from fitprune.attention import received_attention
+from fitprune.attention import received_attention, text_after
+from fitprune.selection import images_of
 
 
-def full_map_reference(query, key, visual, scaling, valid):
+def full_map_reference(query, key, image, question, scaling, valid):
     """The definition, written with whole maps: softmax, maximum over heads, mean over query rows."""
     batch, heads, length, _ = query.shape
+    past = key.shape[2] - length
     key = key.repeat_interleave(heads // key.shape[1], 1)
     scores = (query.double() @ key.double().transpose(2, 3)) * scaling
-    hidden = torch.triu(torch.ones(length, length, dtype=torch.bool), 1) | ~valid[:, None, None]
-    weights = scores.masked_fill(hidden, -1e300).softmax(-1).amax(1)
+    hidden = torch.triu(torch.ones(length, past + length, dtype=torch.bool), past + 1) | ~valid[:, None, None]
+    weights = scores.masked_fill(hidden, -1e300).softmax(-1).amax(1)[..., past:]
     own, cross = torch.zeros(2, batch, length, dtype=torch.float64)
     for row in range(batch):
-        last = torch.nonzero(visual[row]).max()
-        after = (torch.arange(length) > last) & valid[row]
-        own[row] = weights[row][visual[row]].mean(0) * visual[row]
-        cross[row] = weights[row][after].mean(0) * visual[row]
+        for number in range(int(image[row].max()) + 1):
+            member = image[row] == number
+            own[row] += weights[row][member].mean(0) * member
+        if question[row].any():
+            cross[row] = weights[row][question[row]].mean(0) * (image[row] >= 0)
     return own, cross
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("length", [9, 70, 201])
 @pytest.mark.parametrize("padded", [False, True])
-def test_received_attention_equals_the_full_map(groups, length, padded):
+@pytest.mark.parametrize("past", [0, 37])
+def test_received_attention_equals_the_full_map(groups, length, padded, past):
     torch.manual_seed(length + groups)
-    query, key = torch.randn(3, 4, length, 8) * 2, torch.randn(3, groups, length, 8) * 2
-    visual = torch.zeros(3, length, dtype=torch.bool)
+    query, key = torch.randn(4, 4, length, 8) * 2, torch.randn(4, groups, past + length, 8) * 2
+    visual = torch.zeros(4, length, dtype=torch.bool)  # the last sample has no image
     for row, (first, last) in enumerate([(2, length - 2), (3, length // 2 + 2), (4, length - 3)]):
         visual[row, first:last] = True
     visual[1, 5] = False  # text between images
-    valid = torch.ones(3, length, dtype=torch.bool)
+    valid = torch.ones(4, past + length, dtype=torch.bool)
     if padded:
         valid[0, :2] = valid[2, :1] = False  # left
         valid[1, -1] = False  # right
-    found = received_attention(query, key, visual, scaling=0.3, valid=valid if padded else None)
-    own, cross = full_map_reference(query, key, visual, 0.3, valid)
+        valid[1, : past // 2] = False
+    image, question = images_of(visual), text_after(visual, valid[:, past:])
+    found = received_attention(query, key, image, question, scaling=0.3, valid=valid if padded else None)
+    own, cross = full_map_reference(query, key, image, question, 0.3, valid)
     assert torch.allclose(found.self_attention.double(), own, rtol=1e-5, atol=1e-7)
     assert torch.allclose(found.cross_attention.double(), cross, rtol=1e-5, atol=1e-7)
 
@@ -73,21 +79,24 @@ def test_bfloat16_is_scored_in_fp32():
     query, key = torch.randn(2, 1, 4, 60, 16, dtype=torch.bfloat16)
     visual = torch.zeros(1, 60, dtype=torch.bool)
     visual[:, 5:50] = True
-    found = received_attention(query, key, visual, scaling=0.25)
-    own, _ = full_map_reference(query, key, visual, 0.25, torch.ones(1, 60, dtype=torch.bool))
+    image, question = images_of(visual), text_after(visual, None)
+    found = received_attention(query, key, image, question, scaling=0.25)
+    own, _ = full_map_reference(query, key, image, question, 0.25, torch.ones(1, 60, dtype=torch.bool))
     assert found.self_attention.dtype == torch.float32
     assert torch.allclose(found.self_attention.double(), own, rtol=0.05, atol=1e-4)
 
 
 PEAK = """
 import torch
-from fitprune.attention import received_attention
+from fitprune.attention import received_attention, text_after
+from fitprune.selection import images_of
 torch.set_num_threads(1)
 query = torch.randn(1, 32, 3000, 128)
 key = torch.randn(1, 32, 3000, 128)
 visual = torch.zeros(1, 3000, dtype=torch.bool)
 visual[:, 40:2920] = True
-received_attention(query[:, :, 2880:], key[:, :, 2880:], visual[:, 2880:], scaling=0.1)  # libraries loaded
+image, question = images_of(visual), text_after(visual, None)
+received_attention(query[:, :, 2880:], key[:, :, 2880:], image[:, 2880:], question[:, 2880:], scaling=0.1)  # libraries loaded
 
 def status(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -95,7 +104,7 @@ def status(name):
 
 open("/proc/self/clear_refs", "w").write("5")  # the peak from here on, not that of loading torch
 before = status("VmRSS:")
-received_attention(query, key, visual, scaling=0.1)
+received_attention(query, key, image, question, scaling=0.1)
 print(status("VmHWM:") - before)
 """
 
@@ -106,15 +115,12 @@ def test_extra_memory_at_2880_tokens_and_32_heads_stays_below_100_mb():
     assert 1 < float(done.stdout) < 100  # a block alone is more than a megabyte: less means that nothing was measured
 
 
-def test_a_sample_without_visual_tokens_is_refused():
-    with pytest.raises(ValueError, match="sample 0 of the batch has no visual token"):
+def test_fewer_keys_than_queries_are_refused():
+    with pytest.raises(ValueError, match="5 queries against 4 keys"):
         received_attention(
-            torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), torch.zeros(1, 5, dtype=torch.bool), scaling=1
-        )
-
-
-def test_a_decoding_step_is_refused():
-    with pytest.raises(ValueError, match="1 queries against 5 keys"):
-        received_attention(
-            torch.randn(1, 2, 1, 4), torch.randn(1, 2, 5, 4), torch.ones(1, 1, dtype=torch.bool), scaling=1
+            torch.randn(1, 2, 5, 4),
+            torch.randn(1, 2, 4, 4),
+            torch.zeros(1, 5, dtype=torch.long),
+            torch.ones(1, 5, dtype=torch.bool),
+            scaling=1,
         )

@@ -10,7 +10,7 @@ import fitprune
 # docs/design.md explains the layers.
 LAYERS = [
     {"tokens", "flops", "files"},
-    {"recipe", "attention", "selection", "stats", "calibration", "embedded", "adapters"},
+    {"recipe", "attention", "selection", "stats", "calibration", "embedded", "adapters", "cache"},
     {"fitting", "scoring", "hooks", "batches"},
     {"measurement", "removal"},
     {"pruning", "sequential"},

@@ -45,7 +45,7 @@ def test_prefill_and_sixteen_steps_equal_the_masked_dense_oracle(family, attenti
     with prune(model, recipe):
         pruned, cache = greedy_logits(model, inputs, 16)
     reference = tiny_model(family, attention="eager")
-    oracle = Oracle(reference, recipe.counts(recipe.visual_tokens))
+    oracle = Oracle(reference, recipe.keep)
     expected, _ = greedy_logits(reference, inputs, 16, oracle=oracle)
     assert torch.equal(pruned.argmax(-1), expected.argmax(-1))
     assert relative(pruned, expected) < 1e-5
@@ -67,7 +67,7 @@ def test_the_trained_model_equals_the_oracle_on_real_images():
         for inputs in make_batches(samples[16:24], processor, batch_size=4):
             with prune(model, recipe):
                 pruned, _ = greedy_logits(model, inputs, 16)
-            expected, _ = greedy_logits(reference, inputs, 16, oracle=Oracle(reference, recipe.counts(144)))
+            expected, _ = greedy_logits(reference, inputs, 16, oracle=Oracle(reference, recipe.keep))
             assert relative(pruned, expected) < 1e-5
 
 
@@ -75,9 +75,10 @@ def test_the_trained_model_equals_the_oracle_on_real_images():
 def test_extreme_recipes_equal_the_oracle(counts):
     model, reference = tiny_model(), tiny_model(attention="eager")
     inputs = tiny_inputs(model, batch=2)
-    with prune(model, recipe_for(model, inputs, counts)):
+    recipe = recipe_for(model, inputs, counts)
+    with prune(model, recipe):
         pruned, _ = greedy_logits(model, inputs, 4)
-    expected, _ = greedy_logits(reference, inputs, 4, oracle=Oracle(reference, counts))
+    expected, _ = greedy_logits(reference, inputs, 4, oracle=Oracle(reference, recipe.keep))
     assert relative(pruned, expected) < 1e-5
 
 

@@ -6,6 +6,8 @@ Keyed by `config.model_type`. Everything else works on what `adapt` returns.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -87,6 +89,46 @@ def model_shape(config: Any) -> ModelShape:
     return ModelShape(model_type, decoder, tower)
 
 
-def visual_mask(adapted: AdaptedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mark the visual tokens of `input_ids` [B, N]: bool [B, N]."""
-    return input_ids == adapted.image_token_id
+def visual_mask(
+    adapted: AdaptedModel, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mark the visual tokens: bool [B, N].
+
+    Args:
+        adapted: the model.
+        input_ids: [B, N]; None to look for the image token's embedding in `inputs_embeds`, as transformers does.
+        inputs_embeds: [B, N, d], before image features are put in.
+    """
+    if input_ids is not None:
+        return input_ids == adapted.image_token_id
+    assert inputs_embeds is not None
+    token = torch.tensor(adapted.image_token_id, device=inputs_embeds.device)
+    return (inputs_embeds == adapted.model.get_input_embeddings()(token)).all(-1)
+
+
+def encode_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
+    """Find out how many visual tokens each image has; encode the images for it, unless that is done already.
+
+    Args:
+        adapted: the model.
+        given: the arguments of its call, with `pixel_values` or `mm_encoder_outputs` (as generate makes them).
+
+    Returns:
+        Visual tokens of each image, in the order of the batch, and the arguments that replace those given.
+
+    Raises:
+        ValueError: the features come from generate's chunked prefill, which cuts through images.
+    """
+    outputs = (given.get("mm_encoder_outputs") or {}).get("image")
+    changed: dict[str, Any] = {}
+    if outputs is None:
+        encode = adapted.model.base_model.get_image_features
+        names = [name for name in inspect.signature(encode).parameters if given.get(name) is not None]
+        outputs = encode(**{name: given[name] for name in names}, return_dict=True)
+        changed = {**dict.fromkeys(names), "mm_encoder_outputs": {"image": outputs}}
+    elif outputs.last_hidden_state is None:
+        raise ValueError(
+            "mm_encoder_outputs hold no last_hidden_state, as in generate's chunked prefill (prefill_chunk_size): "
+            "chunks cut images and questions, so which tokens to prune is unknown; drop prefill_chunk_size"
+        )
+    return [len(features) for features in outputs.pooler_output], changed

@@ -7,7 +7,8 @@ own attention implementation goes on computing the output. Nothing is registered
 from __future__ import annotations
 
 import contextlib
-import functools
+import copy
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,64 +22,88 @@ from fitprune.adapters import AdaptedModel
 # Sees one attention call: layer number, query [B, H, Q, D], key [B, G, K, D], scaling.
 Tap = Callable[[int, torch.Tensor, torch.Tensor, float], None]
 
-_TAPS: weakref.WeakKeyDictionary[nn.Module, Callable[[torch.Tensor, torch.Tensor, float], None]] = (
-    weakref.WeakKeyDictionary()
-)
-_PREFIX = "fitprune_"
+NAME = "fitprune"  # in transformers' attention registry; only tapped attention modules name it
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tapped:
+    """What a tapped attention module calls, and whose implementation it goes on with."""
+
+    tap: Tap
+    number: int
+    decoder_config: Any
+
+
+_TAPPED: weakref.WeakKeyDictionary[nn.Module, _Tapped] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[None]:
     """Call `tap` at every attention of the decoder, before its output is computed; undone on exit.
 
+    Each attention module gets a copy of its config that names our function. The model's own config, and with it masks
+    and all else that asks for the attention implementation, stays the user's.
+
     Raises:
         ValueError: the decoder is tapped already, or its attention does not go through transformers' registry.
     """
-    config = adapted.decoder.config
-    original: str = config._attn_implementation
-    if original.startswith(_PREFIX):
-        raise ValueError(
-            f"attention implementation is {original!r}: the model is in use by fitprune; leave that block first"
-        )
-    _register(original)
     attentions = [layer.self_attn for layer in adapted.layers]
+    if any(attention.config._attn_implementation == NAME for attention in attentions):
+        raise ValueError("the model is in use by fitprune; leave that block first")
+    _register(adapted.decoder.config._attn_implementation)
+    given = [attention.config for attention in attentions]
     try:
         for number, attention in enumerate(attentions):
-            _TAPS[attention] = functools.partial(tap, number)
-        adapted.decoder.set_attn_implementation(_PREFIX + original)
+            _TAPPED[attention] = _Tapped(tap, number, adapted.decoder.config)
+            attention.config = copy.copy(attention.config)
+            attention.config._attn_implementation = NAME
         yield
     finally:
-        adapted.decoder.set_attn_implementation(original)
-        for attention in attentions:
-            _TAPS.pop(attention, None)
+        for attention, config in zip(attentions, given, strict=True):
+            attention.config = config
+            _TAPPED.pop(attention, None)
 
 
-def _register(original: str) -> None:
-    """Register, once per implementation, a function that shows queries and keys and then calls the original."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+def _register(implementation: str) -> None:
+    """Register, once, a function that shows queries and keys and then calls the model's own implementation."""
+    from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = _PREFIX + original
-    if name in ALL_ATTENTION_FUNCTIONS:
-        return
-    if original != "eager" and original not in ALL_ATTENTION_FUNCTIONS:
+    if implementation != "eager" and implementation not in ALL_ATTENTION_FUNCTIONS:
         raise ValueError(
-            f"attn_implementation={original!r}: not in transformers' attention registry, so queries and keys cannot be "
-            "seen; load the model with 'sdpa' or 'eager'"
+            f"attn_implementation={implementation!r}: not in transformers' attention registry, so queries and keys "
+            "cannot be seen; load the model with 'sdpa' or 'eager'"
         )
+    if NAME in ALL_ATTENTION_FUNCTIONS:
+        return
 
     def forward(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if (tap := _TAPS.get(module)) is not None:
-            scaling = kwargs.get("scaling")
-            tap(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if original == "eager":  # not in the registry: each modeling file has its own
+        tapped = _TAPPED.get(module)
+        if tapped is None:
+            raise ValueError(
+                "this model was copied while it was in use by fitprune, so its attention is not its own; "
+                "copy it outside of prune"
+            )
+        scaling = kwargs.get("scaling")
+        tapped.tap(tapped.number, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        implementation = tapped.decoder_config._attn_implementation  # asked for now: it may change inside the block
+        if implementation == "eager":  # not in the registry: each modeling file has its own
             attend = sys.modules[type(module).__module__].eager_attention_forward
         else:
-            attend = ALL_ATTENTION_FUNCTIONS[original]
-        return attend(module, query, key, value, *args, **kwargs)
+            attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        return attend(_Untapped(module, tapped.decoder_config), query, key, value, *args, **kwargs)
 
-    AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    AttentionInterface.register(NAME, forward)
+
+
+class _Untapped:
+    """An attention module as its implementation must see it: with the model's config. FlashAttention reads its name."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

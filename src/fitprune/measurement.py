@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fitprune.adapters import AdaptedModel, adapt, visual_mask
+from fitprune.adapters import AdaptedModel, adapt, encode_images, visual_mask
 from fitprune.attention import ReceivedAttention, received_attention, text_after
 from fitprune.hooks import tap_attention
 from fitprune.selection import images_of
@@ -96,14 +96,20 @@ def _measure_batch(
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     visual = visual_mask(adapted, ids)
     padded = None if bool(valid.all()) else valid
-    text_after(visual, padded)  # refuses before the forward what could not be scored in it
+    question = text_after(visual, padded)
+    for needed, what in ((visual, "visual token"), (question, "text after its last visual token")):
+        if not bool(needed.any(1).all()):
+            number = int(needed.any(1).int().argmin())
+            raise ValueError(f"sample {number} of the batch has no {what}: scores need an image and then a question")
     received: dict[int, ReceivedAttention] = {}
 
     def tap(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
-        received[layer] = received_attention(query, key, visual, scaling=scaling, valid=padded)
+        received[layer] = received_attention(query, key, image, question, scaling=scaling, valid=padded)
 
     with torch.no_grad(), tap_attention(adapted, tap):
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        lengths, changed = encode_images(adapted, inputs)
+        image = images_of(visual, lengths)
+        model(**{**inputs, **changed}, use_cache=False, logits_to_keep=1)
     ordered = [received[layer] for layer in range(len(adapted.layers))]
     self_attention = torch.stack([r.self_attention for r in ordered], 1).cpu()  # [B, L, N]
     cross_attention = torch.stack([r.cross_attention for r in ordered], 1).cpu()

@@ -11,75 +11,110 @@ import torch
 from fitprune.adapters import adapt
 from fitprune.attention import ReceivedAttention
 from fitprune.recipe import PruningRecipe
-from fitprune.removal import removing
+from fitprune.removal import Choose, Plan, Remover, removing
 from fitprune.scoring import Scorer, get_scorer
-from fitprune.selection import keep_highest
+from fitprune.selection import keep_highest, tokens_of
 from fitprune.tokens import kept_counts
 
 
 @contextlib.contextmanager
-def prune(model: Any, recipe: PruningRecipe, scorer: str | Scorer = "fitprune") -> Iterator[Any]:
+def prune(
+    model: Any,
+    recipe: PruningRecipe,
+    scorer: str | Scorer | Callable[[ReceivedAttention], torch.Tensor] = "fitprune",
+    *,
+    pool_images: bool = False,
+) -> Iterator[Any]:
     """Remove visual tokens by `recipe` in every prefill of `model`, until the block ends.
 
-    Inside the block, use the model as ever. At each layer that the recipe names, the tokens with the lowest score leave
-    after the attention: the layer's KV cache keeps them, its MLP and later layers never see them. The number that
-    leaves comes from the recipe, for each image by its own token count; which ones, from this input's own attention.
-    Kept tokens stay in order and at their original positions. Returned logits have a row for each token that is left.
+    Inside the block, use the model as ever: any batch, any number of images, any decoding. At each layer that the
+    recipe names, the tokens with the lowest score leave after the attention: the layer's KV cache keeps them, its MLP
+    and later layers never see them. The number that leaves comes from the recipe, for each image by its own token
+    count; which ones, from this input's own attention. Kept tokens stay in order and at their original positions, and
+    a row of a batch gives what its sample gives alone. Logits keep their dense shape; where a token left they are those
+    of a zero hidden state.
 
-    The question whose attention counts as cross is the text after the last image, up to the first position whose logit
-    is asked for: with `logits_to_keep=k`, the last k - 1 tokens (the draft of assisted decoding, a given answer) do not
-    decide what leaves. A prompt without an image runs as in the dense model. A batch may be padded, but its samples
-    must have the same number of visual tokens.
+    The question, whose attention counts as cross, is the text after the sample's last image in this call. It ends with
+    the first position whose logit is asked for or that `labels` give a target to, so a draft, a given answer or labels
+    do not decide what leaves. Text between images is kept, and is no question (see `fitprune.attention.text_after`).
+
+    A turn that continues a pruned cache prunes its own images by its own question; what left in earlier turns stays
+    away. With scorer "self" what is kept depends on no question, so that one cache can serve many.
+
+    `labels` must be -100 wherever a visual token would make the prediction; the loss over the other positions is that
+    of a dense model in which the removed tokens are masked. Gradients flow through what is kept.
 
     Args:
         model: a supported `...ForConditionalGeneration` model.
         recipe: fitted for this model.
-        scorer: name in `fitprune.scoring.SCORERS`, or a function from ReceivedAttention to scores [B, N].
+        scorer: name in `fitprune.scoring.SCORERS`, a Scorer, or a function from ReceivedAttention to scores [B, N].
+        pool_images: let the images of a sample share one count and compete for it, instead of one share each.
 
     Yields:
         `model`. On exit, also after an exception, it is as it was found.
 
     Raises:
         ValueError: the recipe is of another model, the scorer is unknown, the model's family is not supported or the
-            model is pruned already; from a call of the model: visual tokens differ within the batch, a prompt with an
-            image has none, the cache is not a plain DynamicCache, labels are given, or input_ids are not.
+            model is pruned already; from a call of the model, where its result could not be exact: docs/calling.md
+            has the list; on exit, if another thread is still inside a call.
 
     Source: arXiv:2409.10197. Differs from the authors' code: any batch, prompt and attention implementation instead of
     one prompt of 35 + 576 tokens under eager attention.
     """
-    adapted = adapt(model)
-    recipe.model.require_same(adapted.shape, what="recipe")
-    with removing(adapted, _by_recipe(recipe, get_scorer(scorer))):
+    with _removing(model, recipe, scorer, pool_images):
         yield model
 
 
 def kept_positions(
-    model: Any, recipe: PruningRecipe, inputs: Mapping[str, Any], scorer: str | Scorer = "fitprune"
+    model: Any,
+    recipe: PruningRecipe,
+    inputs: Mapping[str, Any],
+    scorer: str | Scorer | Callable[[ReceivedAttention], torch.Tensor] = "fitprune",
+    *,
+    pool_images: bool = False,
 ) -> list[torch.Tensor]:
-    """Run one prefill and tell which positions of the prompt enter each layer: a list of [B, n], as for `prune`."""
-    adapted = adapt(model)
-    recipe.model.require_same(adapted.shape, what="recipe")
-    with removing(adapted, _by_recipe(recipe, get_scorer(scorer))) as remover, torch.no_grad():
+    """Run one prefill and tell which positions of the prompt enter each layer; arguments as for `prune`.
+
+    Returns:
+        For each layer, [B, m] int64: ascending columns of `input_ids`; -1 at padding, and on the left of rows that hold
+        fewer tokens than the longest.
+    """
+    with _removing(model, recipe, scorer, pool_images) as remover, torch.no_grad():
         model(**inputs, use_cache=False, logits_to_keep=1)
     return remover.entered
 
 
-def _by_recipe(
-    recipe: PruningRecipe, scorer: Scorer
-) -> Callable[[int, torch.Tensor, Callable[[], ReceivedAttention]], torch.Tensor | None]:
-    """Make the function that chooses, per layer, what stays."""
-    left: list[torch.Tensor] = []  # per layer [B, images], set at layer 0 of each prefill
-    previous: list[torch.Tensor] = []  # the same before the layer
+def _removing(
+    model: Any,
+    recipe: PruningRecipe,
+    scorer: str | Scorer | Callable[[ReceivedAttention], torch.Tensor],
+    pool_images: bool,
+) -> contextlib.AbstractContextManager[Remover]:
+    adapted = adapt(model)
+    recipe.model.require_same(adapted.shape, what="recipe")
+    used = get_scorer(scorer)
+    return removing(adapted, _by_recipe(recipe, used, pool_images), needs_question=used.query_aware)
 
-    def choose(layer: int, image: torch.Tensor, received: Callable[[], ReceivedAttention]) -> torch.Tensor | None:
-        if layer == 0:
-            original = [[int((row == i).sum()) for i in range(int(image.max()) + 1)] for row in image]
-            kept = [[kept_counts(recipe.keep, n) for n in row] for row in original]
-            per_layer = torch.tensor(kept, device=image.device).permute(2, 0, 1)
-            left[:] = per_layer.unbind()
-            previous[:] = [torch.tensor(original, device=image.device), *left[:-1]]
-        if torch.equal(left[layer], previous[layer]):
-            return None
-        return keep_highest(scorer(received()), image, left[layer])
 
-    return choose
+def _by_recipe(recipe: PruningRecipe, scorer: Scorer, pool_images: bool) -> Plan:
+    """Make the function that plans a prefill: how many tokens of each image are left after each layer."""
+
+    def plan(image: torch.Tensor) -> Choose:
+        original = tokens_of(_pooled(image) if pool_images else image)
+        # [layers + 1, B, images]: before the first layer, and after each.
+        left = torch.tensor([[[n, *kept_counts(recipe.keep, n)] for n in row] for row in original]).permute(2, 0, 1)
+
+        def choose(layer: int, image: torch.Tensor, received: Callable[[], ReceivedAttention]) -> torch.Tensor | None:
+            if torch.equal(left[layer], left[layer + 1]):
+                return None
+            group = _pooled(image) if pool_images else image
+            return keep_highest(scorer.score(received()), group, left[layer + 1].to(image.device))
+
+        return choose
+
+    return plan
+
+
+def _pooled(image: torch.Tensor) -> torch.Tensor:
+    """All images of a sample as one."""
+    return image.clamp(max=0)

@@ -1,12 +1,18 @@
 """Take visual tokens out of a running prefill, and keep what follows it right.
 
-Knows when and how rows leave; not which: that is the `choose` function of the caller.
+Knows when and how rows leave; not which: that is the `plan` function of the caller.
 
 At a layer that removes, the tokens leave after its attention: the layer's KV cache keeps them, its MLP and all later
 layers never see them. transformers keeps the residual in a local of the layer's forward, so the MLP runs on the kept
-rows only (gathered before, scattered after) and the rows are dropped at the layer's end. Positions stay original.
+rows only (gathered before, scattered after) and the rows are dropped at the layer's end. Positions stay original. After
+the last layer the rows return to their columns, zero where a token left, so that logits, labels and indices of logits
+mean what they mean in the dense model.
 
-Shapes: B batch, N tokens of the prompt, n tokens at the present layer, m tokens kept.
+Rows of a batch may keep different numbers of tokens. They are packed to the right: a shorter row has padding on its
+left, and the prompt's own padding leaves with the first tokens that leave.
+
+Shapes: B batch, P columns of the past, Q columns of this forward, m rows present at a layer (Q until tokens leave), d
+hidden size.
 """
 
 from __future__ import annotations
@@ -14,277 +20,490 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from fitprune.adapters import AdaptedModel, visual_mask
-from fitprune.attention import ReceivedAttention, received_attention
+from fitprune.adapters import AdaptedModel, encode_images, visual_mask
+from fitprune.attention import ReceivedAttention, received_attention, text_after
+from fitprune.cache import PrunedLayer, adopt, is_pruned, require_plain
 from fitprune.hooks import tap_attention
 from fitprune.selection import images_of
 
-# (layer, image [B, n], lazily computed received attention) -> stays [B, n] bool, or None where nothing leaves.
+# (layer, image [B, m], lazily computed received attention) -> stays [B, m] bool, or None where nothing leaves.
 Choose = Callable[[int, torch.Tensor, Callable[[], ReceivedAttention]], "torch.Tensor | None"]
+# image [B, Q] of a prefill -> the function that chooses in it.
+Plan = Callable[[torch.Tensor], Choose]
 
 
 @dataclasses.dataclass
-class _Prefill:
-    """The state of one prefill, from the model's call to the last layer.
+class _Forward:
+    """The state of one forward that prunes, or that continues a pruned cache.
 
     Attributes:
-        kept: [B, n] original positions of the tokens now present.
-        image: [B, n] image number of each token now present, -1 for text.
-        valid: [B, n] False where no score is read, at padding and behind the question; None where there is neither.
-        entered: for each layer, the original positions in its KV cache, [B, n].
-        stays: [B, m] rows that stay, between a layer's attention and its end; None elsewhere.
-        sliced: the layer's arguments cut to the present tokens, until more leave.
+        past: P, columns of the sequence before this forward.
+        length: Q.
+        valid: [B, P + Q] False at padding; None where there is none.
+        choose: what stays at a layer; None where this forward prunes nothing.
+        kept: [B, m] columns, within this forward, of the rows present; -1 at padding.
+        image: [B, m] image number of each row present, -1 for text and padding.
+        question: [B, m] rows whose attention is cross.
+        packed: whether rows have left, so that the rows present are no longer all Q.
+        entered: for each layer so far, `kept` before it.
+        index: [B, m'] rows that stay, between a layer's attention and its end; shorter samples are filled up on the left.
+        filled: [B, m'] True at that filling.
+        keys_valid: [B, keys] False at keys of the present layer that are padding; None where there is none.
+        made: arguments made for a layer, by the columns that its cache holds; until more rows leave.
     """
 
+    past: int
+    length: int
+    valid: torch.Tensor | None
+    choose: Choose | None
     kept: torch.Tensor
     image: torch.Tensor
-    valid: torch.Tensor | None
-    entered: list[torch.Tensor]
-    stays: torch.Tensor | None = None
-    sliced: dict[str, Any] | None = None
-
-
-# Kept on the cache itself, so that a copy of it, or another block, continues it rightly.
-_MARK = "_fitprune_pruned"
+    question: torch.Tensor
+    packed: bool = False
+    entered: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    index: torch.Tensor | None = None
+    filled: torch.Tensor | None = None
+    keys_valid: torch.Tensor | None = None
+    made: dict[int, tuple[Any, _Stage]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pruned:
-    """What a pruned cache remembers: the prompt's length and, per layer, the positions that it holds."""
+class _Stage:
+    """What layers share that see the same rows and hold the same columns of the past.
 
+    Attributes:
+        arguments: keyword arguments of the layer to replace.
+        keys_valid: as in `_Forward`.
+        held: what the layer's cache will hold; see `PrunedLayer.expect`.
+    """
+
+    arguments: dict[str, Any]
+    keys_valid: torch.Tensor | None
+    held: tuple[torch.Tensor, int, bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Uncached:
+    """The last prefill without a cache: its images, its prompt's length and its own."""
+
+    images: Any
+    prompt: int
     length: int
-    entered: list[torch.Tensor]
 
 
 class Remover:
     """Removes tokens from one model's prefills; made and undone by `removing`.
 
+    The state of a forward belongs to the thread that runs it.
+
     Attributes:
-        entered: for each layer, the original positions [B, n] that entered it in the last prefill.
+        entered: for each layer, the columns [B, m] that entered it in the last prefill, -1 at padding.
     """
 
-    def __init__(self, adapted: AdaptedModel, choose: Choose) -> None:
+    def __init__(self, adapted: AdaptedModel, plan: Plan, needs_question: bool) -> None:
         self.adapted = adapted
-        self.choose = choose
-        self._signature = inspect.signature(adapted.model.forward)
+        self.plan = plan
+        self.needs_question = needs_question
         self.entered: list[torch.Tensor] = []
-        self._prefill: _Prefill | None = None
+        self._signature = inspect.signature(adapted.model.forward)
+        self._forwards: dict[int, _Forward] = {}
+        self._uncached: dict[int, _Uncached] = {}
 
-    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @property
+    def _state(self) -> _Forward | None:
+        return self._forwards.get(threading.get_ident())
+
+    def before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Find the visual tokens of a prefill, and refuse what cannot be pruned rightly."""
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given = {**given.pop("kwargs", {}), **given}
-        self._prefill = None
-        ids, cache = given.get("input_ids"), given.get("past_key_values")
-        if ids is None:
+        self.after_model()
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        given = {**bound.pop("kwargs", {}), **bound}
+        cache = given.get("past_key_values")
+        images = (given.get("mm_encoder_outputs") or {}).get("image")
+        images = given.get("pixel_values") if images is None else images
+        if images is None and not is_pruned(cache):
+            if given.get("input_ids") is None and (cache is None or cache.get_seq_length() == 0):
+                raise ValueError(
+                    "inputs_embeds are given without pixel_values: which of them are visual tokens is unknown; pass "
+                    "input_ids, or pixel_values and inputs_embeds that hold the image token's embedding"
+                )
+            return args, kwargs  # text alone, where even a generated image token is no image: as the dense model
+        valid, past = _valid_columns(given, cache)
+        if images is not None:
+            state, changed = self._prefill(given, valid, past, images)
+        else:
+            length = _tokens(given).shape[1]
+            nothing = torch.empty(0, dtype=torch.long)
+            state, changed = _Forward(past, length, valid, None, nothing, nothing, nothing), {}
+        if (positions := _counted_positions(state, given.get("position_ids"))) is not None:
+            changed["position_ids"] = positions
+        self._forwards[threading.get_ident()] = state
+        if changed:
+            named = dict(zip(self._signature.parameters, args, strict=False))
+            args, kwargs = (), {**named, **kwargs, **changed}
+        return args, kwargs
+
+    def _prefill(
+        self, given: dict[str, Any], valid: torch.Tensor | None, past: int, images: Any
+    ) -> tuple[_Forward, dict[str, Any]]:
+        """Start a forward that prunes; also says which arguments of the call change."""
+        if (cache := given.get("past_key_values")) is not None:
+            require_plain(cache)
+        if self.adapted.model.training and getattr(self.adapted.decoder, "gradient_checkpointing", False):
             raise ValueError(
-                "input_ids is None: prune finds visual tokens by their ids; pass input_ids, not inputs_embeds"
+                "gradient checkpointing runs layers again in the backward pass, when their tokens are gone: "
+                "call model.gradient_checkpointing_disable() or model.eval()"
             )
-        if not given.get("mm_encoder_outputs") and given.get("pixel_values") is None:  # generate encodes images itself
-            return  # text alone, or decoding, where even a generated image token is no image: nothing leaves
-        visual = visual_mask(self.adapted, ids)
+        visual = visual_mask(self.adapted, given.get("input_ids"), given.get("inputs_embeds"))
         if not bool(visual.any()):
             raise ValueError(
                 f"no visual token (id {self.adapted.image_token_id}) in the prompt, but an image is given; "
                 "make the prompt with the processor's chat template, or put the image token into it"
             )
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(
-                "the cache holds tokens already: an image in a later turn, or in chunks (prefill_chunk_size), cannot "
-                "be pruned yet; start with an empty cache"
+        length = visual.shape[1]
+        column = torch.arange(length, device=visual.device).expand_as(visual)
+        present = None if valid is None else valid[:, past:]
+        question = text_after(visual, present)
+        _require_rows(visual, question, "has no text after its last visual token; put the question behind the images")
+        predicted = _predicted(given, visual)
+        if self.needs_question:
+            prompt = self._uncached_prompt(given, images, length)
+            question = question & (column < prompt) & (column < _first_answer(given, question, predicted))
+            _require_rows(
+                visual,
+                question,
+                "has no question: no text between its last visual token and the first asked logit or label; ask for "
+                "fewer logits or labels, or prune with scorer='self', which needs no question",
             )
-        if isinstance(given.get("logits_to_keep"), torch.Tensor):
-            raise ValueError(
-                "logits_to_keep is a tensor: positions move when tokens leave; give a number of last tokens"
-            )
-        if given.get("labels") is not None:
-            raise ValueError(
-                "labels are given: removed tokens have no logits, so a loss over them means nothing; drop labels"
-            )
-        _require_plain(cache)
-        mask = given.get("attention_mask")
-        if mask is not None and mask.ndim != 2:
-            raise ValueError(f"attention_mask has {mask.ndim} dimensions: must be [batch, tokens] for prune")
-        image = images_of(visual)
-        _require_equal(image)
-        batch, length = ids.shape
-        valid = torch.ones_like(visual) if mask is None else mask.bool()
-        # Tokens behind the first asked logit continue the prompt (a draft, a given answer): they are no question.
-        if (continuation := int(given.get("logits_to_keep") or 0) - 1) > 0:
-            valid = valid.clone()
-            valid[:, -continuation:] = False
-        self._prefill = _Prefill(
-            kept=torch.arange(length, device=ids.device).expand(batch, -1),
-            image=image,
-            valid=None if bool(valid.all()) else valid,
-            entered=[],
-        )
+        else:
+            question = torch.zeros_like(question)
+        lengths, changed = encode_images(self.adapted, given)
+        image = images_of(visual, lengths)
+        kept = column if present is None else column.masked_fill(~present, -1)
+        return _Forward(past, length, valid, self.plan(image), kept, image, question), changed
 
-    def before_layer(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _uncached_prompt(self, given: dict[str, Any], images: Any, length: int) -> int:
+        """The length of the prompt, also where the call repeats the last one with one more token.
+
+        generate(use_cache=False) sends prompt and answer so far at every step, and the answer must not become question.
+        """
+        before = self._uncached.pop(threading.get_ident(), None)
+        if given.get("past_key_values") is not None or given.get("use_cache") is not False:
+            return length
+        continues = before is not None and before.images is images and before.length == length - 1
+        prompt = before.prompt if before is not None and continues else length
+        self._uncached[threading.get_ident()] = _Uncached(images, prompt, length)
+        return prompt
+
+    def after_model(self) -> None:
+        """Forget this thread's forward, which has ended or died."""
+        self._forwards.pop(threading.get_ident(), None)
+
+    def require_idle(self) -> None:
+        """Refuse to end quietly while other threads are inside a forward, whose hooks vanish under them."""
+        if others := set(self._forwards) - {threading.get_ident()}:
+            raise ValueError(
+                f"{len(others)} other thread(s) are inside a call of the pruned model, which now fails or is wrong: "
+                "join them before leaving the prune block"
+            )
+
+    def before_layer(self, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Cut a layer's positions and mask to the tokens that reach it."""
-        state = self._prefill
-        cache = kwargs.get("past_key_values")
+        state = self._state
         if state is None:
-            pruned: _Pruned | None = getattr(cache, _MARK, None)
-            if pruned is None or kwargs.get("attention_mask") is None:
-                return kwargs
-            return {
-                **kwargs,
-                "attention_mask": _cut_keys(kwargs["attention_mask"], pruned.entered[number], pruned.length),
-            }
-        if number == 0 and cache is not None:
-            _require_plain(cache)
-        state.entered.append(state.kept)
-        if number == 0 or state.kept is state.entered[0]:
             return kwargs
-        if state.sliced is None:
-            state.sliced = _slice_arguments(kwargs, state.kept)
-        return {**kwargs, **state.sliced}
+        cache = kwargs.get("past_key_values")
+        if state.choose is not None:
+            state.entered.append(state.kept)
+            if number == 0 and cache is not None:
+                adopt(cache, len(self.adapted.layers))
+        layer: PrunedLayer | None = None if cache is None else cache.layers[number]
+        columns = None if layer is None else layer.columns
+        if not state.packed and columns is None:
+            state.keys_valid = state.valid
+            return kwargs
+        if id(columns) not in state.made:
+            # The columns are kept with what was made of them, so that no other tensor gets their id.
+            state.made[id(columns)] = (columns, self._stage(state, layer, hidden, kwargs))
+        stage = state.made[id(columns)][1]
+        state.keys_valid = stage.keys_valid
+        if layer is not None:
+            layer.expect(*stage.held)
+        return {**kwargs, **stage.arguments}
+
+    def _stage(
+        self, state: _Forward, layer: PrunedLayer | None, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> _Stage:
+        """Make the arguments of a layer whose rows or keys are not those of the dense model."""
+        layer = layer or PrunedLayer()
+        (batch, rows, _), device = hidden.shape, hidden.device
+        arguments: dict[str, Any] = {}
+        if state.packed:
+            kept = state.kept.to(device)
+            arguments = _at(kwargs, kept.clamp(min=0))
+            new = torch.where(kept < 0, -1, kept + state.past)
+        elif rows == 1 and state.valid is None and not layer.padded:  # the usual decoding step: nothing is hidden
+            assert layer.columns is not None
+            return _Stage({"attention_mask": None}, None, (layer.columns, layer.covered, False))
+        else:
+            new = torch.arange(state.past, state.past + state.length, device=device).expand(batch, -1)
+        columns = torch.cat([layer.all_columns(state.past, batch, device), new], 1)
+        present = columns >= 0
+        if state.packed or layer.columns is None:
+            held = (columns, state.past + state.length, not bool(present.all()))
+        else:
+            held = (layer.columns, layer.covered, layer.padded)
+        if state.valid is not None:
+            present = present & state.valid.to(device).expand(batch, -1).gather(1, columns.clamp(min=0))
+        arguments["attention_mask"] = self._mask(present, hidden)
+        return _Stage(arguments, None if bool(present.all()) else present, held)
+
+    def _mask(self, present: torch.Tensor, hidden: torch.Tensor) -> Any:
+        """Make a causal mask as the model's attention implementation takes it; the last keys are the rows' own."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        config = self.adapted.decoder.config
+        implementation = config._attn_implementation
+        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            raise ValueError(
+                f"attn_implementation={implementation!r} has no entry in transformers' mask registry: a mask for the "
+                "kept tokens cannot be made; register one, or load the model with 'sdpa' or 'eager'"
+            )
+        batch, keys = present.shape
+        rows = hidden.shape[1]
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+            batch_size=batch,
+            q_length=rows,
+            kv_length=keys,
+            q_offset=keys - rows,
+            kv_offset=0,
+            attention_mask=present,
+            allow_is_causal_skip=True,
+            dtype=hidden.dtype,
+            config=config,
+            device=hidden.device,
+        )
 
     def at_attention(self, number: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Choose, from the layer's own queries and keys, the tokens that stay."""
-        state = self._prefill
-        if state is None:
+        state = self._state
+        if state is None or state.choose is None:
             return
+        device = query.device
+        image = state.image.to(device)
 
         def received() -> ReceivedAttention:
-            return received_attention(query, key, state.image >= 0, scaling=scaling, valid=state.valid)
+            valid = None if state.keys_valid is None else state.keys_valid.to(device)
+            return received_attention(query, key, image, state.question.to(device), scaling=scaling, valid=valid)
 
-        stays = self.choose(number, state.image, received)
-        if stays is not None and not bool(stays.all()):
-            batch, length = stays.shape
-            order = torch.arange(length, device=stays.device).expand(batch, -1)
-            state.stays = order[stays].view(batch, -1)
+        stays = state.choose(number, image, received)
+        present = (state.kept >= 0).to(device)
+        if stays is None or not bool((present & ~stays).any()):
+            return
+        stays = stays & present
+        most = int(stays.sum(1).max())
+        # Stable: what leaves comes first, then what stays, each in order. So the rows end up packed to the right.
+        state.index = stays.byte().argsort(dim=1, stable=True)[:, stays.shape[1] - most :]
+        state.filled = ~stays.gather(1, state.index)
 
     def before_mlp(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Gather the rows that stay: [B, n, d] -> [B, m, d]."""
-        state = self._prefill
-        return hidden if state is None or state.stays is None else _take(hidden, state.stays)
+        """Gather the rows that stay: [B, m, d] -> [B, m', d]."""
+        state = self._state
+        return hidden if state is None or state.index is None else _take(hidden, state.index)
 
     def after_mlp(self, output: torch.Tensor) -> torch.Tensor:
-        """Scatter the MLP's rows back, zero where a token leaves: [B, m, d] -> [B, n, d]."""
-        state = self._prefill
-        if state is None or state.stays is None:
+        """Scatter the MLP's rows back, zero where a token leaves: [B, m', d] -> [B, m, d]."""
+        state = self._state
+        if state is None or state.index is None:
             return output
         batch, _, width = output.shape
         full = output.new_zeros(batch, state.kept.shape[1], width)
-        return full.scatter_(1, state.stays[..., None].expand(-1, -1, width), output)
+        return full.scatter(1, state.index.to(output.device)[..., None].expand(-1, -1, width), output)
 
-    def after_layer(self, number: int, cache: Any, output: Any) -> Any:
-        """Drop the rows that left."""
-        state = self._prefill
+    def after_layer(self, number: int, output: Any) -> Any:
+        """Drop the rows that left; after the last layer, put those that are left back into their columns."""
+        state = self._state
         if state is None:
             return output
-        if state.stays is not None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            hidden = _take(hidden, state.stays)
-            output = (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-            state.kept = state.kept.gather(1, state.stays)
-            state.image = state.image.gather(1, state.stays)
-            state.valid = None if state.valid is None else state.valid.gather(1, state.stays)
-            state.stays = state.sliced = None
+        hidden = output[0] if isinstance(output, tuple) else output
+        if state.index is not None and state.filled is not None:
+            hidden = _take(hidden, state.index)
+            index, filled = state.index.to(state.kept.device), state.filled.to(state.kept.device)
+            state.kept = state.kept.gather(1, index).masked_fill(filled, -1)
+            state.image = state.image.gather(1, index).masked_fill(filled, -1)
+            state.question = state.question.gather(1, index) & ~filled
+            state.index = state.filled = None
+            state.packed = True
+            state.made.clear()
         if number == len(self.adapted.layers) - 1:
-            self.entered = state.entered
-            if cache is not None:
-                setattr(cache, _MARK, _Pruned(state.entered[0].shape[1], state.entered))
-            self._prefill = None
-        return output
+            hidden = _to_columns(state, hidden)
+            if state.choose is not None:
+                self.entered = state.entered
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 @contextlib.contextmanager
-def removing(adapted: AdaptedModel, choose: Choose) -> Iterator[Remover]:
-    """Let `choose` remove visual tokens from every prefill of the model, until the block ends.
+def removing(adapted: AdaptedModel, plan: Plan, *, needs_question: bool = True) -> Iterator[Remover]:
+    """Let `plan` remove visual tokens from every prefill of the model, until the block ends.
+
+    Args:
+        adapted: the model.
+        plan: makes, for each prefill, the function that chooses in it.
+        needs_question: whether it reads cross attention, so that a prompt without a question is refused.
 
     Raises:
-        ValueError: the model is pruned or measured already; on a call that cannot be pruned rightly, from that call.
+        ValueError: the model is pruned or measured already; on a call that cannot be pruned rightly, from that call;
+            at the end, if another thread is inside a call.
     """
-    remover = Remover(adapted, choose)
+    remover = Remover(adapted, plan, needs_question)
     with contextlib.ExitStack() as stack:
+        stack.callback(remover.require_idle)
         stack.enter_context(tap_attention(adapted, remover.at_attention))
-        stack.callback(adapted.model.register_forward_pre_hook(remover.before_model, with_kwargs=True).remove)
+        handles = [
+            adapted.model.register_forward_pre_hook(
+                lambda _, args, kwargs: remover.before_model(args, kwargs), with_kwargs=True
+            ),
+            adapted.model.register_forward_hook(lambda *_: remover.after_model(), always_call=True),
+        ]
         for number, layer in enumerate(adapted.layers):
-            handles = (
+            handles += [
                 layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, number=number: (args, remover.before_layer(number, kwargs)),
+                    lambda _, args, kwargs, number=number: (
+                        args,
+                        remover.before_layer(number, args[0] if args else kwargs["hidden_states"], kwargs),
+                    ),
                     with_kwargs=True,
                 ),
                 layer.mlp.register_forward_pre_hook(lambda _, args: (remover.before_mlp(args[0]), *args[1:])),
                 layer.mlp.register_forward_hook(lambda _, __, output: remover.after_mlp(output)),
-                layer.register_forward_hook(
-                    lambda _, __, kwargs, output, number=number: remover.after_layer(
-                        number, kwargs.get("past_key_values"), output
-                    ),
-                    with_kwargs=True,
-                ),
-            )
-            for handle in handles:
-                stack.callback(handle.remove)
+                layer.register_forward_hook(lambda _, __, output, number=number: remover.after_layer(number, output)),
+            ]
+        for handle in handles:
+            stack.callback(handle.remove)
         yield remover
 
 
+def _tokens(given: dict[str, Any]) -> torch.Tensor:
+    tokens: torch.Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    return tokens
+
+
+def _valid_columns(given: dict[str, Any], cache: Any) -> tuple[torch.Tensor | None, int]:
+    """Read padding and the length of the past: ([B, P + Q] bool or None, P)."""
+    length, past = _tokens(given).shape[1], 0 if cache is None else cache.get_seq_length()
+    mask = given.get("attention_mask")
+    if mask is None:
+        return None, past
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        what = f"has {mask.ndim} dimensions" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
+        raise ValueError(f"attention_mask {what}: must be a tensor [batch, tokens] for prune")
+    if mask.shape[1] != past + length:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[1]} tokens: must cover {past + length}, the {past} in past_key_values "
+            f"(as many as before pruning) and the {length} of this call"
+        )
+    valid = mask.bool()
+    return None if bool(valid.all()) else valid, past
+
+
+def _counted_positions(state: _Forward, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Positions of this forward's columns, [B, Q], where padding lies inside the sequence; None elsewhere.
+
+    generate counts on from the last column, which in a right-padded prompt is padding: its rows would go on at 1.
+    """
+    if state.valid is None or position_ids is None or position_ids.ndim != 2:
+        return None
+    seen = state.valid.long().cumsum(1)
+    inside = ~state.valid & (seen > 0)
+    return (seen - 1).clamp(min=0)[:, state.past :] if bool(inside.any()) else None
+
+
+def _predicted(given: dict[str, Any], visual: torch.Tensor) -> torch.Tensor:
+    """Mark the rows that labels give a target to, [B, Q]; refuse targets of rows that may leave."""
+    if (target := given.get("shift_labels")) is None:
+        if given.get("labels") is None:
+            return torch.zeros_like(visual)
+        target = nn.functional.pad(given["labels"][:, 1:], (0, 1), value=-100)
+    predicted = (target != -100).to(visual.device)
+    if bool((predicted & visual).any()):
+        sample, column = (predicted & visual).nonzero()[0].tolist()
+        raise ValueError(
+            f"labels: sample {sample} has a target to be predicted by the visual token at {column}, which may be "
+            "pruned; set labels to -100 at visual tokens and at the token after each image"
+        )
+    return predicted
+
+
+def _first_answer(given: dict[str, Any], question: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """For each row, the first column of the answer: behind the first question row with an asked logit or target. [B, 1]."""
+    length = question.shape[1]
+    column = torch.arange(length, device=question.device)
+    asked = given.get("logits_to_keep")
+    if isinstance(asked, torch.Tensor):
+        wanted = torch.zeros_like(column, dtype=torch.bool)
+        wanted[asked.to(column.device)] = True
+        predicted = predicted | wanted
+    elif asked:
+        predicted = predicted | (column >= length - int(asked))
+    return torch.where(predicted & question, column + 1, length).amin(1, keepdim=True)
+
+
+def _require_rows(visual: torch.Tensor, rows: torch.Tensor, problem: str) -> None:
+    """Refuse samples with an image but without such rows."""
+    lacking = visual.any(1) & ~rows.any(1)
+    if bool(lacking.any()):
+        raise ValueError(f"sample {int(lacking.int().argmax())} of the batch {problem}")
+
+
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Gather rows: [B, n, d] by [B, m] -> [B, m, d]."""
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+    """Gather rows: [B, m, d] by [B, m'] -> [B, m', d]."""
+    return rows.gather(1, index.to(rows.device)[..., None].expand(-1, -1, rows.shape[-1]))
 
 
-def _slice_arguments(kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
-    """Cut position embeddings, position ids and mask of the whole prompt to the kept positions [B, n]."""
-    batch, length = kept.shape
+def _at(kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
+    """Cut position embeddings and position ids of a whole forward to the rows [B, m]."""
+    batch = len(kept)
     cut: dict[str, Any] = {}
     if (embeddings := kwargs.get("position_embeddings")) is not None:
         cut["position_embeddings"] = tuple(_take(e.expand(batch, -1, -1), kept) for e in embeddings)
     if (ids := kwargs.get("position_ids")) is not None:
-        cut["position_ids"] = ids.expand(batch, -1).gather(1, kept)
-    if (mask := kwargs.get("attention_mask")) is not None:
-        if not isinstance(mask, torch.Tensor):
-            raise ValueError(
-                f"attention mask is a {type(mask).__name__}: cannot be cut; load the model with 'sdpa' or 'eager'"
-            )
-        if mask.ndim == 4:
-            rows = kept[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-            mask = mask.expand(batch, -1, -1, -1).gather(2, rows)
-            mask = mask.gather(3, kept[:, None, None].expand(-1, mask.shape[1], length, -1))
-        else:
-            mask = mask.gather(1, kept)
-        cut["attention_mask"] = mask
+        cut["position_ids"] = ids.expand(batch, -1).gather(1, kept.to(ids.device))
     return cut
 
 
-def _cut_keys(mask: torch.Tensor, entered: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Cut the keys of a later step's mask, [B, 1, Q, K] or [B, K], to those in a pruned layer's cache."""
-    head, tail = mask[..., :prompt], mask[..., prompt:]
-    # Beam search reorders a cache only among the beams of a sample, which lost the same tokens: `entered` still holds.
-    index = entered if mask.ndim == 2 else entered[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
-    return torch.cat([head.expand(entered.shape[0], *head.shape[1:]).gather(-1, index), tail], -1)
+def _to_columns(state: _Forward, hidden: torch.Tensor) -> torch.Tensor:
+    """Put the rows back into their columns: [B, m, d] -> [B, Q, d], zero where a token left.
+
+    Padding behind a row's last token repeats that token, so that `logits[:, -1]`, which generate reads, is its own.
+    """
+    batch, rows, width = hidden.shape
+    last = None if state.valid is None else _last_columns(state.valid[:, state.past :].to(hidden.device))
+    if not state.packed and last is None:
+        return hidden
+    if state.packed:
+        kept = state.kept.to(hidden.device)
+        row = torch.arange(1, rows + 1, device=hidden.device).expand(batch, -1)
+        # Row 0 is a zero row, for columns without a token; column Q takes the padding, and is cut off.
+        source = row.new_zeros(batch, state.length + 1)
+        source = source.scatter(1, torch.where(kept < 0, state.length, kept), row)[:, : state.length]
+    else:
+        source = torch.arange(1, rows + 1, device=hidden.device).expand(batch, -1)
+    if last is not None:
+        column = torch.arange(state.length, device=hidden.device)
+        source = torch.where(column > last, source.gather(1, last), source)
+    return _take(torch.cat([hidden.new_zeros(batch, 1, width), hidden], 1), source)
 
 
-def _require_plain(cache: Any) -> None:
-    """Refuse a cache that cannot hold layers of different length."""
-    if cache is None:
-        return
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    kinds = {type(layer) for layer in cache.layers} if cache.layers else {cache.layer_class_to_replicate}
-    if type(cache) is not DynamicCache or kinds != {DynamicLayer} or cache.offloading:
-        names = sorted(getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__} of {', '.join(names)}, offloading={cache.offloading}: "
-            "layers of a pruned cache differ in length, which only DynamicCache holds; drop cache_implementation"
-        )
-
-
-def _require_equal(image: torch.Tensor) -> None:
-    """Refuse a batch whose samples differ in images or visual tokens: rows would leave a ragged batch."""
-    number = int(image.max()) + 1
-    counts = torch.stack([(image == i).sum(1) for i in range(number)], 1)
-    if not bool((counts == counts[0]).all()):
-        raise ValueError(
-            f"samples of the batch have {counts.tolist()} visual tokens per image: must be equal in one batch; "
-            "group samples by their token count, or pass one at a time"
-        )
+def _last_columns(valid: torch.Tensor) -> torch.Tensor | None:
+    """The column of each row's last token, [B, 1]; None where no row ends in padding."""
+    if bool(valid[:, -1].all()):
+        return None
+    column = torch.arange(valid.shape[1], device=valid.device)
+    return torch.where(valid, column, 0).amax(1, keepdim=True)

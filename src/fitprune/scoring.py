@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 
 from fitprune.attention import ReceivedAttention
 
-Scorer = Callable[[ReceivedAttention], torch.Tensor]
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """A way to rank visual tokens.
+
+    Attributes:
+        score: from received attention to scores [B, N], higher is kept.
+        query_aware: whether it reads cross attention. If not, none is computed, prompts need no question, and what is
+            kept does not depend on any: such a cache can serve many questions.
+    """
+
+    score: Callable[[ReceivedAttention], torch.Tensor]
+    query_aware: bool = True
 
 
 def self_times_cross(received: ReceivedAttention) -> torch.Tensor:
@@ -19,17 +32,27 @@ def self_times_cross(received: ReceivedAttention) -> torch.Tensor:
     return received.self_attention * received.cross_attention
 
 
-SCORERS: dict[str, Scorer] = {"fitprune": self_times_cross}
+def self_alone(received: ReceivedAttention) -> torch.Tensor:
+    """Score tokens by received self attention, whatever the question, [B, N].
+
+    Source: the self half of arXiv:2409.10197's score.
+    """
+    return received.self_attention
 
 
-def get_scorer(scorer: str | Scorer) -> Scorer:
-    """Look a scorer up by name, or take a function as it is.
+SCORERS: dict[str, Scorer] = {"fitprune": Scorer(self_times_cross), "self": Scorer(self_alone, query_aware=False)}
+
+
+def get_scorer(scorer: str | Scorer | Callable[[ReceivedAttention], torch.Tensor]) -> Scorer:
+    """Look a scorer up by name, or take one as it is; a bare function counts as query-aware.
 
     Raises:
         ValueError: no scorer has that name.
     """
-    if callable(scorer):
+    if isinstance(scorer, Scorer):
         return scorer
+    if callable(scorer):
+        return Scorer(scorer)
     if scorer not in SCORERS:
         raise ValueError(f"scorer={scorer!r}: must be one of {sorted(SCORERS)} or a function of ReceivedAttention")
     return SCORERS[scorer]

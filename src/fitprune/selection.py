@@ -8,21 +8,42 @@ Pure tensor functions: no model. Shapes: B samples, N tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
-def images_of(visual: torch.Tensor) -> torch.Tensor:
-    """Number the images of each sample: a run of adjacent visual tokens is one image.
+def images_of(visual: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
+    """Number the images of each sample.
 
     Args:
         visual: [B, N] bool.
+        lengths: visual tokens of each image, in the order of the batch, as models deal features to tokens. Without
+            them, or where they do not add up to the visual tokens (the model refuses that), a run of adjacent visual
+            tokens is one image.
 
     Returns:
         [B, N] int64: 0, 1, ... in the order of the images, -1 where no visual token is.
     """
+    if lengths is not None and sum(lengths) == int(visual.sum()):
+        number = torch.arange(len(lengths), device=visual.device)
+        owner = number.repeat_interleave(torch.tensor(lengths, device=visual.device))
+        image = torch.full_like(visual, -1, dtype=torch.long).masked_scatter(visual, owner)
+        first = torch.where(visual, image, len(lengths)).amin(1, keepdim=True)
+        return torch.where(visual, image - first, -1)
     starts = visual.clone()
     starts[:, 1:] &= ~visual[:, :-1]
     return torch.where(visual, starts.long().cumsum(1) - 1, -1)
+
+
+def tokens_of(image: torch.Tensor) -> list[list[int]]:
+    """Count the visual tokens of each image: per sample, as many counts as the sample with most images has.
+
+    Args:
+        image: [B, N] int64, number of the image each token belongs to, -1 for text.
+    """
+    counts = torch.zeros(image.shape[0], int(image.max()) + 2, dtype=torch.long, device=image.device)
+    return counts.scatter_add_(1, image + 1, torch.ones_like(image))[:, 1:].tolist()  # type: ignore[no-any-return]
 
 
 def keep_highest(score: torch.Tensor, image: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
