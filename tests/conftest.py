@@ -120,27 +120,46 @@ def batch_of(samples, side="left"):
 
 
 def replay(model, inputs, answer, *, oracle=None):
-    """Logits of each token of `answer` [B, T], given the prompt and the tokens before it: [B, T, vocab]. The prompt may be
-    padded on either side.
+    """Logits of each token of `answer` [B, T], given the prompt and the tokens before it: [B, T, vocab].
+
+    The prompt may be padded on either side.
     """
-    mask = inputs["attention_mask"]
-    last = torch.where(mask.bool(), torch.arange(mask.shape[1]), 0).amax(1)
-    found = []
-    with torch.no_grad():
-        with oracle.prefill(inputs["input_ids"], mask) if oracle else contextlib.nullcontext():
-            output = model(**inputs, position_ids=_positions(mask), use_cache=True)
-        found.append(output.logits[torch.arange(len(last)), last])
-        for token in answer.T[:-1, :, None]:
-            mask = torch.cat([mask, torch.ones_like(token)], 1)
-            with oracle.step(mask) if oracle else contextlib.nullcontext():
-                output = model(
-                    input_ids=token,
-                    attention_mask=mask,
-                    position_ids=_positions(mask)[:, -1:],
-                    past_key_values=output.past_key_values,
-                    use_cache=True,
-                )
-            found.append(output.logits[:, -1])
+    return converse(model, [(inputs, answer)], oracle=oracle)
+
+
+def converse(model, turns, *, oracle=None):
+    """The same for the turns (prompt, answer) of a conversation on one cache: logits of all answers, in order."""
+    mask = torch.ones(len(turns[0][1]), 0, dtype=torch.long)
+    cache, found = None, []
+
+    def call(tokens, valid, **images):
+        nonlocal mask, cache
+        mask = torch.cat([mask, valid], 1)
+        where = _positions(mask)[:, -tokens.shape[1] :]
+        watched = contextlib.nullcontext()
+        if oracle:
+            watched = oracle.prefill(tokens, mask) if images else oracle.step(mask)
+        with torch.no_grad(), watched:
+            output = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=where,
+                past_key_values=cache,
+                use_cache=True,
+                **images,
+            )
+        cache = output.past_key_values
+        return output.logits
+
+    for inputs, answer in turns:
+        ids, valid, images = inputs["input_ids"], inputs["attention_mask"], dict(inputs)
+        del images["input_ids"], images["attention_mask"]
+        last = torch.where(valid.bool(), torch.arange(ids.shape[1]), 0).amax(1)
+        logits = call(ids, valid, **images)
+        found.append(logits[torch.arange(len(last)), last])
+        for token in answer.T[:, :, None]:
+            found.append(call(token, torch.ones_like(token))[:, -1])
+        found.pop()  # the answer's last token is in the cache; what would follow it is not asked
     return torch.stack(found, 1)
 
 
@@ -153,27 +172,32 @@ class Oracle:
 
     def __init__(self, model, keep):
         self.model, self.keep = model, keep
-        self.gone = None  # per layer [B, N] bool: hidden from that layer
+        self.gone = [torch.zeros(1, 0, dtype=torch.bool)] * len(keep)  # per layer [B, N]: hidden from that layer
         self.lowest = torch.finfo(torch.float32).min
 
     @contextlib.contextmanager
     def prefill(self, input_ids, attention_mask):
+        """Run a turn with images: `input_ids` [B, Q] of this turn, `attention_mask` [B, P + Q] with those before it."""
         token = self.model.config.image_token_index
         batch, length = input_ids.shape
+        past = attention_mask.shape[1] - length
         runs = []  # (row, first, end) of each image
         for row in range(batch):
             ids = [-1, *input_ids[row].tolist(), -1]
             starts = [i for i in range(length) if ids[i + 1] == token != ids[i]]
             ends = [i + 1 for i in range(length) if ids[i + 1] == token != ids[i + 2]]
             runs += [(row, first, end) for first, end in zip(starts, ends, strict=True)]
-        text_after = attention_mask.bool().clone()
+        text_after = attention_mask[:, past:].bool().clone()
         for row, _, end in runs:
             text_after[row, :end] = False
-        self.gone = [torch.zeros(batch, length, dtype=torch.bool)]
+        now = torch.zeros(batch, length, dtype=torch.bool)  # hidden of this turn from the layer at hand
 
         def before(number):
             def hook(_, args, kwargs):
-                hidden = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None]
+                earlier = self.gone[number].expand(batch, -1)
+                earlier = torch.nn.functional.pad(earlier, (0, past - earlier.shape[1]))
+                self.gone[number] = torch.cat([earlier, now], 1)
+                hidden = torch.triu(torch.ones(length, past + length, dtype=torch.bool), past + 1)[None]
                 hidden = hidden | (~attention_mask.bool() | self.gone[number])[:, None]
                 kwargs["attention_mask"] = torch.where(hidden, self.lowest, 0.0)[:, None]
                 return args, kwargs
@@ -182,16 +206,13 @@ class Oracle:
 
         def after(number):
             def hook(_, args, kwargs, output):
-                weights = output[1].amax(1)
-                gone = self.gone[number].clone()
+                weights = output[1].amax(1)[..., past:]
                 for row, first, end in runs:
-                    alive = (~gone[row]).nonzero()[:, 0]
-                    alive = alive[(alive >= first) & (alive < end)]
+                    alive = first + (~now[row, first:end]).nonzero()[:, 0]
                     left = int(self.keep[number] * (end - first) + 0.5)
                     own = weights[row, alive][:, alive].mean(0)
                     cross = weights[row, text_after[row]][:, alive].mean(0)
-                    gone[row, alive[(own * cross).argsort()[: len(alive) - left]]] = True
-                self.gone.append(gone)
+                    now[row, alive[(own * cross).argsort()[: len(alive) - left]]] = True
 
             return hook
 
@@ -200,13 +221,16 @@ class Oracle:
 
     @contextlib.contextmanager
     def step(self, attention_mask):
-        """Decode one token; `attention_mask` [B, all tokens]."""
+        """Go on with text; `attention_mask` [B, all tokens]."""
 
         def before(number):
             def hook(_, args, kwargs):
-                hidden = ~attention_mask.bool()
-                hidden[:, : self.gone[number].shape[1]] |= self.gone[number]
-                kwargs["attention_mask"] = torch.where(hidden, self.lowest, 0.0)[:, None, None]
+                length, keys = args[0].shape[1], attention_mask.shape[1]
+                hidden = torch.triu(torch.ones(length, keys, dtype=torch.bool), keys - length + 1)[None]
+                padding = ~attention_mask.bool()
+                padding[:, : self.gone[number].shape[1]] |= self.gone[number]
+                hidden = hidden | padding[:, None]
+                kwargs["attention_mask"] = torch.where(hidden, self.lowest, 0.0)[:, None]
                 return args, kwargs
 
             return hook

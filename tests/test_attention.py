@@ -96,7 +96,8 @@ key = torch.randn(1, 32, 3000, 128)
 visual = torch.zeros(1, 3000, dtype=torch.bool)
 visual[:, 40:2920] = True
 image, question = images_of(visual), text_after(visual, None)
-received_attention(query[:, :, 2880:], key[:, :, 2880:], image[:, 2880:], question[:, 2880:], scaling=0.1)  # libraries loaded
+tail = slice(2880, None)  # loads the libraries
+received_attention(query[:, :, tail], key[:, :, tail], image[:, tail], question[:, tail], scaling=0.1)
 
 def status(name):
     lines = open("/proc/self/status").read().splitlines()

@@ -1,11 +1,16 @@
 """The ways people call a model, under `prune`: each row as its sample alone, and as the masked dense oracle."""
 
+import copy
+import threading
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM, TextIteratorStreamer
 
-from conftest import Oracle, batch_of, prompts, replay, tiny_model
+from conftest import IMAGE, Oracle, batch_of, converse, prompts, replay, tiny_model
 from fitprune import PruningRecipe, prune
 from fitprune.adapters import adapt
+from fitprune.pruning import kept_positions
 
 # Not multiples of anything: images of different size lose different numbers, and rows of a batch become ragged.
 KEEP = (0.8, 0.8, 0.55, 0.3, 0.3)
@@ -13,8 +18,9 @@ ONE = [[3, 6], [9, 4], [2, 11], [5, 3], [1, 8], [7, 7], [4, 2], [6, 5]]
 SEVERAL = [[3, 4, 5], [6], [2, 3, 4, 5], [5, 3], [1, 2, 9], [12], [4, 1, 1, 2], [8, 3]]
 NEW = 6
 
+PLAIN = {"do_sample": False}
 HOW = {
-    "greedy": {"do_sample": False},
+    "greedy": PLAIN,
     "sample": {"do_sample": True, "temperature": 1.5, "top_k": 20},
     "beam": {"do_sample": False, "num_beams": 4},
 }
@@ -26,7 +32,13 @@ def recipe_of(model, keep=KEEP):
 
 def generate(model, inputs, **options):
     return model.generate(
-        **inputs, max_new_tokens=NEW, eos_token_id=None, return_dict_in_generate=True, output_logits=True, **options
+        **inputs,
+        max_new_tokens=NEW,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        **options,
     )
 
 
@@ -74,3 +86,269 @@ def test_each_row_equals_its_sample_alone_and_the_oracle(family, batch, side, la
     reference = tiny_model(family, attention="eager")
     expected = replay(reference, inputs, answer, oracle=Oracle(reference, KEEP))
     assert torch.allclose(pruned, expected, atol=1e-4)
+
+
+# -- conversations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("second", ["text", "images"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_second_turn_continues_a_pruned_cache(family, side, second, attention):
+    """Rows differ in length in both turns; the second has padding inside its sequences."""
+    model, reference = tiny_model(family, attention=attention), tiny_model(family, attention="eager")
+    first = batch_of(prompts(model, SEVERAL[:4]), side)
+    later = [[5], [2], [7], [3]] if second == "text" else [[4, 5], [1, 6], [8], [3, 2, 5]]
+    later = batch_of(prompts(model, later, seed=2), side)
+    answers = torch.randint(10, 97, (2, 4, 3), generator=torch.Generator().manual_seed(4))
+    turns = [(first, answers[0]), (later, answers[1])]
+    with prune(model, recipe_of(model)):
+        pruned = converse(model, turns)
+        for row in range(4):
+            alone = converse(model, [(one_of(turn, row), answer[row : row + 1]) for turn, answer in turns])
+            assert torch.allclose(pruned[row], alone[0], atol=1e-4)
+    expected = converse(reference, turns, oracle=Oracle(reference, KEEP))
+    assert torch.allclose(pruned, expected, atol=1e-4)
+
+
+def one_of(batch, row):
+    """A sample of a batch without its padding."""
+    valid = batch["attention_mask"][row].bool()
+    sample = {name: batch[name][row : row + 1, valid] for name in ("input_ids", "attention_mask")}
+    if "pixel_values" in batch:
+        per_image = (batch["input_ids"] == IMAGE).sum(1).tolist()
+        images = [0, *images_until(batch, per_image)]
+        some = slice(images[row], images[row + 1])
+        sample |= {n: batch[n][some] for n in ("pixel_values", "image_sizes") if n in batch and per_image[row]}
+    return sample
+
+
+def images_until(batch, per_row):
+    """How many of the batch's images belong to the rows up to each row."""
+    ids = torch.nn.functional.pad(batch["input_ids"], (1, 0))
+    starts = (ids[:, 1:] == IMAGE) & (ids[:, :-1] != IMAGE)
+    return starts.sum(1).cumsum(0).tolist()
+
+
+def test_generate_continues_a_conversation(family):
+    """The way of the transformers documentation: the whole text again, and the cache."""
+    model = tiny_model(family)
+    samples = prompts(model, SEVERAL[:3])
+    question = torch.randint(10, 97, (3, 5), generator=torch.Generator().manual_seed(9))
+
+    def talk(inputs, question):
+        first = model.generate(**inputs, max_new_tokens=4, eos_token_id=None, return_dict_in_generate=True, **PLAIN)
+        ids = torch.cat([first.sequences, question], 1)
+        mask = grown(inputs["attention_mask"], 9)
+        cache = first.past_key_values
+        second = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4, eos_token_id=None, **PLAIN
+        )
+        return second[:, ids.shape[1] - 9 :]
+
+    with prune(model, recipe_of(model)):
+        together = talk(batch_of(samples), question)
+        for row, sample in enumerate(samples):
+            assert torch.equal(together[row : row + 1], talk(sample, question[row : row + 1]))
+
+
+def grown(mask, tokens):
+    return torch.nn.functional.pad(mask, (0, tokens), value=1)
+
+
+def test_what_is_kept_without_a_question_serves_any_question(family):
+    """With scorer "self", prefix and question in one call equal the question put to the prefix's cache."""
+    model = tiny_model(family)
+    prefix = batch_of(prompts(model, [[3, 4, 2], [6, 1], [2, 3, 4, 1]]))
+    past = prefix["input_ids"].shape[1]
+    with prune(model, recipe_of(model), scorer="self"), torch.no_grad():
+        cache = model(**prefix, position_ids=positions(prefix)).past_key_values
+        for seed in range(3):
+            question = torch.randint(10, 97, (3, 7), generator=torch.Generator().manual_seed(seed))
+            whole = dict(prefix, input_ids=torch.cat([prefix["input_ids"], question], 1))
+            whole["attention_mask"] = grown(prefix["attention_mask"], 7)
+            expected = model(**whole, position_ids=positions(whole)).logits[:, past:]
+            served = model(
+                input_ids=question,
+                attention_mask=whole["attention_mask"],
+                position_ids=positions(whole)[:, past:],
+                past_key_values=copy.deepcopy(cache),
+            )
+            assert torch.allclose(served.logits, expected, atol=1e-4)
+
+    def kept(scorer, seed):
+        whole["input_ids"][:, past:] = torch.randint(10, 97, (3, 7), generator=torch.Generator().manual_seed(seed))
+        entered = kept_positions(model, recipe_of(model), whole, scorer)
+        return [[row[row < past].tolist() for row in layer] for layer in entered]
+
+    assert kept("self", 0) == kept("self", 1) == kept("self", 2)
+    assert kept("fitprune", 0) != kept("fitprune", 1)
+
+
+def positions(inputs):
+    return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
+def test_adjacent_images_are_two_and_pooled_images_are_one(family):
+    model = tiny_model(family)
+    (inputs,) = prompts(model, [[3, 0, 6]])
+    ids = inputs["input_ids"][0]
+    recipe = recipe_of(model)
+    with torch.no_grad():
+        sizes = {n: inputs[n] for n in ("pixel_values", "image_sizes") if n in inputs}
+        lengths = [len(features) for features in model.model.get_image_features(**sizes).pooler_output]
+    own = kept_positions(model, recipe, inputs)[-1][0]
+    border = 3 + lengths[0]
+    own = own[ids[own] == IMAGE]
+    assert [int((own < border).sum()), int((own >= border).sum())] == [recipe.kept(n)[-2] for n in lengths]
+    pooled = kept_positions(model, recipe, inputs, pool_images=True)[-1][0]
+    pooled = pooled[ids[pooled] == IMAGE]
+    assert len(pooled) == recipe.kept(sum(lengths))[-2]
+
+
+# -- ways of decoding -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_decoding_without_a_cache_equals_decoding_with_one(family, side, beams):
+    """Every step sends the answer so far; it must not become part of the question."""
+    model = tiny_model(family)
+    inputs = batch_of(prompts(model, SEVERAL[:3]), side)
+    options = {"max_new_tokens": 6, "eos_token_id": None, "num_beams": beams, "suppress_tokens": [IMAGE], **PLAIN}
+    with prune(model, recipe_of(model)):
+        assert torch.equal(model.generate(**inputs, **options, use_cache=False), model.generate(**inputs, **options))
+
+
+def test_return_sequences_and_beams_share_a_prompt(family):
+    model = tiny_model(family)
+    inputs = batch_of(prompts(model, SEVERAL[:3]))
+    with prune(model, recipe_of(model)):
+        greedy = generate(model, inputs, **PLAIN)
+        torch.manual_seed(0)
+        several = generate(model, inputs, do_sample=True, num_return_sequences=3)
+        beams = generate(model, inputs, num_beams=4, num_return_sequences=4, **PLAIN)
+    first = torch.stack(several.logits, 1)[:, 0]
+    assert torch.allclose(first, torch.stack(greedy.logits, 1)[:, 0].repeat_interleave(3, 0), atol=1e-4)
+    assert len(several.sequences) == 9
+    assert len(beams.sequences.unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize("draft", ["the model itself", "another model", "text only", "look-up"])
+def test_assisted_decoding_equals_greedy(family, draft):
+    model = tiny_model(family)
+    if draft == "text only":
+        torch.manual_seed(3)
+        helper = {"assistant_model": LlamaForCausalLM(model.config.text_config).eval()}
+    elif draft == "look-up":
+        helper = {"prompt_lookup_num_tokens": 3}
+    else:
+        helper = {"assistant_model": tiny_model(family, seed=0 if draft == "the model itself" else 1)}
+    with prune(model, recipe_of(model)):
+        for seed in range(4):
+            (inputs,) = prompts(model, [[3, 4, 6]], seed=seed)
+            options = {"max_new_tokens": 12, "eos_token_id": None, **PLAIN}
+            assert torch.equal(model.generate(**inputs, **options, **helper), model.generate(**inputs, **options))
+
+
+def test_a_streamer_gets_the_tokens_while_another_thread_generates(family):
+    model = tiny_model(family)
+    (inputs,) = prompts(model, [[3, 6]])
+
+    class Words:
+        def decode(self, ids, **_):
+            return "".join(f" {int(i)}" for i in ids)
+
+    with prune(model, recipe_of(model)):
+        expected = generate(model, inputs, **PLAIN).sequences[0, inputs["input_ids"].shape[1] :]
+        streamer = TextIteratorStreamer(Words(), skip_prompt=True, timeout=60)
+        thread = threading.Thread(target=generate, args=(model, inputs), kwargs={"streamer": streamer, **PLAIN})
+        thread.start()
+        words = "".join(streamer).split()
+        thread.join()
+    assert words == [str(int(token)) for token in expected]
+
+
+def test_logits_keep_their_places(family):
+    """Dense shape, the same rows by any index, zero hidden state where a token left."""
+    model = tiny_model(family)
+    inputs = batch_of(prompts(model, SEVERAL[:3]))
+    ids = inputs["input_ids"]
+    with prune(model, recipe_of(model)), torch.no_grad():
+        whole = model(**inputs).logits
+        last = model(**inputs, logits_to_keep=1).logits
+        chosen = model(**inputs, logits_to_keep=torch.tensor([0, ids.shape[1] - 1])).logits
+        pair = model(**inputs, logits_to_keep=torch.tensor([ids.shape[1] - 2, -1])).logits
+        short = model(**inputs, logits_to_keep=2).logits
+    assert whole.shape == (*ids.shape, 97)
+    assert torch.allclose(whole[:, -1:], last, atol=1e-5)
+    assert torch.allclose(whole[:, [0, -1]], chosen, atol=1e-5)
+    assert torch.allclose(pair, short, atol=1e-5)  # both end the question one token early
+    # The last layer's removals leave after the last entry of kept_positions; the recipe removes none there.
+    kept = kept_positions(model, recipe_of(model), inputs)[-1]
+    there = torch.zeros(len(ids), ids.shape[1] + 1, dtype=torch.bool).scatter(1, kept % (ids.shape[1] + 1), True)
+    assert torch.equal((whole != 0).any(-1), there[:, :-1])
+
+
+def test_labels_give_the_loss_of_the_masked_dense_model(family):
+    """And neither the answer nor its length decides what leaves."""
+    model, reference = tiny_model(family), tiny_model(family, attention="eager")
+    samples = prompts(model, [[3, 5], [2, 4, 6]])
+    question = batch_of(samples, "right")
+    answer = torch.randint(10, 97, (2, 4), generator=torch.Generator().manual_seed(1))
+    long = [dict(sample) for sample in samples]
+    for row, sample in enumerate(long):
+        sample["input_ids"] = torch.cat([sample["input_ids"], answer[row : row + 1]], 1)
+        sample["attention_mask"] = grown(sample["attention_mask"], 4)
+    for side in ("left", "right"):
+        inputs = batch_of(long, side)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        for row in range(2):
+            end = int(inputs["attention_mask"][row].nonzero().max()) + 1
+            labels[row, end - 4 : end] = answer[row]
+        with prune(model, recipe_of(model)):
+            loss = model(**inputs, position_ids=positions(inputs), labels=labels).loss
+            loss.backward()
+        expected = replay(reference, question, answer, oracle=Oracle(reference, KEEP))
+        masked = torch.nn.functional.cross_entropy(expected.flatten(0, 1), answer.flatten())
+        assert torch.allclose(loss, masked, atol=1e-4)
+    assert model.lm_head.weight.grad.abs().sum() > 0
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+def test_inputs_embeds_in_place_of_ids(family):
+    model = tiny_model(family)
+    inputs = batch_of(prompts(model, SEVERAL[:3]))
+    embedded = {name: value for name, value in inputs.items() if name != "input_ids"}
+    embedded["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"])
+    with prune(model, recipe_of(model)), torch.no_grad():
+        expected = generate(model, inputs, **PLAIN).sequences[:, inputs["input_ids"].shape[1] :]
+        assert torch.equal(generate(model, embedded, **PLAIN).sequences, expected)
+        assert torch.equal(model(**embedded).logits, model(**inputs).logits)
+
+
+def test_cropping_a_pruned_cache_takes_columns_off(family):
+    """Back to the end of the prompt, into it, and before its image: as if the rest had never been."""
+    model = tiny_model(family)
+    (inputs,) = prompts(model, [[5, 8]])
+    length = inputs["input_ids"].shape[1]
+    answer = torch.tensor([[11, 12, 13]])
+    with prune(model, recipe_of(model)), torch.no_grad():
+        cache = model(**inputs).past_key_values
+        first = model(input_ids=answer, past_key_values=cache).logits
+        for back in (3, 3 + 4):  # the answer; the answer and half of the question
+            cache.crop(-back)
+            again = torch.cat([inputs["input_ids"], answer], 1)[:, -back:]
+            assert torch.allclose(model(input_ids=again, past_key_values=cache).logits[:, -3:], first, atol=1e-4)
+        cache.crop(-(length + 3 - 5))
+        assert [cache.get_seq_length(layer) for layer in range(5)] == [5] * 5
+        again = torch.cat([inputs["input_ids"][:, 5:], answer], 1)
+        question = {n: v for n, v in inputs.items() if n not in ("input_ids", "attention_mask")}
+        logits = model(input_ids=again, past_key_values=cache, logits_to_keep=4, **question).logits
+        assert torch.allclose(logits[:, 1:], first, atol=1e-4)
+        both = batch_of([inputs, inputs])
+        both |= {n: torch.cat([inputs[n]] * 2) for n in question}
+        cache = model(**both).past_key_values
+        cache.layers[-1].columns[0, :10] = -1
+        with pytest.raises(ValueError, match=r"would take \[\d+, \d+\] keys from the rows of the batch"):
+            cache.crop(-(length - 6))

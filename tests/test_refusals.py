@@ -1,8 +1,11 @@
 """What cannot be done right raises, names the value, the rule and the remedy, and leaves the model as it was."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, StaticCache
+from transformers.cache_utils import QuantizedLayer
 
 from conftest import IMAGE, tiny_inputs, tiny_model
 from fitprune import PruningRecipe, measure, prune
@@ -144,36 +147,98 @@ def test_after_a_failed_call_the_next_one_is_right(model, inputs):
         assert torch.equal(model(**inputs).logits, good)
 
 
-def test_a_batch_whose_samples_differ_in_visual_tokens(model):
-    one, two = tiny_inputs(model), tiny_inputs(model, images=2, after=2)
-    longest = two["input_ids"].shape[1]
-    pad = longest - one["input_ids"].shape[1]
-    ragged = {
-        "input_ids": torch.cat([torch.nn.functional.pad(one["input_ids"], (pad, 0)), two["input_ids"]]),
-        "attention_mask": torch.cat([torch.nn.functional.pad(one["attention_mask"], (pad, 0)), two["attention_mask"]]),
-        "pixel_values": torch.cat([one["pixel_values"], two["pixel_values"]]),
-    }
-    with (
-        prune(model, recipe_for(model)),
-        pytest.raises(ValueError, match=r"\[\[16, 0\], \[16, 16\]\] visual tokens per image: must be equal"),
-    ):
-        model(**ragged)
-
-
-def test_calls_whose_meaning_is_not_defined_yet(model, inputs):
+def test_calls_that_have_no_exact_meaning(model, inputs):
+    ids = inputs["input_ids"]
     with prune(model, recipe_for(model)):
-        with pytest.raises(ValueError, match="logits_to_keep is a tensor"):
-            model(**inputs, logits_to_keep=torch.tensor([3]))
-        with pytest.raises(ValueError, match="labels are given"):
-            model(**inputs, labels=inputs["input_ids"])
-        with pytest.raises(ValueError, match="pass input_ids, not inputs_embeds"):
+        with pytest.raises(ValueError, match=r"inputs_embeds are given without pixel_values"):
             model(inputs_embeds=torch.randn(1, 5, 32))
-        square = {**inputs, "attention_mask": torch.zeros(1, 1, *inputs["input_ids"].shape)}
-        with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
+        square = {**inputs, "attention_mask": torch.zeros(1, 1, *ids.shape)}
+        with pytest.raises(ValueError, match="attention_mask has 4 dimensions: must be a tensor"):
             model(**square)
-        cache = model(**inputs).past_key_values
-        with pytest.raises(ValueError, match="image in a later turn, or in chunks"):
-            model(**inputs, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"attention_mask covers 3 tokens: must cover 25, the 0 in past"):
+            model(**{**inputs, "attention_mask": torch.ones(1, 3)})
+        with pytest.raises(ValueError, match="sample 0 of the batch has no text after its last visual token"):
+            model(**{**inputs, "input_ids": ids[:, :19], "attention_mask": ids[:, :19] > 0})
+
+
+def test_labels_that_a_removed_token_would_have_to_predict(model, inputs):
+    with prune(model, recipe_for(model)):
+        with pytest.raises(ValueError, match=r"labels: sample 0 has a target to be predicted by the visual token at 3"):
+            model(**inputs, labels=inputs["input_ids"])
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+        with pytest.raises(ValueError, match="predicted by the visual token at 18"):  # the text token after the image
+            model(**inputs, labels=labels)
+
+
+@pytest.mark.parametrize("chunk", [4, 22, 100])
+def test_chunked_prefill(model, inputs, chunk):
+    with prune(model, recipe_for(model)), pytest.raises(ValueError, match="drop prefill_chunk_size"):
+        model.generate(**inputs, prefill_chunk_size=chunk, max_new_tokens=2)
+    unchanged(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def test_gradient_checkpointing(model, inputs):
+    model.train()
+    model.gradient_checkpointing_enable()
+    with prune(model, recipe_for(model)), pytest.raises(ValueError, match="gradient checkpointing runs layers again"):
+        model(**inputs)
+
+
+def test_a_quantized_cache(model, inputs):
+    class Rounded(QuantizedLayer):  # without a backend's package: one that quantizes nothing
+        def _quantize(self, tensor, axis):
+            return tensor
+
+        def _dequantize(self, q_tensor):
+            return q_tensor
+
+    cache = DynamicCache()
+    cache.layers = [Rounded() for _ in range(5)]
+    with prune(model, recipe_for(model)), pytest.raises(ValueError, match="DynamicCache of Rounded"):
+        model(**inputs, past_key_values=cache)
+
+
+def test_a_pruned_cache_outside_of_prune(model, inputs):
+    with torch.no_grad():
+        with prune(model, recipe_for(model)):
+            cache = model(**inputs).past_key_values
+        with pytest.raises(ValueError, match=r"past_key_values was pruned: .* continue it in such a block"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+def test_a_part_of_a_pruned_model(model, inputs):
+    with prune(model, recipe_for(model)):
+        with pytest.raises(ValueError, match="call the model that prune was given"):
+            model.model(**inputs)
+        with pytest.raises(ValueError, match="call the model that prune was given"):
+            model.model.language_model(input_ids=inputs["input_ids"])
+
+
+def test_a_copy_of_a_model_in_use(model, inputs):
+    with prune(model, recipe_for(model)):
+        copied = copy.deepcopy(model)
+        with pytest.raises(ValueError, match="copied while it was in use by fitprune"):
+            copied(**inputs)
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_a_compiled_model(model, inputs, when):
+    """Compiled code does not see hooks that come later: it would run dense, and silently."""
+    recipe = recipe_for(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        if when == "before":
+            compiled(**inputs)
+        with pytest.raises(ValueError, match=r"OptimizedModule is compiled: .* _orig_mod"), prune(compiled, recipe):
+            pass
+        with prune(model, recipe), pytest.raises(ValueError, match=r"compile"):
+            compiled(**inputs)
+    torch.compiler.reset()
+    model.model.language_model.layers[2].compile(backend="eager")
+    with pytest.raises(ValueError, match="LlamaDecoderLayer is compiled"), prune(model, recipe):
+        pass
+    unchanged(model)
 
 
 def test_an_unknown_scorer(model):

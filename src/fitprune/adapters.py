@@ -103,7 +103,8 @@ def visual_mask(
         return input_ids == adapted.image_token_id
     assert inputs_embeds is not None
     token = torch.tensor(adapted.image_token_id, device=inputs_embeds.device)
-    return (inputs_embeds == adapted.model.get_input_embeddings()(token)).all(-1)
+    embedding: torch.Tensor = adapted.model.get_input_embeddings()(token)
+    return (inputs_embeds == embedding).all(-1)
 
 
 def encode_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
-class PrunedLayer(DynamicLayer):
+class PrunedLayer(DynamicLayer):  # type: ignore[misc]
     """One layer of a pruned cache.
 
     Attributes:
@@ -56,13 +56,14 @@ class PrunedLayer(DynamicLayer):
                 "past_key_values was pruned: its layers hold different tokens, which only a model inside "
                 "`with prune(model, recipe):` takes into account; continue it in such a block"
             )
-        return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last columns of the sequence off.
 
         Args:
-            tokens_to_remove: negative, how many columns to take off; or positive, how many to keep (older transformers).
+            tokens_to_remove: negative, how many columns to take off; positive, how many to keep.
 
         Raises:
             ValueError: rows of the batch would lose different numbers of keys.

@@ -95,7 +95,8 @@ def _register(implementation: str) -> None:
             attend = ALL_ATTENTION_FUNCTIONS[implementation]
         return attend(_Untapped(module, tapped.decoder_config), query, key, value, *args, **kwargs)
 
-    AttentionInterface.register(NAME, forward)
+    # Disabled under torch.compile: what it sees and stores must be real tensors.
+    AttentionInterface.register(NAME, torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
 
 
 class _Untapped:

@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
+from fitprune import arguments
 from fitprune.adapters import AdaptedModel, encode_images, visual_mask
 from fitprune.attention import ReceivedAttention, received_attention, text_after
 from fitprune.cache import PrunedLayer, adopt, is_pruned, require_plain
@@ -53,7 +53,7 @@ class _Forward:
         question: [B, m] rows whose attention is cross.
         packed: whether rows have left, so that the rows present are no longer all Q.
         entered: for each layer so far, `kept` before it.
-        index: [B, m'] rows that stay, between a layer's attention and its end; shorter samples are filled up on the left.
+        index: [B, m'] rows that stay, between a layer's attention and its end; shorter samples are filled on the left.
         filled: [B, m'] True at that filling.
         keys_valid: [B, keys] False at keys of the present layer that are padding; None where there is none.
         made: arguments made for a layer, by the columns that its cache holds; until more rows leave.
@@ -113,7 +113,7 @@ class Remover:
         self.needs_question = needs_question
         self.entered: list[torch.Tensor] = []
         self._signature = inspect.signature(adapted.model.forward)
-        self._forwards: dict[int, _Forward] = {}
+        self._forwards: dict[int, _Forward | None] = {}  # by thread; None in a call that neither prunes nor continues
         self._uncached: dict[int, _Uncached] = {}
 
     @property
@@ -122,7 +122,8 @@ class Remover:
 
     def before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Find the visual tokens of a prefill, and refuse what cannot be pruned rightly."""
-        self.after_model()
+        self._forwards[threading.get_ident()] = None
+        arguments.require_uncompiled_call()
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**bound.pop("kwargs", {}), **bound}
         cache = given.get("past_key_values")
@@ -135,14 +136,13 @@ class Remover:
                     "input_ids, or pixel_values and inputs_embeds that hold the image token's embedding"
                 )
             return args, kwargs  # text alone, where even a generated image token is no image: as the dense model
-        valid, past = _valid_columns(given, cache)
+        valid, past = arguments.valid_columns(given, cache)
         if images is not None:
             state, changed = self._prefill(given, valid, past, images)
         else:
-            length = _tokens(given).shape[1]
             nothing = torch.empty(0, dtype=torch.long)
-            state, changed = _Forward(past, length, valid, None, nothing, nothing, nothing), {}
-        if (positions := _counted_positions(state, given.get("position_ids"))) is not None:
+            state, changed = _Forward(past, arguments.call_length(given), valid, None, nothing, nothing, nothing), {}
+        if (positions := arguments.counted_positions(valid, past, given.get("position_ids"))) is not None:
             changed["position_ids"] = positions
         self._forwards[threading.get_ident()] = state
         if changed:
@@ -159,7 +159,7 @@ class Remover:
         if self.adapted.model.training and getattr(self.adapted.decoder, "gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing runs layers again in the backward pass, when their tokens are gone: "
-                "call model.gradient_checkpointing_disable() or model.eval()"
+                "disable it, or call model.eval()"
             )
         visual = visual_mask(self.adapted, given.get("input_ids"), given.get("inputs_embeds"))
         if not bool(visual.any()):
@@ -167,16 +167,20 @@ class Remover:
                 f"no visual token (id {self.adapted.image_token_id}) in the prompt, but an image is given; "
                 "make the prompt with the processor's chat template, or put the image token into it"
             )
+        lengths, changed = encode_images(self.adapted, given)
         length = visual.shape[1]
         column = torch.arange(length, device=visual.device).expand_as(visual)
+        prompt = self._uncached_prompt(given, images, length)
+        visual = visual & (column < prompt)  # an image token that the model itself wrote is no image
         present = None if valid is None else valid[:, past:]
         question = text_after(visual, present)
-        _require_rows(visual, question, "has no text after its last visual token; put the question behind the images")
-        predicted = _predicted(given, visual)
+        arguments.require_rows(
+            visual, question, "has no text after its last visual token; put the question behind the images"
+        )
+        predicted = arguments.predicted_rows(given, visual)
         if self.needs_question:
-            prompt = self._uncached_prompt(given, images, length)
-            question = question & (column < prompt) & (column < _first_answer(given, question, predicted))
-            _require_rows(
+            question = question & (column < prompt) & (column < arguments.first_answer(given, question, predicted))
+            arguments.require_rows(
                 visual,
                 question,
                 "has no question: no text between its last visual token and the first asked logit or label; ask for "
@@ -184,7 +188,6 @@ class Remover:
             )
         else:
             question = torch.zeros_like(question)
-        lengths, changed = encode_images(self.adapted, given)
         image = images_of(visual, lengths)
         kept = column if present is None else column.masked_fill(~present, -1)
         return _Forward(past, length, valid, self.plan(image), kept, image, question), changed
@@ -293,6 +296,11 @@ class Remover:
 
     def at_attention(self, number: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Choose, from the layer's own queries and keys, the tokens that stay."""
+        if threading.get_ident() not in self._forwards:
+            raise ValueError(
+                "the decoder of a pruned model runs, but not through a call of the model itself, so nothing was "
+                "pruned: call the model that prune was given, neither a part of it nor a torch.compile'd wrapper"
+            )
         state = self._state
         if state is None or state.choose is None:
             return
@@ -362,13 +370,16 @@ def removing(adapted: AdaptedModel, plan: Plan, *, needs_question: bool = True) 
         ValueError: the model is pruned or measured already; on a call that cannot be pruned rightly, from that call;
             at the end, if another thread is inside a call.
     """
+    arguments.require_uncompiled(adapted)
     remover = Remover(adapted, plan, needs_question)
     with contextlib.ExitStack() as stack:
         stack.callback(remover.require_idle)
         stack.enter_context(tap_attention(adapted, remover.at_attention))
         handles = [
             adapted.model.register_forward_pre_hook(
-                lambda _, args, kwargs: remover.before_model(args, kwargs), with_kwargs=True
+                # Compiled code must come out of itself here, to be found and refused.
+                torch.compiler.disable(lambda _, args, kwargs: remover.before_model(args, kwargs)),  # type: ignore[no-untyped-call]
+                with_kwargs=True,
             ),
             adapted.model.register_forward_hook(lambda *_: remover.after_model(), always_call=True),
         ]
@@ -388,78 +399,6 @@ def removing(adapted: AdaptedModel, plan: Plan, *, needs_question: bool = True) 
         for handle in handles:
             stack.callback(handle.remove)
         yield remover
-
-
-def _tokens(given: dict[str, Any]) -> torch.Tensor:
-    tokens: torch.Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-    return tokens
-
-
-def _valid_columns(given: dict[str, Any], cache: Any) -> tuple[torch.Tensor | None, int]:
-    """Read padding and the length of the past: ([B, P + Q] bool or None, P)."""
-    length, past = _tokens(given).shape[1], 0 if cache is None else cache.get_seq_length()
-    mask = given.get("attention_mask")
-    if mask is None:
-        return None, past
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        what = f"has {mask.ndim} dimensions" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
-        raise ValueError(f"attention_mask {what}: must be a tensor [batch, tokens] for prune")
-    if mask.shape[1] != past + length:
-        raise ValueError(
-            f"attention_mask covers {mask.shape[1]} tokens: must cover {past + length}, the {past} in past_key_values "
-            f"(as many as before pruning) and the {length} of this call"
-        )
-    valid = mask.bool()
-    return None if bool(valid.all()) else valid, past
-
-
-def _counted_positions(state: _Forward, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Positions of this forward's columns, [B, Q], where padding lies inside the sequence; None elsewhere.
-
-    generate counts on from the last column, which in a right-padded prompt is padding: its rows would go on at 1.
-    """
-    if state.valid is None or position_ids is None or position_ids.ndim != 2:
-        return None
-    seen = state.valid.long().cumsum(1)
-    inside = ~state.valid & (seen > 0)
-    return (seen - 1).clamp(min=0)[:, state.past :] if bool(inside.any()) else None
-
-
-def _predicted(given: dict[str, Any], visual: torch.Tensor) -> torch.Tensor:
-    """Mark the rows that labels give a target to, [B, Q]; refuse targets of rows that may leave."""
-    if (target := given.get("shift_labels")) is None:
-        if given.get("labels") is None:
-            return torch.zeros_like(visual)
-        target = nn.functional.pad(given["labels"][:, 1:], (0, 1), value=-100)
-    predicted = (target != -100).to(visual.device)
-    if bool((predicted & visual).any()):
-        sample, column = (predicted & visual).nonzero()[0].tolist()
-        raise ValueError(
-            f"labels: sample {sample} has a target to be predicted by the visual token at {column}, which may be "
-            "pruned; set labels to -100 at visual tokens and at the token after each image"
-        )
-    return predicted
-
-
-def _first_answer(given: dict[str, Any], question: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """For each row, the first column of the answer: behind the first question row with an asked logit or target. [B, 1]."""
-    length = question.shape[1]
-    column = torch.arange(length, device=question.device)
-    asked = given.get("logits_to_keep")
-    if isinstance(asked, torch.Tensor):
-        wanted = torch.zeros_like(column, dtype=torch.bool)
-        wanted[asked.to(column.device)] = True
-        predicted = predicted | wanted
-    elif asked:
-        predicted = predicted | (column >= length - int(asked))
-    return torch.where(predicted & question, column + 1, length).amin(1, keepdim=True)
-
-
-def _require_rows(visual: torch.Tensor, rows: torch.Tensor, problem: str) -> None:
-    """Refuse samples with an image but without such rows."""
-    lacking = visual.any(1) & ~rows.any(1)
-    if bool(lacking.any()):
-        raise ValueError(f"sample {int(lacking.int().argmax())} of the batch {problem}")
 
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

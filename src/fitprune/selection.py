@@ -43,7 +43,7 @@ def tokens_of(image: torch.Tensor) -> list[list[int]]:
         image: [B, N] int64, number of the image each token belongs to, -1 for text.
     """
     counts = torch.zeros(image.shape[0], int(image.max()) + 2, dtype=torch.long, device=image.device)
-    return counts.scatter_add_(1, image + 1, torch.ones_like(image))[:, 1:].tolist()  # type: ignore[no-any-return]
+    return counts.scatter_add_(1, image + 1, torch.ones_like(image))[:, 1:].tolist()
 
 
 def keep_highest(score: torch.Tensor, image: torch.Tensor, left: torch.Tensor) -> torch.Tensor:

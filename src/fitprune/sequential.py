@@ -81,7 +81,8 @@ def fit_sequential(
         """Tokens left after each layer, for each sample: [samples, layers]."""
         left = torch.zeros(len(held), decoder.layers, dtype=torch.long)
         for index, batch in enumerate(tqdm(held, desc=f"tolerance {tolerance:.3f}", disable=not progress)):
-            with torch.no_grad(), removing(adapted, lambda _, i=index: _within(totals[i], tolerance, left[i])):
+            choose = _within(totals[index], tolerance, left[index])
+            with torch.no_grad(), removing(adapted, lambda _, same=choose: same):  # type: ignore[misc]
                 model(**to_model(batch, model), use_cache=False, logits_to_keep=1)
         return left
 

@@ -1,0 +1,112 @@
+"""What a call of the model asks for, and what of it cannot be pruned rightly.
+
+Reads the arguments of `model(...)` by their names in transformers (`given`); knows nothing of layers.
+
+Shapes: B batch, P columns of the past (as many as before pruning), Q columns of this call.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from fitprune.adapters import AdaptedModel
+
+_COMPILED = (
+    "compiled code does not see the hooks that prune puts on, and would run dense; use the model before torch.compile "
+    "(a wrapper has it as _orig_mod)"
+)
+
+
+def require_uncompiled(adapted: AdaptedModel) -> None:
+    """Refuse a model that torch.compile has wrapped, or whose decoder it has compiled in place."""
+    for module in (adapted.model, adapted.model.base_model, *adapted.decoder.modules()):
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(f"{type(module).__name__} is compiled: {_COMPILED}")
+
+
+def require_uncompiled_call() -> None:
+    """Refuse a call that comes from a torch.compile'd wrapper around the model."""
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals["__name__"].startswith("torch._dynamo"):
+            raise ValueError(f"the model was called through torch.compile: {_COMPILED}")
+
+
+def call_length(given: dict[str, Any]) -> int:
+    """Count the columns of a call: Q."""
+    tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    return int(tokens.shape[1])
+
+
+def valid_columns(given: dict[str, Any], cache: Any) -> tuple[torch.Tensor | None, int]:
+    """Read padding and the length of the past: ([B, P + Q] bool or None, P)."""
+    length, past = call_length(given), 0 if cache is None else cache.get_seq_length()
+    mask = given.get("attention_mask")
+    if mask is None:
+        return None, past
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        what = f"has {mask.ndim} dimensions" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
+        raise ValueError(f"attention_mask {what}: must be a tensor [batch, tokens] for prune")
+    if mask.shape[1] != past + length:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[1]} tokens: must cover {past + length}, the {past} in past_key_values "
+            f"(as many as before pruning) and the {length} of this call"
+        )
+    valid = mask.bool()
+    return None if bool(valid.all()) else valid, past
+
+
+def counted_positions(valid: torch.Tensor | None, past: int, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Positions of this call's columns, [B, Q], where padding lies inside the sequence; None elsewhere.
+
+    generate counts on from the last column, which in a right-padded prompt is padding: its rows would go on at 1.
+    """
+    if valid is None or position_ids is None or position_ids.ndim != 2:
+        return None
+    seen = valid.long().cumsum(1)
+    inside = ~valid & (seen > 0)
+    return (seen - 1).clamp(min=0)[:, past:] if bool(inside.any()) else None
+
+
+def predicted_rows(given: dict[str, Any], visual: torch.Tensor) -> torch.Tensor:
+    """Mark the rows that labels give a target to, [B, Q]; refuse targets of rows that may leave."""
+    if (target := given.get("shift_labels")) is None:
+        if given.get("labels") is None:
+            return torch.zeros_like(visual)
+        target = nn.functional.pad(given["labels"][:, 1:], (0, 1), value=-100)
+    predicted = (target != -100).to(visual.device)
+    if bool((predicted & visual).any()):
+        sample, column = (predicted & visual).nonzero()[0].tolist()
+        raise ValueError(
+            f"labels: sample {sample} has a target to be predicted by the visual token at {column}, which may be "
+            "pruned; set labels to -100 at visual tokens and at the token after each image"
+        )
+    return predicted
+
+
+def first_answer(given: dict[str, Any], question: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """Find each row's first column of the answer, [B, 1].
+
+    It lies behind the first question row whose logit is asked for or that labels give a target to; Q without such.
+    """
+    length = question.shape[1]
+    column = torch.arange(length, device=question.device)
+    asked = given.get("logits_to_keep")
+    if isinstance(asked, torch.Tensor):
+        wanted = torch.zeros_like(column, dtype=torch.bool)
+        wanted[asked.to(column.device)] = True
+        predicted = predicted | wanted
+    elif asked:
+        predicted = predicted | (column >= length - int(asked))
+    return torch.where(predicted & question, column + 1, length).amin(1, keepdim=True)
+
+
+def require_rows(visual: torch.Tensor, rows: torch.Tensor, problem: str) -> None:
+    """Refuse samples with an image but without such rows."""
+    lacking = visual.any(1) & ~rows.any(1)
+    if bool(lacking.any()):
+        raise ValueError(f"sample {int(lacking.int().argmax())} of the batch {problem}")
