@@ -408,13 +408,14 @@ def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _at(kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
     """Cut position embeddings and position ids of a whole forward to the rows [B, m]."""
-    batch = len(kept)
-    cut: dict[str, Any] = {}
-    if (embeddings := kwargs.get("position_embeddings")) is not None:
-        cut["position_embeddings"] = tuple(_take(e.expand(batch, -1, -1), kept) for e in embeddings)
-    if (ids := kwargs.get("position_ids")) is not None:
-        cut["position_ids"] = ids.expand(batch, -1).gather(1, kept.to(ids.device))
-    return cut
+    batch, embeddings, ids = len(kept), kwargs.get("position_embeddings"), kwargs.get("position_ids")
+    if embeddings is not None:
+        # Next to embeddings, ids only tell FlashAttention where packed sequences begin: it would take gaps for that.
+        return {
+            "position_embeddings": tuple(_take(e.expand(batch, -1, -1), kept) for e in embeddings),
+            "position_ids": None,
+        }
+    return {} if ids is None else {"position_ids": ids.expand(batch, -1).gather(1, kept.to(ids.device))}
 
 
 def _to_columns(state: _Forward, hidden: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ def images_of(visual: torch.Tensor, lengths: Sequence[int] | None = None) -> tor
     """
     if lengths is not None and sum(lengths) == int(visual.sum()):
         number = torch.arange(len(lengths), device=visual.device)
-        owner = number.repeat_interleave(torch.tensor(lengths, device=visual.device))
+        owner = number.repeat_interleave(torch.tensor(lengths, dtype=torch.long, device=visual.device))
         image = torch.full_like(visual, -1, dtype=torch.long).masked_scatter(visual, owner)
         first = torch.where(visual, image, len(lengths)).amin(1, keepdim=True)
         return torch.where(visual, image - first, -1)
