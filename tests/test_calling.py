@@ -352,3 +352,30 @@ def test_cropping_a_pruned_cache_takes_columns_off(family):
         cache.layers[-1].columns[0, :10] = -1
         with pytest.raises(ValueError, match=r"would take \[\d+, \d+\] keys from the rows of the batch"):
             cache.crop(-(length - 6))
+
+
+@pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
+def test_rows_of_a_ragged_cache_move_with_their_columns(family, how):
+    """What beam search, several return sequences and contrastive search do to a cache, here across samples."""
+    model = tiny_model(family)
+    inputs = batch_of(prompts(model, SEVERAL[:3]))
+    tokens = torch.tensor([[11, 12], [13, 14], [15, 16]])
+    rows = {"reorder_cache": [2, 0, 0], "batch_select_indices": [2, 1], "batch_repeat_interleave": [0, 0, 1, 1, 2, 2]}[
+        how
+    ]
+
+    def go_on(cache, rows):
+        mask = grown(inputs["attention_mask"], 2)[rows]
+        where = positions({"attention_mask": mask})[:, -2:]
+        call = {"input_ids": tokens[rows], "attention_mask": mask, "position_ids": where, "past_key_values": cache}
+        return model(**call).logits
+
+    with torch.no_grad(), prune(model, recipe_of(model)):
+        cache = model(**inputs, position_ids=positions(inputs)).past_key_values
+        expected = go_on(copy.deepcopy(cache), [0, 1, 2])[rows]
+        getattr(cache, how)(2 if how == "batch_repeat_interleave" else torch.tensor(rows))
+        assert torch.allclose(go_on(cache, rows), expected, atol=1e-4)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        first = model(**inputs, position_ids=positions(inputs), past_key_values=cache)
+        assert torch.allclose(go_on(first.past_key_values, [0, 1, 2])[rows], expected, atol=1e-4)
