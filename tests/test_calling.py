@@ -234,14 +234,12 @@ def test_return_sequences_and_beams_share_a_prompt(family):
     assert len(beams.sequences.unique(dim=0)) == 12
 
 
-@pytest.mark.parametrize("draft", ["the model itself", "another model", "text only", "look-up"])
+@pytest.mark.parametrize("draft", ["the model itself", "another model", "text only"])
 def test_assisted_decoding_equals_greedy(family, draft):
     model = tiny_model(family)
     if draft == "text only":
         torch.manual_seed(3)
         helper = {"assistant_model": LlamaForCausalLM(model.config.text_config).eval()}
-    elif draft == "look-up":
-        helper = {"prompt_lookup_num_tokens": 3}
     else:
         helper = {"assistant_model": tiny_model(family, seed=0 if draft == "the model itself" else 1)}
     with prune(model, recipe_of(model)):

@@ -93,18 +93,6 @@ def test_generate_gives_the_tokens_of_stepwise_decoding(family):
     assert torch.equal(drawn, ids)
 
 
-def test_each_row_of_a_batch_equals_its_sample_alone(family):
-    model = tiny_model(family)
-    inputs = tiny_inputs(model, batch=3, before=8, pad=(2, 0, 5))
-    with prune(model, recipe_for(model, inputs)):
-        together, _ = greedy_logits(model, inputs, 6)
-        for row, pad in enumerate((2, 0, 5)):
-            alone = {k: v[row : row + 1] for k, v in inputs.items()}
-            alone |= {k: alone[k][:, pad:] for k in ("input_ids", "attention_mask")}
-            single, _ = greedy_logits(model, alone, 6)
-            assert relative(together[row], single[0]) < 1e-5
-
-
 def test_assisted_decoding_equals_plain_greedy(family):
     """Draft tokens of the first step come with the prompt; they must not decide which tokens leave."""
     model = tiny_model(family)
@@ -136,18 +124,6 @@ def test_a_given_answer_does_not_decide_what_leaves():
         first = model(**question).logits[:, -1]
         teacher_forced = model(**inputs, logits_to_keep=5).logits
         assert relative(teacher_forced[:, 0], first) < 1e-5
-
-
-def test_beam_search_equals_the_row_alone():
-    model = tiny_model()
-    inputs = tiny_inputs(model, batch=2, before=8, pad=(3, 0))
-    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None}
-    with prune(model, recipe_for(model, inputs)):
-        both = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        alone = {k: v[:1] for k, v in inputs.items()}
-        alone |= {k: alone[k][:, 3:] for k in ("input_ids", "attention_mask")}
-        single = model.generate(**alone, **options)[:, alone["input_ids"].shape[1] :]
-    assert torch.equal(both[:1], single)
 
 
 def test_two_images_keep_their_own_shares_and_text_stays():
@@ -190,15 +166,16 @@ def test_executed_flops_equal_the_cost_model_within_one_percent(family, attentio
 
 
 def handles(model):
+    """All that a hook or another config could leave on a module."""
+    tables = [name for name in vars(torch.nn.Module()) if "hooks" in name]
     return [
-        (name, table, list(getattr(module, table)))
+        (name, id(getattr(module, "config", None)), [list(getattr(module, table)) for table in tables])
         for name, module in model.named_modules()
-        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     ]
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["block", "mlp of a pruning layer"])
+@pytest.mark.parametrize("where", ["block", "mlp of a pruning layer", "third token"])
 def test_nothing_is_left_on_the_model(error, where):
     model = tiny_model()
     inputs = tiny_inputs(model)
@@ -207,14 +184,17 @@ def test_nothing_is_left_on_the_model(error, where):
     interrupted = model.model.language_model.layers[2].mlp.act_fn
     had = handles(model)  # transformers holds some of its own on the vision tower
 
+    calls = iter(range(100))
+
     def interrupt(*_):
-        raise error
+        if where != "third token" or next(calls) == 2:
+            raise error
 
     handle = interrupted.register_forward_pre_hook(interrupt) if error and where != "block" else None
     caught = False
     try:
         with prune(model, recipe_for(model, inputs)):
-            model.generate(**inputs, max_new_tokens=3, eos_token_id=None)
+            model.generate(**inputs, max_new_tokens=5, eos_token_id=None)
             if error and where == "block":
                 raise error
     except (RuntimeError, KeyboardInterrupt):

@@ -346,7 +346,7 @@ class Remover:
             index, filled = state.index.to(state.kept.device), state.filled.to(state.kept.device)
             state.kept = state.kept.gather(1, index).masked_fill(filled, -1)
             state.image = state.image.gather(1, index).masked_fill(filled, -1)
-            state.question = state.question.gather(1, index) & ~filled
+            state.question = state.question.gather(1, index)
             state.index = state.filled = None
             state.packed = True
             state.made.clear()
