@@ -116,7 +116,9 @@ def test_prompts_without_visual_tokens(model, inputs):
         dense = model(**text).logits
         with prune(model, recipe_for(model)):
             assert torch.equal(model(**text).logits, dense)  # text alone is the dense model's business
-            with pytest.raises(ValueError, match=r"no visual token \(id 5\) in the prompt, but an image is given"):
+            with pytest.raises(
+                ValueError, match=r"has 0 visual tokens, but its 1 image\(s\) have 16 features: must be"
+            ):
                 model(**text, pixel_values=inputs["pixel_values"])
     unchanged(model)
 
@@ -124,12 +126,24 @@ def test_prompts_without_visual_tokens(model, inputs):
 def test_more_image_tokens_than_features(model, inputs):
     ids = inputs["input_ids"].clone()
     ids[0, 0] = IMAGE
-    with (
-        prune(model, recipe_for(model)),
-        pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 17"),
-    ):
+    with prune(model, recipe_for(model)), pytest.raises(ValueError, match=r"has 17 visual tokens, .* 16 features"):
         model(**{**inputs, "input_ids": ids})
     unchanged(model)
+
+
+def test_the_images_of_earlier_turns_passed_again(model, inputs):
+    with torch.no_grad(), prune(model, recipe_for(model)):
+        cache = model(**inputs).past_key_values
+        with pytest.raises(ValueError, match="pass only the images of this turn"):
+            model(input_ids=torch.tensor([[7]]), pixel_values=inputs["pixel_values"], past_key_values=cache)
+
+
+def test_a_refused_call_leaves_no_state(model, inputs):
+    with torch.no_grad(), prune(model, recipe_for(model)):
+        with pytest.raises(ValueError, match="drop cache_implementation"):
+            model(**inputs, past_key_values=DynamicCache(offloading=True))
+        with pytest.raises(ValueError, match="call the model that prune was given"):
+            model.model(**inputs)
 
 
 def test_after_a_failed_call_the_next_one_is_right(model, inputs):

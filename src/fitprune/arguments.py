@@ -8,6 +8,7 @@ Shapes: B batch, P columns of the past (as many as before pruning), Q columns of
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,6 +59,18 @@ def valid_columns(given: dict[str, Any], cache: Any) -> tuple[torch.Tensor | Non
         )
     valid = mask.bool()
     return None if bool(valid.all()) else valid, past
+
+
+def require_features(visual: torch.Tensor, lengths: Sequence[int], past: int) -> None:
+    """Refuse a prompt whose visual tokens [B, Q] are not as many as its images' features."""
+    if (tokens := int(visual.sum())) != sum(lengths):
+        remedy = "make the prompt with the model's own processor"
+        if past:
+            remedy += ", and pass only the images of this turn: those of earlier turns are in past_key_values"
+        raise ValueError(
+            f"the prompt has {tokens} visual tokens, but its {len(lengths)} image(s) have {sum(lengths)} features: "
+            f"must be as many; {remedy}"
+        )
 
 
 def counted_positions(valid: torch.Tensor | None, past: int, position_ids: torch.Tensor | None) -> torch.Tensor | None:

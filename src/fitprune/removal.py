@@ -162,17 +162,17 @@ class Remover:
                 "disable it, or call model.eval()"
             )
         visual = visual_mask(self.adapted, given.get("input_ids"), given.get("inputs_embeds"))
-        if not bool(visual.any()):
-            raise ValueError(
-                f"no visual token (id {self.adapted.image_token_id}) in the prompt, but an image is given; "
-                "make the prompt with the processor's chat template, or put the image token into it"
-            )
         lengths, changed = encode_images(self.adapted, given)
         length = visual.shape[1]
         column = torch.arange(length, device=visual.device).expand_as(visual)
         prompt = self._uncached_prompt(given, images, length)
         visual = visual & (column < prompt)  # an image token that the model itself wrote is no image
+        arguments.require_features(visual, lengths, past)
+        image = images_of(visual, lengths)
+        kept = column
         present = None if valid is None else valid[:, past:]
+        if present is not None:
+            visual, image, kept = visual & present, image.masked_fill(~present, -1), kept.masked_fill(~present, -1)
         question = text_after(visual, present)
         arguments.require_rows(
             visual, question, "has no text after its last visual token; put the question behind the images"
@@ -188,8 +188,6 @@ class Remover:
             )
         else:
             question = torch.zeros_like(question)
-        image = images_of(visual, lengths)
-        kept = column if present is None else column.masked_fill(~present, -1)
         return _Forward(past, length, valid, self.plan(image), kept, image, question), changed
 
     def _uncached_prompt(self, given: dict[str, Any], images: Any, length: int) -> int:
@@ -247,10 +245,10 @@ class Remover:
         """Make the arguments of a layer whose rows or keys are not those of the dense model."""
         layer = layer or PrunedLayer()
         (batch, rows, _), device = hidden.shape, hidden.device
-        arguments: dict[str, Any] = {}
+        replaced: dict[str, Any] = {}
         if state.packed:
             kept = state.kept.to(device)
-            arguments = _at(kwargs, kept.clamp(min=0))
+            replaced = _at(kwargs, kept.clamp(min=0))
             new = torch.where(kept < 0, -1, kept + state.past)
         elif rows == 1 and state.valid is None and not layer.padded:  # the usual decoding step: nothing is hidden
             assert layer.columns is not None
@@ -265,8 +263,8 @@ class Remover:
             held = (layer.columns, layer.covered, layer.padded)
         if state.valid is not None:
             present = present & state.valid.to(device).expand(batch, -1).gather(1, columns.clamp(min=0))
-        arguments["attention_mask"] = self._mask(present, hidden)
-        return _Stage(arguments, None if bool(present.all()) else present, held)
+        replaced["attention_mask"] = self._mask(present, hidden)
+        return _Stage(replaced, None if bool(present.all()) else present, held)
 
     def _mask(self, present: torch.Tensor, hidden: torch.Tensor) -> Any:
         """Make a causal mask as the model's attention implementation takes it; the last keys are the rows' own."""
