@@ -120,6 +120,8 @@ def test_prompts_without_visual_tokens(model, inputs):
                 ValueError, match=r"has 0 visual tokens, but its 1 image\(s\) have 16 features: must be"
             ):
                 model(**text, pixel_values=inputs["pixel_values"])
+            with pytest.raises(ValueError, match="has 16 visual tokens, but no image is given: pass the processor's"):
+                model(input_ids=inputs["input_ids"])
     unchanged(model)
 
 
@@ -186,7 +188,7 @@ def test_labels_that_a_removed_token_would_have_to_predict(model, inputs):
 
 @pytest.mark.parametrize("chunk", [4, 22, 100])
 def test_chunked_prefill(model, inputs, chunk):
-    with prune(model, recipe_for(model)), pytest.raises(ValueError, match="drop prefill_chunk_size"):
+    with prune(model, recipe_for(model)), pytest.raises(ValueError, match="prefill_chunk_size"):
         model.generate(**inputs, prefill_chunk_size=chunk, max_new_tokens=2)
     unchanged(model)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fitprune.adapters import AdaptedModel
+from fitprune.adapters import AdaptedModel, visual_mask
 
 _COMPILED = (
     "compiled code does not see the hooks that prune puts on, and would run dense; use the model before torch.compile "
@@ -59,6 +59,20 @@ def valid_columns(given: dict[str, Any], cache: Any) -> tuple[torch.Tensor | Non
         )
     valid = mask.bool()
     return None if bool(valid.all()) else valid, past
+
+
+def require_no_visual_tokens(adapted: AdaptedModel, input_ids: torch.Tensor | None) -> None:
+    """Refuse a prompt without images, [B, Q], that has visual tokens or does not tell."""
+    if input_ids is None:
+        raise ValueError(
+            "inputs_embeds are given without pixel_values: which of them are visual tokens is unknown; pass input_ids, "
+            "or pixel_values and inputs_embeds that hold the image token's embedding"
+        )
+    if tokens := int(visual_mask(adapted, input_ids).sum()):
+        raise ValueError(
+            f"the prompt has {tokens} visual tokens, but no image is given: pass the processor's pixel_values, and do "
+            "not cut the prompt into chunks (prefill_chunk_size)"
+        )
 
 
 def require_features(visual: torch.Tensor, lengths: Sequence[int], past: int) -> None:

@@ -130,11 +130,8 @@ class Remover:
         images = (given.get("mm_encoder_outputs") or {}).get("image")
         images = given.get("pixel_values") if images is None else images
         if images is None and not is_pruned(cache):
-            if given.get("input_ids") is None and (cache is None or cache.get_seq_length() == 0):
-                raise ValueError(
-                    "inputs_embeds are given without pixel_values: which of them are visual tokens is unknown; pass "
-                    "input_ids, or pixel_values and inputs_embeds that hold the image token's embedding"
-                )
+            if cache is None or cache.get_seq_length() == 0:
+                arguments.require_no_visual_tokens(self.adapted, given.get("input_ids"))
             return args, kwargs  # text alone, where even a generated image token is no image: as the dense model
         valid, past = arguments.valid_columns(given, cache)
         if images is not None:
