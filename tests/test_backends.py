@@ -238,7 +238,16 @@ def test_gradients_are_those_of_the_masked_dense_model(family):
 # -- threads --------------------------------------------------------------------------------------------------------
 
 
-def test_two_threads_call_one_pruned_model(family):
+@pytest.fixture
+def one_thread_each():
+    """Five threads with a pool of workers each would spend their time waiting for two cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_several_threads_call_one_pruned_model(family, one_thread_each):
     """Different batches, different lengths, at the same time: each thread gets its own answers."""
     model = tiny_model(family)
     batches = [batch_of(prompts(model, SEVERAL[first : first + 3], seed=first)) for first in range(5)]
