@@ -88,6 +88,26 @@ def test_each_row_equals_its_sample_alone_and_the_oracle(family, batch, side, la
     assert torch.allclose(pruned, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_rows_of_equal_length_become_ragged(family, masked):
+    """No padding in the prompt, so no mask of the model's own; but the rows keep different numbers of tokens."""
+    model = tiny_model(family)
+    layouts = [[3, 6], [4, 2, 5], [9]]
+    lengths = [sample["input_ids"].shape[1] for sample in prompts(model, layouts)]
+    for layout, length in zip(layouts, lengths, strict=True):
+        layout[-1] += max(lengths) - length
+    samples = prompts(model, layouts)
+    inputs = batch_of(samples)
+    if not masked:
+        del inputs["attention_mask"]
+    with prune(model, recipe_of(model)):
+        together = generate(model, inputs, **PLAIN)
+        for number, sample in enumerate(samples):
+            alone = generate(model, sample, **PLAIN)
+            assert torch.equal(together.sequences[number], alone.sequences[0])
+            assert torch.allclose(torch.stack(together.logits)[:, number], torch.stack(alone.logits)[:, 0], atol=1e-4)
+
+
 # -- conversations --------------------------------------------------------------------------------------------------
 
 
