@@ -240,6 +240,17 @@ def test_decoding_without_a_cache_equals_decoding_with_one(family, side, beams):
         assert torch.equal(model.generate(**inputs, **options, use_cache=False), model.generate(**inputs, **options))
 
 
+def test_another_prompt_of_one_more_token_is_no_answer():
+    """Two calls without a cache, the same images object: only a repeated prompt makes the second a continuation."""
+    model = tiny_model()
+    first, second = prompts(model, [[3, 5], [3, 6]])
+    second["pixel_values"] = first["pixel_values"]
+    with torch.no_grad(), prune(model, recipe_of(model)):
+        expected = model(**second, use_cache=False).logits
+        model(**first, use_cache=False)
+        assert torch.equal(model(**second, use_cache=False).logits, expected)
+
+
 def test_return_sequences_and_beams_share_a_prompt(family):
     model = tiny_model(family)
     inputs = batch_of(prompts(model, SEVERAL[:3]))

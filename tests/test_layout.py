@@ -11,7 +11,7 @@ import fitprune
 LAYERS = [
     {"tokens", "flops", "files"},
     {"recipe", "attention", "selection", "stats", "calibration", "embedded", "adapters", "cache"},
-    {"fitting", "scoring", "hooks", "batches", "arguments"},
+    {"fitting", "scoring", "hooks", "batches", "arguments", "packing"},
     {"measurement", "removal"},
     {"pruning", "sequential"},
     {"benchmark", "figures"},

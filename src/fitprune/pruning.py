@@ -10,8 +10,9 @@ import torch
 
 from fitprune.adapters import adapt
 from fitprune.attention import ReceivedAttention
+from fitprune.packing import Choose, Plan
 from fitprune.recipe import PruningRecipe
-from fitprune.removal import Choose, Plan, Remover, removing
+from fitprune.removal import Remover, removing
 from fitprune.scoring import Scorer, get_scorer
 from fitprune.selection import keep_highest, tokens_of
 from fitprune.tokens import kept_counts

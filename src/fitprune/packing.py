@@ -1,0 +1,241 @@
+"""The rows of one forward: which tokens are present at a layer, and what the layer gets for them.
+
+Rows of a batch may keep different numbers of tokens. They are packed to the right: a shorter row has padding on its
+left, and the prompt's own padding leaves with the first tokens that leave. Masks are made by transformers' own function
+for the attention implementation in use.
+
+Shapes: B batch, P columns of the past, Q columns of this forward, m rows present at a layer (Q until tokens leave), d
+hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fitprune.attention import ReceivedAttention
+from fitprune.cache import PrunedLayer
+
+# (layer, image [B, m], lazily computed received attention) -> stays [B, m] bool, or None where nothing leaves.
+Choose = Callable[[int, torch.Tensor, Callable[[], ReceivedAttention]], "torch.Tensor | None"]
+# image [B, Q] of a prefill -> the function that chooses in it.
+Plan = Callable[[torch.Tensor], Choose]
+
+
+@dataclasses.dataclass
+class Forward:
+    """The state of one forward that prunes, or that continues a pruned cache.
+
+    Attributes:
+        past: P, columns of the sequence before this forward.
+        length: Q.
+        valid: [B, P + Q] False at padding; None where there is none.
+        choose: what stays at a layer; None where this forward prunes nothing, and has none of the following.
+        kept: [B, m] columns, within this forward, of the rows present; -1 at padding.
+        image: [B, m] image number of each row present, -1 for text and padding.
+        question: [B, m] rows whose attention is cross.
+        packed: whether rows have left, so that the rows present are no longer all Q.
+        entered: for each layer so far, `kept` before it.
+        index: [B, m'] rows that stay, between a layer's attention and its end; shorter samples are filled on the left.
+        filled: [B, m'] True at that filling.
+        keys_valid: [B, keys] False at keys of the present layer that are padding; None where there is none.
+        stages: what was made for a layer, by the columns that its cache holds; until more rows leave.
+    """
+
+    past: int
+    length: int
+    valid: torch.Tensor | None
+    choose: Choose | None = None
+    kept: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    image: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    question: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    packed: bool = False
+    entered: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    index: torch.Tensor | None = None
+    filled: torch.Tensor | None = None
+    keys_valid: torch.Tensor | None = None
+    stages: dict[int, tuple[Any, _Stage]] = dataclasses.field(default_factory=dict)
+
+    def enter(
+        self, layer: PrunedLayer | None, hidden: torch.Tensor, kwargs: dict[str, Any], config: Any
+    ) -> dict[str, Any]:
+        """Cut a layer's positions and mask to the rows present and the keys that its cache holds.
+
+        Args:
+            layer: the layer's cache, if there is one.
+            hidden: [B, m, d], its input.
+            kwargs: its keyword arguments in the dense model.
+            config: the decoder's, for its attention implementation.
+
+        Returns:
+            The arguments to call it with.
+
+        Raises:
+            ValueError: no masks can be made for the attention implementation.
+        """
+        if self.choose is not None:
+            self.entered.append(self.kept)
+        columns = None if layer is None else layer.columns
+        if not self.packed and columns is None:
+            self.keys_valid = self.valid
+            return kwargs
+        if id(columns) not in self.stages:
+            # The columns are kept with what was made of them, so that no other tensor gets their id.
+            self.stages[id(columns)] = (columns, self._stage(layer or PrunedLayer(), hidden, kwargs, config))
+        stage = self.stages[id(columns)][1]
+        self.keys_valid = stage.keys_valid
+        if layer is not None:
+            layer.expect(*stage.held)
+        return {**kwargs, **stage.replaced}
+
+    def _stage(self, layer: PrunedLayer, hidden: torch.Tensor, kwargs: dict[str, Any], config: Any) -> _Stage:
+        """Make what a layer needs whose rows or keys are not those of the dense model."""
+        (batch, rows, _), device = hidden.shape, hidden.device
+        replaced: dict[str, Any] = {}
+        if self.packed:
+            kept = self.kept.to(device)
+            replaced = _at(kwargs, kept.clamp(min=0))
+            new = torch.where(kept < 0, -1, kept + self.past)
+        elif rows == 1 and self.valid is None and not layer.padded:  # the usual decoding step: nothing is hidden
+            assert layer.columns is not None
+            return _Stage({"attention_mask": None}, None, (layer.columns, layer.covered, False))
+        else:
+            new = torch.arange(self.past, self.past + self.length, device=device).expand(batch, -1)
+        columns = torch.cat([layer.all_columns(self.past, batch, device), new], 1)
+        present = columns >= 0
+        if self.packed or layer.columns is None:
+            held = (columns, self.past + self.length, not bool(present.all()))
+        else:
+            held = (layer.columns, layer.covered, layer.padded)
+        if self.valid is not None:
+            present = present & self.valid.to(device).expand(batch, -1).gather(1, columns.clamp(min=0))
+        replaced["attention_mask"] = _causal_mask(present, hidden, config)
+        return _Stage(replaced, None if bool(present.all()) else present, held)
+
+    def leave(self, stays: torch.Tensor) -> None:
+        """Let all rows but these, [B, m] bool, leave at the end of the present layer."""
+        present = (self.kept >= 0).to(stays.device)
+        if not bool((present & ~stays).any()):
+            return
+        stays = stays & present
+        most = int(stays.sum(1).max())
+        # Stable: what leaves comes first, then what stays, each in order. So the rows end up packed to the right.
+        self.index = stays.byte().argsort(dim=1, stable=True)[:, stays.shape[1] - most :]
+        self.filled = ~stays.gather(1, self.index)
+
+    def gather(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Take the rows that stay, if some leave: [B, m, d] -> [B, m', d]."""
+        return hidden if self.index is None else _take(hidden, self.index)
+
+    def scatter(self, output: torch.Tensor) -> torch.Tensor:
+        """Put gathered rows back, zero where a token leaves: [B, m', d] -> [B, m, d]."""
+        if self.index is None:
+            return output
+        batch, _, width = output.shape
+        full = output.new_zeros(batch, self.kept.shape[1], width)
+        return full.scatter(1, self.index.to(output.device)[..., None].expand(-1, -1, width), output)
+
+    def drop(self, hidden: torch.Tensor) -> torch.Tensor:
+        """End a layer: drop the rows that leave, if any: [B, m, d] -> [B, m', d]."""
+        if self.index is None or self.filled is None:
+            return hidden
+        hidden = _take(hidden, self.index)
+        index, filled = self.index.to(self.kept.device), self.filled.to(self.kept.device)
+        self.kept = self.kept.gather(1, index).masked_fill(filled, -1)
+        self.image = self.image.gather(1, index).masked_fill(filled, -1)
+        self.question = self.question.gather(1, index)
+        self.index = self.filled = None
+        self.packed = True
+        self.stages.clear()
+        return hidden
+
+    def to_columns(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Put the rows back into their columns: [B, m, d] -> [B, Q, d], zero where a token left.
+
+        Padding behind a row's last token repeats that token, so that `logits[:, -1]`, which generate reads, is its own.
+        """
+        batch, rows, width = hidden.shape
+        last = None if self.valid is None else _last_columns(self.valid[:, self.past :].to(hidden.device))
+        if not self.packed and last is None:
+            return hidden
+        if self.packed:
+            kept = self.kept.to(hidden.device)
+            row = torch.arange(1, rows + 1, device=hidden.device).expand(batch, -1)
+            # Row 0 is a zero row, for columns without a token; column Q takes the padding, and is cut off.
+            source = row.new_zeros(batch, self.length + 1)
+            source = source.scatter(1, torch.where(kept < 0, self.length, kept), row)[:, : self.length]
+        else:
+            source = torch.arange(1, rows + 1, device=hidden.device).expand(batch, -1)
+        if last is not None:
+            column = torch.arange(self.length, device=hidden.device)
+            source = torch.where(column > last, source.gather(1, last), source)
+        return _take(torch.cat([hidden.new_zeros(batch, 1, width), hidden], 1), source)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """What layers share that see the same rows and hold the same columns of the past.
+
+    Attributes:
+        replaced: keyword arguments of the layer.
+        keys_valid: as in `Forward`.
+        held: what the layer's cache will hold; see `PrunedLayer.expect`.
+    """
+
+    replaced: dict[str, Any]
+    keys_valid: torch.Tensor | None
+    held: tuple[torch.Tensor, int, bool]
+
+
+def _causal_mask(present: torch.Tensor, hidden: torch.Tensor, config: Any) -> Any:
+    """Make a causal mask as the attention implementation takes it; of the keys [B, keys] the last are the rows' own."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    implementation = config._attn_implementation
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"attn_implementation={implementation!r} has no entry in transformers' mask registry: a mask for the "
+            "kept tokens cannot be made; register one, or load the model with 'sdpa' or 'eager'"
+        )
+    batch, keys = present.shape
+    rows = hidden.shape[1]
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+        batch_size=batch,
+        q_length=rows,
+        kv_length=keys,
+        q_offset=keys - rows,
+        kv_offset=0,
+        attention_mask=present,
+        allow_is_causal_skip=True,
+        dtype=hidden.dtype,
+        config=config,
+        device=hidden.device,
+    )
+
+
+def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Gather rows: [B, m, d] by [B, m'] -> [B, m', d]."""
+    return rows.gather(1, index.to(rows.device)[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def _at(kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
+    """Cut position embeddings and position ids of a whole forward to the rows [B, m]."""
+    batch, embeddings, ids = len(kept), kwargs.get("position_embeddings"), kwargs.get("position_ids")
+    if embeddings is not None:
+        # Next to embeddings, ids only tell FlashAttention where packed sequences begin: it would take gaps for that.
+        return {
+            "position_embeddings": tuple(_take(e.expand(batch, -1, -1), kept) for e in embeddings),
+            "position_ids": None,
+        }
+    return {} if ids is None else {"position_ids": ids.expand(batch, -1).gather(1, kept.to(ids.device))}
+
+
+def _last_columns(valid: torch.Tensor) -> torch.Tensor | None:
+    """The column of each row's last token, [B, 1]; None where no row ends in padding."""
+    if bool(valid[:, -1].all()):
+        return None
+    column = torch.arange(valid.shape[1], device=valid.device)
+    return torch.where(valid, column, 0).amax(1, keepdim=True)
