@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, TextIteratorStreamer
+from transformers import LlamaForCausalLM, StoppingCriteria, TextIteratorStreamer
 
 from conftest import IMAGE, Oracle, batch_of, converse, prompts, replay, tiny_model
 from fitprune import PruningRecipe, prune
@@ -240,12 +240,16 @@ def test_decoding_without_a_cache_equals_decoding_with_one(family, side, beams):
         assert torch.equal(model.generate(**inputs, **options, use_cache=False), model.generate(**inputs, **options))
 
 
-def test_another_prompt_of_one_more_token_is_no_answer():
-    """Two calls without a cache, the same images object: only a repeated prompt makes the second a continuation."""
+@pytest.mark.parametrize("encoded", [False, True])
+def test_another_prompt_of_one_more_token_is_no_answer(encoded):
+    """Calls without a cache, the same images object: only a repeated prompt makes the second a continuation."""
     model = tiny_model()
     first, second = prompts(model, [[3, 5], [3, 6]])
-    second["pixel_values"] = first["pixel_values"]
+    images = {"pixel_values": first["pixel_values"]}
     with torch.no_grad(), prune(model, recipe_of(model)):
+        if encoded:
+            images = {"mm_encoder_outputs": {"image": model.get_image_features(**images, return_dict=True)}}
+        first, second = ({"input_ids": sample["input_ids"], **images} for sample in (first, second))
         expected = model(**second, use_cache=False).logits
         model(**first, use_cache=False)
         assert torch.equal(model(**second, use_cache=False).logits, expected)
@@ -319,6 +323,91 @@ def test_logits_keep_their_places(family):
     assert torch.equal((whole != 0).any(-1), there[:, :-1])
 
 
+def test_logits_asked_for_by_row_end_the_question_of_that_row(family):
+    """In every form that transformers takes: columns or a mask, for all rows or each."""
+    model = tiny_model(family)
+    samples = prompts(model, [[3, 6], [2, 11], [4, 8]])
+    inputs = batch_of(samples, "right")
+    last = inputs["attention_mask"].sum(1, keepdim=True) - 1
+    columns = last - torch.tensor([[2], [1], [0]])  # of each row another number of tokens is answer
+    mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool).scatter(1, columns, True)
+    with prune(model, recipe_of(model)), torch.no_grad():
+        by_row = model(**inputs, position_ids=positions(inputs), logits_to_keep=columns).logits
+        assert torch.allclose(model(**inputs, position_ids=positions(inputs), logits_to_keep=mask).logits, by_row[:, 0])
+        for row, sample in enumerate(samples):
+            alone = model(**sample, logits_to_keep=3 - row).logits[:, :1]
+            assert torch.allclose(by_row[row], alone[0], atol=1e-4)
+        whole = model(**samples[0]).logits
+        length = whole.shape[1]
+        for everything in (length, torch.ones(length, dtype=torch.bool), torch.arange(length)):
+            assert torch.equal(model(**samples[0], logits_to_keep=everything).logits, whole)
+        three = model(**samples[0], logits_to_keep=3).logits
+        for same in ([-3, -2, -1], slice(-3, None), 3 - length, torch.tensor([-1, -2, -3])):
+            found = model(**samples[0], logits_to_keep=same).logits
+            assert torch.equal(found.flip(1) if isinstance(same, torch.Tensor) else found, three)
+
+
+def test_a_hook_may_call_the_model_again(family):
+    model = tiny_model(family)
+    outer, inner = prompts(model, [[3, 6], [2, 4, 5]])
+    with torch.no_grad(), prune(model, recipe_of(model)):
+        expected = [model(**outer).logits, model(**inner).logits]
+        for layer in (0, 2, 4):
+            found = []
+
+            def call_again(*_, found=found):
+                if not found:
+                    found.append(None)  # the inner call comes by here too
+                    found.append(model(**inner).logits)
+
+            handle = model.model.language_model.layers[layer].mlp.act_fn.register_forward_hook(call_again)
+            found.append(model(**outer).logits)
+            handle.remove()
+            assert torch.equal(found[1], expected[1])
+            assert torch.equal(found[2], expected[0])
+
+
+def test_a_call_between_the_steps_of_generate_does_not_disturb_it(family):
+    model = tiny_model(family)
+    inputs, other = prompts(model, [[3, 6], [2, 5]])
+
+    class CallsTheModel(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            model(**other, use_cache=False)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    options = {"max_new_tokens": 5, "eos_token_id": None, "suppress_tokens": [IMAGE], "use_cache": False, **PLAIN}
+    with prune(model, recipe_of(model)):
+        expected = model.generate(**inputs, **options)
+        assert torch.equal(model.generate(**inputs, **options, stopping_criteria=[CallsTheModel()]), expected)
+
+
+def test_positions_of_ones_own_stay(family):
+    """Only generate's miscount behind right padding is put right."""
+    model = tiny_model(family)
+    inputs = batch_of(prompts(model, SEVERAL[:3]), "right")
+    more = grown(inputs["attention_mask"], 1)
+    with torch.no_grad(), prune(model, recipe_of(model)):
+        cache = model(**inputs, position_ids=positions(inputs)).past_key_values
+        step = {"input_ids": torch.full((3, 1), 11), "attention_mask": more}
+        found = []
+        for where in (positions({"attention_mask": more})[:, -1:], torch.ones(3, 1).long(), torch.full((3, 1), 99)):
+            found.append(model(**step, position_ids=where, past_key_values=copy.deepcopy(cache)).logits)
+    ends_in_padding = inputs["attention_mask"][:, -1] == 0
+    assert torch.equal(found[0][ends_in_padding], found[1][ends_in_padding])
+    assert not torch.allclose(found[0], found[2], atol=1e-3)
+
+
+def test_a_mask_that_hides_the_image_leaves_nothing_to_prune(family):
+    model = tiny_model(family)
+    (inputs,) = prompts(model, [[3, 6]])
+    inputs["attention_mask"] = (inputs["input_ids"] != IMAGE).long()
+    with torch.no_grad():
+        dense = model(**inputs).logits[:, -6:]
+        with prune(model, recipe_of(model)):
+            assert torch.allclose(model(**inputs).logits[:, -6:], dense, atol=1e-5)
+
+
 def test_labels_give_the_loss_of_the_masked_dense_model(family):
     """And neither the answer nor its length decides what leaves."""
     model, reference = tiny_model(family), tiny_model(family, attention="eager")
@@ -375,12 +464,31 @@ def test_cropping_a_pruned_cache_takes_columns_off(family):
         question = {n: v for n, v in inputs.items() if n not in ("input_ids", "attention_mask")}
         logits = model(input_ids=again, past_key_values=cache, logits_to_keep=4, **question).logits
         assert torch.allclose(logits[:, 1:], first, atol=1e-4)
-        both = batch_of([inputs, inputs])
-        both |= {n: torch.cat([inputs[n]] * 2) for n in question}
-        cache = model(**both).past_key_values
-        cache.layers[-1].columns[0, :10] = -1
-        with pytest.raises(ValueError, match=r"would take \[\d+, \d+\] keys from the rows of the batch"):
-            cache.crop(-(length - 6))
+
+
+def test_cropping_a_ragged_cache_takes_from_each_row_its_own(family):
+    """Into the images, where rows keep different numbers of tokens: then each row goes on as its sample does."""
+    model = tiny_model(family)
+    samples = prompts(model, [[5, 8], [2, 3, 4], [9, 4]])
+    inputs = batch_of(samples)
+    length = inputs["input_ids"].shape[1]
+    more = torch.randint(10, 97, (3, 4), generator=torch.Generator().manual_seed(2))
+
+    def back_and_on(inputs, more, back):
+        cache = model(**inputs, position_ids=positions(inputs)).past_key_values
+        cache.crop(-back)
+        mask = grown(inputs["attention_mask"][:, :-back], 4)
+        where = positions({"attention_mask": mask})[:, -4:]
+        return model(input_ids=more, attention_mask=mask, position_ids=where, past_key_values=cache).logits
+
+    with torch.no_grad(), prune(model, recipe_of(model)):
+        for back in (3, 6, 12):
+            together = back_and_on(inputs, more, back)
+            for row, sample in enumerate(samples):
+                assert torch.allclose(
+                    together[row : row + 1], back_and_on(sample, more[row : row + 1], back), atol=1e-4
+                )
+    assert length > 12
 
 
 @pytest.mark.parametrize("how", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])

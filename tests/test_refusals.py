@@ -10,6 +10,7 @@ from transformers.cache_utils import QuantizedLayer
 from conftest import IMAGE, tiny_inputs, tiny_model
 from fitprune import PruningRecipe, measure, prune
 from fitprune.adapters import adapt
+from fitprune.pruning import kept_positions
 from fitprune.tokens import keep_fractions
 
 
@@ -255,6 +256,79 @@ def test_a_compiled_model(model, inputs, when):
     with pytest.raises(ValueError, match="LlamaDecoderLayer is compiled"), prune(model, recipe):
         pass
     unchanged(model)
+
+
+@pytest.mark.parametrize("first", ["nothing", "text", "images", "reset"])
+def test_images_put_in_by_hand_on_a_cache(model, inputs, first):
+    """They would stay whole, silently."""
+    with torch.no_grad(), prune(model, recipe_for(model)):
+        cache = DynamicCache()
+        if first == "text":
+            cache = model(input_ids=torch.tensor([[7, 8]])).past_key_values
+        elif first != "nothing":
+            cache = model(**inputs).past_key_values
+        if first == "reset":
+            cache.reset()
+        with pytest.raises(ValueError, match="which of them are visual tokens is unknown"):
+            model(inputs_embeds=torch.randn(1, 5, 32), past_key_values=cache)
+        with pytest.raises(ValueError, match="has 16 visual tokens, but no image is given"):
+            model(input_ids=inputs["input_ids"], past_key_values=cache)
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+def test_a_pruned_cache_that_was_taken_apart(model, inputs):
+    with torch.no_grad(), prune(model, recipe_for(model)):
+        parts = [layer[:2] for layer in model(**inputs).past_key_values]
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(parts):
+            cache.update(keys, values, number)
+        with pytest.raises(ValueError, match="do not know which: a pruned cache was taken apart"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+def test_a_text_model_with_a_sliding_window(model):
+    model.config.text_config.sliding_window = 8
+    with (
+        pytest.raises(ValueError, match=r"sliding_window=8\): masks .* full attention"),
+        prune(model, recipe_for(model)),
+    ):
+        pass
+
+
+def test_a_mask_of_another_batch(model, inputs):
+    with prune(model, recipe_for(model)), pytest.raises(ValueError, match="3 rows for 1 samples"):
+        model(**{**inputs, "attention_mask": inputs["attention_mask"].expand(3, -1)})
+
+
+def test_scorers_that_return_no_scores(model, inputs):
+    for wrong, message in [
+        (lambda r: r.self_attention[0], r"shape \[25\]: must be a tensor \[1, 25\]"),
+        (lambda r: r.self_attention[..., None], r"shape \[1, 25, 1\]"),
+        (lambda r: None, "type NoneType"),
+        (lambda r: r.self_attention * torch.nan, "NaN for a visual token"),
+    ]:
+        with prune(model, recipe_for(model), wrong), pytest.raises(ValueError, match=message):
+            model(**inputs)
+
+
+def test_a_recipe_that_is_none(model, inputs):
+    with pytest.raises(ValueError, match=r"recipe is a str: must be .* PruningRecipe.load"), prune(model, "a.json"):
+        pass
+    with pytest.raises(ValueError, match="the inputs have no image"):
+        kept_positions(model, recipe_for(model), {"input_ids": torch.tensor([[7, 8]])})
+
+
+def test_a_training_batch_is_measured_and_looked_at_as_it_is(model, inputs):
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = 7
+    batch = {**inputs, "labels": labels, "use_cache": True}
+    entered = kept_positions(model, recipe_for(model), batch)
+    short = kept_positions(model, recipe_for(model), {**inputs, "logits_to_keep": 3})
+    assert all(torch.equal(one, other) for one, other in zip(entered, short, strict=True))
+    one, other = measure(model, [batch]), measure(model, [inputs])
+    assert torch.equal(one.cross_attention, other.cross_attention)
+    with pytest.raises(ValueError, match="no image is given"):
+        measure(model, [{k: v for k, v in inputs.items() if k != "pixel_values"}])
 
 
 def test_an_unknown_scorer(model):

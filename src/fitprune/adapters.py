@@ -118,18 +118,20 @@ def encode_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> tuple[list
         Visual tokens of each image, in the order of the batch, and the arguments that replace those given.
 
     Raises:
-        ValueError: the features come from generate's chunked prefill, which cuts through images.
+        ValueError: no image is given, or the features come from generate's chunked prefill, which cuts through images.
     """
     outputs = (given.get("mm_encoder_outputs") or {}).get("image")
     changed: dict[str, Any] = {}
     if outputs is None:
+        if given.get("pixel_values") is None:
+            raise ValueError("no image is given: pass the processor's pixel_values")
         encode = adapted.model.base_model.get_image_features
         names = [name for name in inspect.signature(encode).parameters if given.get(name) is not None]
         outputs = encode(**{name: given[name] for name in names}, return_dict=True)
         changed = {**dict.fromkeys(names), "mm_encoder_outputs": {"image": outputs}}
     elif outputs.last_hidden_state is None:
         raise ValueError(
-            "mm_encoder_outputs hold no last_hidden_state, as in generate's chunked prefill (prefill_chunk_size): "
-            "chunks cut images and questions, so which tokens to prune is unknown; drop prefill_chunk_size"
+            "mm_encoder_outputs hold no last_hidden_state, as in generate's chunked prefill, whose chunks cut images "
+            "and questions: drop prefill_chunk_size, and pass features as get_image_features returns them"
         )
     return [len(features) for features in outputs.pooler_output], changed

@@ -43,10 +43,10 @@ def call_length(given: dict[str, Any]) -> int:
     return int(tokens.shape[1])
 
 
-def valid_columns(given: dict[str, Any], cache: Any) -> tuple[torch.Tensor | None, int]:
+def valid_columns(given: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
     """Read padding and the length of the past: ([B, P + Q] bool or None, P)."""
+    cache, mask = given.get("past_key_values"), given.get("attention_mask")
     length, past = call_length(given), 0 if cache is None else cache.get_seq_length()
-    mask = given.get("attention_mask")
     if mask is None:
         return None, past
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
@@ -57,21 +57,47 @@ def valid_columns(given: dict[str, Any], cache: Any) -> tuple[torch.Tensor | Non
             f"attention_mask covers {mask.shape[1]} tokens: must cover {past + length}, the {past} in past_key_values "
             f"(as many as before pruning) and the {length} of this call"
         )
-    valid = mask.bool()
+    tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    if mask.shape[0] not in (1, len(tokens)):
+        raise ValueError(f"attention_mask has {mask.shape[0]} rows for {len(tokens)} samples: must be as many")
+    valid = mask.bool().expand(len(tokens), -1)
     return None if bool(valid.all()) else valid, past
 
 
-def require_no_visual_tokens(adapted: AdaptedModel, input_ids: torch.Tensor | None) -> None:
-    """Refuse a prompt without images, [B, Q], that has visual tokens or does not tell."""
-    if input_ids is None:
+def require_full_attention(adapted: AdaptedModel) -> None:
+    """Refuse a decoder whose layers see a window or chunk of the sequence only: its masks would be lost."""
+    config = adapted.decoder.config
+    kinds = sorted({*(getattr(config, "layer_types", None) or ["full_attention"])} - {"full_attention"})
+    window = getattr(config, "sliding_window", None)
+    if kinds or (window is not None and getattr(config, "use_sliding_window", True)):
         raise ValueError(
-            "inputs_embeds are given without pixel_values: which of them are visual tokens is unknown; pass input_ids, "
-            "or pixel_values and inputs_embeds that hold the image token's embedding"
+            f"the decoder has layers of {kinds or 'sliding_window'} (sliding_window={window}): masks of pruned layers "
+            "are made for full attention; use a model whose layers all attend to the whole sequence"
         )
-    if tokens := int(visual_mask(adapted, input_ids).sum()):
+
+
+def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any]) -> None:
+    """Refuse a call without images that has visual tokens, or does not tell.
+
+    A decoding step may have an image token that the model wrote, or a draft that proposes some.
+    """
+    cache, ids = given.get("past_key_values"), given.get("input_ids")
+    begins = cache is None or cache.get_seq_length() == 0
+    if ids is None:
+        if begins or call_length(given) > 1:
+            raise ValueError(
+                "inputs_embeds are given without pixel_values: which of them are visual tokens is unknown; pass "
+                "input_ids, or pixel_values and inputs_embeds that hold the image token's embedding"
+            )
+        return
+    asked = given.get("logits_to_keep")
+    draft = max(int(asked) - 1, 0) if isinstance(asked, int) else 0
+    tokens = int(visual_mask(adapted, ids)[:, : ids.shape[1] - draft].sum())
+    if tokens > (0 if begins else len(ids)):
         raise ValueError(
             f"the prompt has {tokens} visual tokens, but no image is given: pass the processor's pixel_values, and do "
-            "not cut the prompt into chunks (prefill_chunk_size)"
+            "not cut the prompt into chunks (prefill_chunk_size); a draft model of assisted decoding, which gets no "
+            "images, must not be pruned itself"
         )
 
 
@@ -88,15 +114,26 @@ def require_features(visual: torch.Tensor, lengths: Sequence[int], past: int) ->
 
 
 def counted_positions(valid: torch.Tensor | None, past: int, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Positions of this call's columns, [B, Q], where padding lies inside the sequence; None elsewhere.
+    """Correct the positions, [B, Q], with which generate goes on behind right padding; None where they are right.
 
-    generate counts on from the last column, which in a right-padded prompt is padding: its rows would go on at 1.
+    generate counts on from the last column: where that is padding, whose position is 0, the row goes on at 1. Other
+    positions are the caller's own and stay.
     """
     if valid is None or position_ids is None or position_ids.ndim != 2:
         return None
-    seen = valid.long().cumsum(1)
-    inside = ~valid & (seen > 0)
-    return (seen - 1).clamp(min=0)[:, past:] if bool(inside.any()) else None
+    counted = valid.long().cumsum(1)
+    inside = ~valid & (counted > 0)
+    column = torch.arange(valid.shape[1], device=valid.device)
+    last_padding = torch.where(inside, column, -1).amax(1, keepdim=True)
+    own = slice(past, None)
+    from_padding = (column - last_padding)[:, own]
+    behind = (last_padding >= 0) & (column[own] > last_padding)
+    wrong = (position_ids == from_padding) & behind
+    if not bool(wrong.any()):
+        return None
+    # All of a row's columns behind the padding count on from it, or none does.
+    wrong = wrong & ((position_ids == from_padding) | ~behind).all(1, keepdim=True)
+    return torch.where(wrong, counted[:, own] - 1, position_ids)
 
 
 def predicted_rows(given: dict[str, Any], visual: torch.Tensor) -> torch.Tensor:
@@ -122,14 +159,27 @@ def first_answer(given: dict[str, Any], question: torch.Tensor, predicted: torch
     """
     length = question.shape[1]
     column = torch.arange(length, device=question.device)
-    asked = given.get("logits_to_keep")
-    if isinstance(asked, torch.Tensor):
-        wanted = torch.zeros_like(column, dtype=torch.bool)
-        wanted[asked.to(column.device)] = True
-        predicted = predicted | wanted
-    elif asked:
-        predicted = predicted | (column >= length - int(asked))
+    asked = _asked_columns(given.get("logits_to_keep"), question)
+    if not bool(asked.all()):  # every logit asked for is none asked for
+        predicted = predicted | asked
     return torch.where(predicted & question, column + 1, length).amin(1, keepdim=True)
+
+
+def _asked_columns(logits_to_keep: Any, question: torch.Tensor) -> torch.Tensor:
+    """Mark the columns that `logits_to_keep` keeps, [B, Q], in any form that transformers takes."""
+    batch, length = question.shape
+    asked = torch.zeros_like(question)
+    if isinstance(logits_to_keep, torch.Tensor):
+        logits_to_keep = logits_to_keep.to(question.device)
+        if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
+            asked |= logits_to_keep
+            return asked
+        if logits_to_keep.ndim == 2:
+            return asked.scatter(1, logits_to_keep.expand(batch, -1) % length, True)
+    elif logits_to_keep is None or isinstance(logits_to_keep, int):
+        logits_to_keep = slice(-(logits_to_keep or 0), None)
+    asked[:, logits_to_keep] = True
+    return asked
 
 
 def require_rows(visual: torch.Tensor, rows: torch.Tensor, problem: str) -> None:

@@ -26,6 +26,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
         padded: whether any row of `columns` is padded.
     """
 
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
     columns: torch.Tensor | None = None
     covered: int = 0
     padded: bool = False
@@ -64,28 +66,23 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
 
         Args:
             tokens_to_remove: negative, how many columns to take off; positive, how many to keep.
-
-        Raises:
-            ValueError: rows of the batch would lose different numbers of keys.
         """
-        if self.columns is None or self.keys is None:
+        if self.columns is None or self.keys is None or self.values is None:
             super().crop(tokens_to_remove)
             return
-        tail = self.keys.shape[-2] - self.columns.shape[1]
-        now = self.covered + tail
+        held = self.columns.shape[1]
+        now = self.covered + self.keys.shape[-2] - held
         length = min(now, tokens_to_remove) if tokens_to_remove > 0 else max(0, now + tokens_to_remove)
-        lost = now - max(length, self.covered)
-        if length < self.covered:
-            counts = (self.columns >= length).sum(1)
-            if not bool((counts == counts[0]).all()):
-                raise ValueError(
-                    f"cropping a pruned cache to {length} of its {self.covered} prompt columns would take "
-                    f"{counts.tolist()} keys from the rows of the batch: must be the same number; crop single samples"
-                )
-            lost += int(counts[0])
-            self.columns = self.columns[:, : self.columns.shape[1] - int(counts[0])]
-            self.covered = length
-        super().crop(-lost)
+        if length >= self.covered:
+            super().crop(length - now)
+            return
+        index, self.columns = pack(self.columns, (self.columns >= 0) & (self.columns < length))
+        self.padded = bool((self.columns < 0).any())
+        self.covered = length
+        self.keys, self.values = (
+            states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1]))
+            for states in (self.keys, self.values)
+        )
 
     def reset(self) -> None:
         """Forget all keys and columns."""
@@ -111,6 +108,22 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
             self.columns = self.columns[indices.to(self.columns.device), ...]
 
 
+def pack(columns: torch.Tensor, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep some rows of each sample, in order and to the right, as wide as the sample that keeps most.
+
+    Args:
+        columns: [B, m] int64, the column of each row, -1 at padding.
+        stays: [B, m] bool, the rows to keep; none of padding.
+
+    Returns:
+        Indices of rows [B, m'], filled up on the left with some that leave, and their columns [B, m'], -1 there.
+    """
+    most = int(stays.sum(1).max())
+    # Stable: what leaves comes first, then what stays, each in order.
+    index = stays.byte().argsort(dim=1, stable=True)[:, stays.shape[1] - most :]
+    return index, columns.to(index.device).gather(1, index).masked_fill(~stays.gather(1, index), -1)
+
+
 def is_pruned(cache: Any) -> bool:
     """Whether a cache went through a prefill inside `prune`."""
     return any(isinstance(layer, PrunedLayer) for layer in getattr(cache, "layers", ()))
@@ -125,6 +138,17 @@ def adopt(cache: Any, layers: int) -> None:
             held[number] = PrunedLayer()
             held[number].__dict__.update(layer.__dict__)
     cache.layers[:] = held
+
+
+def require_whole(cache: Any) -> None:
+    """Refuse a cache whose layers differ in length but do not know their columns."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if type(layer) is DynamicLayer]
+    lengths = {layer.get_seq_length() for layer in layers} - {0}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"layers of past_key_values hold {sorted(lengths)} tokens and do not know which: a pruned cache was taken "
+            "apart (DynamicCache(list(cache)) does that); keep the cache that the model returned, or a deepcopy"
+        )
 
 
 def require_plain(cache: Any) -> None:

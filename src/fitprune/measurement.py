@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from fitprune.adapters import AdaptedModel, adapt, encode_images, visual_mask
+from fitprune.arguments import valid_columns
 from fitprune.attention import ReceivedAttention, received_attention, text_after
 from fitprune.hooks import tap_attention
 from fitprune.selection import images_of
@@ -85,17 +86,20 @@ def _found_parts(adapted: AdaptedModel, files: list[Path], provenance: dict[str,
     return found if all(part.provenance == provenance for part in found) else None
 
 
+_NOT_MEASURED = {"labels", "shift_labels", "use_cache", "logits_to_keep"}
+
+
 def _measure_batch(
     adapted: AdaptedModel, batch: Mapping[str, Any], digests: list[str], provenance: dict[str, str]
 ) -> list[AttentionStats]:
     """Run one batch and split what its visual tokens received by sample."""
     model = adapted.model
-    inputs = to_model(batch, model)
+    # Of a training batch, what the loss needs is of no use here.
+    inputs = {name: value for name, value in to_model(batch, model).items() if name not in _NOT_MEASURED}
     ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    padded, _ = valid_columns(inputs)
+    valid = torch.ones_like(ids, dtype=torch.bool) if padded is None else padded
     visual = visual_mask(adapted, ids)
-    padded = None if bool(valid.all()) else valid
     question = text_after(visual, padded)
     for needed, what in ((visual, "visual token"), (question, "text after its last visual token")):
         if not bool(needed.any(1).all()):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fitprune.attention import ReceivedAttention
-from fitprune.cache import PrunedLayer
+from fitprune.cache import PrunedLayer, pack
 
 # (layer, image [B, m], lazily computed received attention) -> stays [B, m] bool, or None where nothing leaves.
 Choose = Callable[[int, torch.Tensor, Callable[[], ReceivedAttention]], "torch.Tensor | None"]
@@ -40,7 +40,7 @@ class Forward:
         packed: whether rows have left, so that the rows present are no longer all Q.
         entered: for each layer so far, `kept` before it.
         index: [B, m'] rows that stay, between a layer's attention and its end; shorter samples are filled on the left.
-        filled: [B, m'] True at that filling.
+        kept_next: [B, m'] `kept` of those.
         keys_valid: [B, keys] False at keys of the present layer that are padding; None where there is none.
         stages: what was made for a layer, by the columns that its cache holds; until more rows leave.
     """
@@ -55,7 +55,7 @@ class Forward:
     packed: bool = False
     entered: list[torch.Tensor] = dataclasses.field(default_factory=list)
     index: torch.Tensor | None = None
-    filled: torch.Tensor | None = None
+    kept_next: torch.Tensor | None = None
     keys_valid: torch.Tensor | None = None
     stages: dict[int, tuple[Any, _Stage]] = dataclasses.field(default_factory=dict)
 
@@ -120,11 +120,7 @@ class Forward:
         present = (self.kept >= 0).to(stays.device)
         if not bool((present & ~stays).any()):
             return
-        stays = stays & present
-        most = int(stays.sum(1).max())
-        # Stable: what leaves comes first, then what stays, each in order. So the rows end up packed to the right.
-        self.index = stays.byte().argsort(dim=1, stable=True)[:, stays.shape[1] - most :]
-        self.filled = ~stays.gather(1, self.index)
+        self.index, self.kept_next = pack(self.kept, stays & present)
 
     def gather(self, hidden: torch.Tensor) -> torch.Tensor:
         """Take the rows that stay, if some leave: [B, m, d] -> [B, m', d]."""
@@ -140,14 +136,14 @@ class Forward:
 
     def drop(self, hidden: torch.Tensor) -> torch.Tensor:
         """End a layer: drop the rows that leave, if any: [B, m, d] -> [B, m', d]."""
-        if self.index is None or self.filled is None:
+        if self.index is None or self.kept_next is None:
             return hidden
         hidden = _take(hidden, self.index)
-        index, filled = self.index.to(self.kept.device), self.filled.to(self.kept.device)
-        self.kept = self.kept.gather(1, index).masked_fill(filled, -1)
-        self.image = self.image.gather(1, index).masked_fill(filled, -1)
+        self.kept = self.kept_next
+        index = self.index.to(self.image.device)
+        self.image = self.image.gather(1, index).masked_fill(self.kept.to(index.device) < 0, -1)
         self.question = self.question.gather(1, index)
-        self.index = self.filled = None
+        self.index = self.kept_next = None
         self.packed = True
         self.stages.clear()
         return hidden

@@ -13,7 +13,7 @@ from fitprune.attention import ReceivedAttention
 from fitprune.packing import Choose, Plan
 from fitprune.recipe import PruningRecipe
 from fitprune.removal import Remover, removing
-from fitprune.scoring import Scorer, get_scorer
+from fitprune.scoring import Scorer, checked_scores, get_scorer
 from fitprune.selection import keep_highest, tokens_of
 from fitprune.tokens import kept_counts
 
@@ -79,9 +79,17 @@ def kept_positions(
     Returns:
         For each layer, [B, m] int64: ascending columns of `input_ids`; -1 at padding, and on the left of rows that hold
         fewer tokens than the longest.
+
+    Raises:
+        ValueError: as for `prune`; or there is no image.
     """
+    call = {**inputs, "use_cache": False}
+    if "labels" not in inputs:
+        call.setdefault("logits_to_keep", 1)
     with _removing(model, recipe, scorer, pool_images) as remover, torch.no_grad():
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        model(**call)
+    if not remover.entered:
+        raise ValueError("the inputs have no image: nothing is pruned; pass the processor's pixel_values")
     return remover.entered
 
 
@@ -92,6 +100,10 @@ def _removing(
     pool_images: bool,
 ) -> contextlib.AbstractContextManager[Remover]:
     adapted = adapt(model)
+    if not isinstance(recipe, PruningRecipe):
+        raise ValueError(
+            f"recipe is a {type(recipe).__name__}: must be a PruningRecipe; read a file with PruningRecipe.load"
+        )
     recipe.model.require_same(adapted.shape, what="recipe")
     used = get_scorer(scorer)
     return removing(adapted, _by_recipe(recipe, used, pool_images), needs_question=used.query_aware)
@@ -102,6 +114,8 @@ def _by_recipe(recipe: PruningRecipe, scorer: Scorer, pool_images: bool) -> Plan
 
     def plan(image: torch.Tensor) -> Choose:
         original = tokens_of(_pooled(image) if pool_images else image)
+        if not original[0]:  # the mask hides every visual token
+            return lambda *_: None
         # [layers + 1, B, images]: before the first layer, and after each.
         left = torch.tensor([[[n, *kept_counts(recipe.keep, n)] for n in row] for row in original]).permute(2, 0, 1)
 
@@ -109,7 +123,8 @@ def _by_recipe(recipe: PruningRecipe, scorer: Scorer, pool_images: bool) -> Plan
             if torch.equal(left[layer], left[layer + 1]):
                 return None
             group = _pooled(image) if pool_images else image
-            return keep_highest(scorer.score(received()), group, left[layer + 1].to(image.device))
+            score = checked_scores(scorer.score(received()), image)
+            return keep_highest(score, group, left[layer + 1].to(image.device))
 
         return choose
 

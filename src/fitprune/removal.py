@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import inspect
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from fitprune import arguments
 from fitprune.adapters import AdaptedModel, encode_images, visual_mask
 from fitprune.attention import ReceivedAttention, received_attention, text_after
-from fitprune.cache import adopt, is_pruned, require_plain
+from fitprune.cache import adopt, is_pruned, require_plain, require_whole
 from fitprune.hooks import tap_attention
 from fitprune.packing import Forward, Plan
 from fitprune.selection import images_of
@@ -33,9 +34,9 @@ from fitprune.selection import images_of
 
 @dataclasses.dataclass(frozen=True)
 class _Uncached:
-    """The last prefill without a cache: its images, the prompt [B, N] that it began with, and its own length."""
+    """The last step of decoding without a cache: its images, the prompt [B, N] that it began with, and its length."""
 
-    images: Any
+    images: weakref.ref[Any]
     prompt: torch.Tensor
     length: int
 
@@ -54,43 +55,42 @@ class Remover:
         self.plan = plan
         self.needs_question = needs_question
         self.entered: list[torch.Tensor] = []
-        self._signature = inspect.signature(adapted.model.forward)
-        self._forwards: dict[int, Forward | None] = {}  # by thread; None in a call that neither prunes nor continues
-        self._uncached: dict[int, _Uncached] = {}
+        self._names = list(inspect.signature(type(adapted.model).forward).parameters)[1:]
+        # By thread, innermost last: a hook may call the model again. None in a call that neither prunes nor continues.
+        self._forwards: dict[int, list[Forward | None]] = {}
+        self._uncached: dict[int, _Uncached] = {}  # by the id of the images
 
     @property
     def _state(self) -> Forward | None:
-        return self._forwards.get(threading.get_ident())
+        running = self._forwards.get(threading.get_ident())
+        return running[-1] if running else None
 
     def before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Find the visual tokens of a prefill, and refuse what cannot be pruned rightly."""
-        self._forwards[threading.get_ident()] = None
+        running = self._forwards.setdefault(threading.get_ident(), [])
+        running.append(None)
         arguments.require_uncompiled_call()
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        given = {**bound.pop("kwargs", {}), **bound}
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         images = (given.get("mm_encoder_outputs") or {}).get("image")
         images = given.get("pixel_values") if images is None else images
-        if images is None and not is_pruned(cache):
-            if cache is None or cache.get_seq_length() == 0:
-                arguments.require_no_visual_tokens(self.adapted, given.get("input_ids"))
-            return args, kwargs  # text alone, where even a generated image token is no image: as the dense model
-        valid, past = arguments.valid_columns(given, cache)
+        if images is None:
+            arguments.require_no_visual_tokens(self.adapted, given)
+        if not is_pruned(cache):
+            require_whole(cache)
+            if images is None:
+                return args, kwargs  # text alone, where even a generated image token is no image: as the dense model
+        valid, past = arguments.valid_columns(given)
         if images is not None:
-            state, changed = self._prefill(given, valid, past, images)
+            state, changed = self._prefill(given, valid, past)
         else:
             state, changed = Forward(past, arguments.call_length(given), valid), {}
         if (positions := arguments.counted_positions(valid, past, given.get("position_ids"))) is not None:
             changed["position_ids"] = positions
-        self._forwards[threading.get_ident()] = state
-        if changed:
-            named = dict(zip(self._signature.parameters, args, strict=False))
-            args, kwargs = (), {**named, **kwargs, **changed}
-        return args, kwargs
+        running[-1] = state
+        return ((), {**given, **changed}) if changed else (args, kwargs)
 
-    def _prefill(
-        self, given: dict[str, Any], valid: torch.Tensor | None, past: int, images: Any
-    ) -> tuple[Forward, dict[str, Any]]:
+    def _prefill(self, given: dict[str, Any], valid: torch.Tensor | None, past: int) -> tuple[Forward, dict[str, Any]]:
         """Start a forward that prunes; also says which arguments of the call change."""
         if (cache := given.get("past_key_values")) is not None:
             require_plain(cache)
@@ -103,7 +103,7 @@ class Remover:
         lengths, changed = encode_images(self.adapted, given)
         length = visual.shape[1]
         column = torch.arange(length, device=visual.device).expand_as(visual)
-        prompt = self._uncached_prompt(given, images, length)
+        prompt = self._uncached_prompt(given, length)
         arguments.require_features(visual, lengths, past)
         image = images_of(visual, lengths)
         kept = column
@@ -127,24 +127,32 @@ class Remover:
             question = torch.zeros_like(question)
         return Forward(past, length, valid, self.plan(image), kept, image, question), changed
 
-    def _uncached_prompt(self, given: dict[str, Any], images: Any, length: int) -> int:
+    def _uncached_prompt(self, given: dict[str, Any], length: int) -> int:
         """The length of the prompt, also where the call repeats the last one with one more token.
 
         generate(use_cache=False) sends prompt and answer so far at every step, and the answer must not become question.
+        Its steps are known by the images that it encoded ahead.
         """
-        before, ids = self._uncached.pop(threading.get_ident(), None), given.get("input_ids")
+        images, ids = (given.get("mm_encoder_outputs") or {}).get("image"), given.get("input_ids")
         if given.get("past_key_values") is not None or given.get("use_cache") is not False or ids is None:
             return length
-        prompt = ids
-        if before is not None and before.images is images and before.length == length - 1:
+        if images is None:
+            return length
+        self._uncached = {key: step for key, step in self._uncached.items() if step.images() is not None}
+        before, prompt = self._uncached.get(id(images)), ids
+        if before is not None and before.length == length - 1 and before.prompt.shape[0] == len(ids):
             # Beams reorder the answer so far, never the prompt.
             prompt = before.prompt if torch.equal(ids[:, : before.prompt.shape[1]], before.prompt) else ids
-        self._uncached[threading.get_ident()] = _Uncached(images, prompt, length)
-        return prompt.shape[1]
+        self._uncached[id(images)] = _Uncached(weakref.ref(images), prompt, length)
+        return int(prompt.shape[1])
 
     def after_model(self) -> None:
-        """Forget this thread's forward, which has ended or died."""
-        self._forwards.pop(threading.get_ident(), None)
+        """Forget this thread's innermost forward, which has ended or died."""
+        running = self._forwards.get(threading.get_ident(), [])
+        if running:
+            running.pop()
+        if not running:
+            self._forwards.pop(threading.get_ident(), None)
 
     def require_idle(self) -> None:
         """Refuse to end quietly while other threads are inside a forward, whose hooks vanish under them."""
@@ -167,7 +175,7 @@ class Remover:
 
     def at_attention(self, number: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Choose, from the layer's own queries and keys, the tokens that stay."""
-        if threading.get_ident() not in self._forwards:
+        if not self._forwards.get(threading.get_ident()):
             raise ValueError(
                 "the decoder of a pruned model runs, but not through a call of the model itself, so nothing was "
                 "pruned: call the model that prune was given, neither a part of it nor a torch.compile'd wrapper"
@@ -221,6 +229,7 @@ def removing(adapted: AdaptedModel, plan: Plan, *, needs_question: bool = True) 
             at the end, if another thread is inside a call.
     """
     arguments.require_uncompiled(adapted)
+    arguments.require_full_attention(adapted)
     remover = Remover(adapted, plan, needs_question)
     with contextlib.ExitStack() as stack:
         stack.callback(remover.require_idle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -56,3 +57,21 @@ def get_scorer(scorer: str | Scorer | Callable[[ReceivedAttention], torch.Tensor
     if scorer not in SCORERS:
         raise ValueError(f"scorer={scorer!r}: must be one of {sorted(SCORERS)} or a function of ReceivedAttention")
     return SCORERS[scorer]
+
+
+def checked_scores(score: Any, image: torch.Tensor) -> torch.Tensor:
+    """Refuse what a scorer must not return.
+
+    Args:
+        score: what it returned.
+        image: [B, N] int64, number of the image each token belongs to, -1 for text.
+
+    Raises:
+        ValueError: it is no tensor [B, N], or a visual token's score is NaN.
+    """
+    if not isinstance(score, torch.Tensor) or score.shape != image.shape:
+        what = f"shape {list(score.shape)}" if isinstance(score, torch.Tensor) else f"type {type(score).__name__}"
+        raise ValueError(f"the scorer returned {what}: must be a tensor {list(image.shape)}, a score for each token")
+    if bool((score.isnan() & (image >= 0)).any()):
+        raise ValueError("the scorer returned NaN for a visual token: scores must be numbers, or infinite")
+    return score
