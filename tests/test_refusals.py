@@ -276,6 +276,11 @@ def test_images_put_in_by_hand_on_a_cache(model, inputs, first):
         model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
+def test_a_pruned_draft_model(model, inputs):
+    with prune(model, recipe_for(model)), pytest.raises(ValueError, match=r"draft model .* must not be pruned itself"):
+        model.generate(**inputs, assistant_model=model, max_new_tokens=4)
+
+
 def test_a_pruned_cache_that_was_taken_apart(model, inputs):
     with torch.no_grad(), prune(model, recipe_for(model)):
         parts = [layer[:2] for layer in model(**inputs).past_key_values]
