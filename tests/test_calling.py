@@ -516,3 +516,26 @@ def test_rows_of_a_ragged_cache_move_with_their_columns(family, how):
         assert cache.get_seq_length() == 0
         first = model(**inputs, position_ids=positions(inputs), past_key_values=cache)
         assert torch.allclose(go_on(first.past_key_values, [0, 1, 2])[rows], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_that_hides_more_of_the_past_later_is_obeyed(family, side):
+    """Decoding takes a short way while the mask says of the past what it said then; no longer."""
+    model, reference = tiny_model(family), tiny_model(family, attention="eager")
+    inputs = batch_of(prompts(model, SEVERAL[:3]), side)
+    oracle = Oracle(reference, KEEP)
+    mask = grown(inputs["attention_mask"], 1)
+    where = positions({"attention_mask": mask})[:, -1:]
+    hidden = mask.clone()
+    hidden[:, 1:8] = 0
+    with torch.no_grad():
+        with oracle.prefill(inputs["input_ids"], inputs["attention_mask"]):
+            dense = reference(**inputs, position_ids=positions(inputs)).past_key_values
+        with prune(model, recipe_of(model)):
+            cache = model(**inputs, position_ids=positions(inputs)).past_key_values
+            for now in (mask, hidden):
+                step = {"input_ids": torch.full((3, 1), 11), "attention_mask": now, "position_ids": where}
+                found = model(**step, past_key_values=copy.deepcopy(cache)).logits
+                with oracle.step(now):
+                    expected = reference(**step, past_key_values=copy.deepcopy(dense)).logits
+                assert torch.allclose(found, expected, atol=1e-4)

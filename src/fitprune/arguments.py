@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fitprune.adapters import AdaptedModel, visual_mask
+from fitprune.cache import PrunedLayer
 
 _COMPILED = (
     "compiled code does not see the hooks that prune puts on, and would run dense; use the model before torch.compile "
@@ -92,6 +93,8 @@ def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any]) -> No
         return
     asked = given.get("logits_to_keep")
     draft = max(int(asked) - 1, 0) if isinstance(asked, int) else 0
+    if not begins and ids.shape[1] - draft <= 1:
+        return
     tokens = int(visual_mask(adapted, ids)[:, : ids.shape[1] - draft].sum())
     if tokens > (0 if begins else len(ids)):
         raise ValueError(
@@ -99,6 +102,15 @@ def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any]) -> No
             "not cut the prompt into chunks (prefill_chunk_size); a draft model of assisted decoding, which gets no "
             "images, must not be pruned itself"
         )
+
+
+def past_unchanged(valid: torch.Tensor | None, first: PrunedLayer) -> bool:
+    """Whether a call's mask [B, P + Q] hides of the pruned past what it hid then: padding, which is gone."""
+    if valid is None:
+        return True
+    if first.seen is None:
+        return bool(valid[:, : first.covered].all())
+    return torch.equal(valid[:, : first.seen.shape[1]], first.seen[:, : valid.shape[1]])
 
 
 def require_features(visual: torch.Tensor, lengths: Sequence[int], past: int) -> None:

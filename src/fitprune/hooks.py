@@ -93,14 +93,15 @@ def _register(implementation: str) -> None:
             attend = sys.modules[type(module).__module__].eager_attention_forward
         else:
             attend = ALL_ATTENTION_FUNCTIONS[implementation]
-        return attend(_Untapped(module, tapped.decoder_config), query, key, value, *args, **kwargs)
+        seen = _Untapped(module, tapped.decoder_config) if "flash" in implementation else module
+        return attend(seen, query, key, value, *args, **kwargs)
 
     # Disabled under torch.compile: what it sees and stores must be real tensors.
     AttentionInterface.register(NAME, torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
 
 
 class _Untapped:
-    """An attention module as its implementation must see it: with the model's config. FlashAttention reads its name."""
+    """An attention module with the model's own config, for FlashAttention: it imports its kernel by the name there."""
 
     def __init__(self, module: nn.Module, config: Any) -> None:
         self._module = module

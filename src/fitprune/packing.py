@@ -33,6 +33,7 @@ class Forward:
         past: P, columns of the sequence before this forward.
         length: Q.
         valid: [B, P + Q] False at padding; None where there is none.
+        past_unchanged: whether the mask hides nothing of a pruned past but padding.
         choose: what stays at a layer; None where this forward prunes nothing, and has none of the following.
         kept: [B, m] columns, within this forward, of the rows present; -1 at padding.
         image: [B, m] image number of each row present, -1 for text and padding.
@@ -52,6 +53,7 @@ class Forward:
     kept: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     image: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     question: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    past_unchanged: bool = False
     packed: bool = False
     entered: list[torch.Tensor] = dataclasses.field(default_factory=list)
     index: torch.Tensor | None = None
@@ -99,9 +101,8 @@ class Forward:
             kept = self.kept.to(device)
             replaced = _at(kwargs, kept.clamp(min=0))
             new = torch.where(kept < 0, -1, kept + self.past)
-        elif rows == 1 and self.valid is None and not layer.padded:  # the usual decoding step: nothing is hidden
-            assert layer.columns is not None
-            return _Stage({"attention_mask": None}, None, (layer.columns, layer.covered, False))
+        elif rows == 1 and self.past_unchanged:
+            return self._step(layer, hidden, config)
         else:
             new = torch.arange(self.past, self.past + self.length, device=device).expand(batch, -1)
         columns = torch.cat([layer.all_columns(self.past, batch, device), new], 1)
@@ -114,6 +115,22 @@ class Forward:
             present = present & self.valid.to(device).expand(batch, -1).gather(1, columns.clamp(min=0))
         replaced["attention_mask"] = _causal_mask(present, hidden, config)
         return _Stage(replaced, None if bool(present.all()) else present, held)
+
+    def _step(self, layer: PrunedLayer, hidden: torch.Tensor, config: Any) -> _Stage:
+        """Make what a layer needs to decode one token: the same as `_stage`, with as few operations as it can."""
+        assert layer.columns is not None
+        held = (layer.columns, layer.covered, layer.padded)
+        if self.valid is None and not layer.padded:  # nothing is hidden
+            return _Stage({"attention_mask": None}, None, held)
+        recorded = layer.columns >= 0
+        if self.valid is None:
+            tail = recorded.new_ones(len(recorded), self.past + self.length - layer.covered)
+        else:
+            tail = self.valid[:, layer.covered :].to(recorded.device)
+        present = torch.cat([recorded, tail], 1)
+        if config._attn_implementation == "sdpa":
+            return _Stage({"attention_mask": present[:, None, None]}, present, held)
+        return _Stage({"attention_mask": _causal_mask(present, hidden, config)}, present, held)
 
     def leave(self, stays: torch.Tensor) -> None:
         """Let all rows but these, [B, m] bool, leave at the end of the present layer."""

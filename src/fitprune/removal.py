@@ -69,9 +69,8 @@ class Remover:
         """Find the visual tokens of a prefill, and refuse what cannot be pruned rightly."""
         running = self._forwards.setdefault(threading.get_ident(), [])
         running.append(None)
-        arguments.require_uncompiled_call()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         images = (given.get("mm_encoder_outputs") or {}).get("image")
         images = given.get("pixel_values") if images is None else images
         if images is None:
@@ -82,9 +81,11 @@ class Remover:
                 return args, kwargs  # text alone, where even a generated image token is no image: as the dense model
         valid, past = arguments.valid_columns(given)
         if images is not None:
+            arguments.require_uncompiled_call()
             state, changed = self._prefill(given, valid, past)
         else:
-            state, changed = Forward(past, arguments.call_length(given), valid), {}
+            unchanged = arguments.past_unchanged(valid, cache.layers[0])
+            state, changed = Forward(past, arguments.call_length(given), valid, past_unchanged=unchanged), {}
         if (positions := arguments.counted_positions(valid, past, given.get("position_ids"))) is not None:
             changed["position_ids"] = positions
         running[-1] = state
@@ -170,6 +171,7 @@ class Remover:
         cache = kwargs.get("past_key_values")
         if cache is not None and number == 0 and state.choose is not None:
             adopt(cache, len(self.adapted.layers))
+            cache.layers[0].seen, cache.layers[0].covered = state.valid, state.past + state.length
         layer = None if cache is None else cache.layers[number]
         return state.enter(layer, hidden, kwargs, self.adapted.decoder.config)
 
