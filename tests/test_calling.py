@@ -1,5 +1,6 @@
 """The ways people call a model, under `prune`: each row as its sample alone, and as the masked dense oracle."""
 
+import contextlib
 import copy
 import threading
 
@@ -129,6 +130,57 @@ def test_a_second_turn_continues_a_pruned_cache(family, side, second, attention)
             assert torch.allclose(pruned[row], alone[0], atol=1e-4)
     expected = converse(reference, turns, oracle=Oracle(reference, KEEP))
     assert torch.allclose(pruned, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_turns_in_any_order_of_text_and_images(family, side, attention):
+    """A text turn before the images leaves its padding in the cache of layers that are pruned later."""
+    model, reference = tiny_model(family, attention=attention), tiny_model(family, attention="eager")
+    text, images, more = [[2], [6], [4]], [[3, 5], [4, 4], [2, 1, 6]], [[1, 4], [7], [5, 2]]
+    answers = torch.randint(10, 97, (4, 3, 3), generator=torch.Generator().manual_seed(4))
+    for order in ([text, images], [images, text, more], [text, text, images, text]):
+        turns = [
+            (batch_of(prompts(model, layouts, seed=number), side), answers[number])
+            for number, layouts in enumerate(order)
+        ]
+        with prune(model, recipe_of(model)):
+            pruned = converse(model, turns)
+            for row in range(3):
+                alone = converse(model, [(one_of(turn, row), answer[row : row + 1]) for turn, answer in turns])
+                assert torch.allclose(pruned[row], alone[0], atol=1e-4)
+        expected = converse(reference, turns, oracle=Oracle(reference, KEEP))
+        assert torch.allclose(pruned, expected, atol=1e-4)
+
+
+def test_a_turn_with_images_may_hide_some_of_the_past(family):
+    model, reference = tiny_model(family), tiny_model(family, attention="eager")
+    first, second = prompts(model, [[4, 6], [3, 5]])
+    length = first["input_ids"].shape[1]
+    mask = grown(torch.cat([first["attention_mask"], second["attention_mask"]], 1), 3)
+    mask[:, [1, 2, 6, length - 1]] = 0
+    oracle = Oracle(reference, KEEP)
+
+    def talk(model, prefill, step):
+        images = {n: v for n, v in second.items() if n not in ("input_ids", "attention_mask")}
+        with prefill(first["input_ids"], first["attention_mask"]):
+            cache = model(**first).past_key_values
+        upto = mask[:, :-3]
+        with prefill(second["input_ids"], upto):
+            call = {"input_ids": second["input_ids"], "attention_mask": upto, "past_key_values": cache, **images}
+            found = [model(**call).logits[:, -1]]
+        for number in (2, 1, 0):
+            upto = mask[:, : mask.shape[1] - number]
+            with step(upto):
+                call = {"input_ids": torch.tensor([[11]]), "attention_mask": upto, "past_key_values": cache}
+                found.append(model(**call).logits[:, -1])
+        return torch.stack(found)
+
+    nothing = lambda *_: contextlib.nullcontext()  # noqa: E731
+    with torch.no_grad():
+        with prune(model, recipe_of(model)):
+            pruned = talk(model, nothing, nothing)
+        assert torch.allclose(pruned, talk(reference, oracle.prefill, oracle.step), atol=1e-4)
 
 
 def one_of(batch, row):
@@ -284,6 +336,24 @@ def test_assisted_decoding_equals_greedy(family, draft):
             assert torch.equal(model.generate(**inputs, **options, **helper), model.generate(**inputs, **options))
 
 
+@pytest.mark.parametrize("draft", ["look-up", "model"])
+def test_drafts_behind_right_padding(family, draft):
+    """Padding lies between prompt and draft; neither may shift what is asked."""
+    model = tiny_model(family)
+    helper = {"prompt_lookup_num_tokens": 3} if draft == "look-up" else {"assistant_model": tiny_model(family, seed=1)}
+    for seed in range(4):
+        (sample,) = prompts(model, [[3, 8]], seed=seed)
+        sample["input_ids"][0, -3:] = sample["input_ids"][0, -6:-3]  # a repetition, for the look-up to find
+        padded = dict(sample)
+        for name in ("input_ids", "attention_mask"):
+            padded[name] = torch.nn.functional.pad(sample[name], (0, 3))
+        options = {"max_new_tokens": 8, "eos_token_id": None, "suppress_tokens": [IMAGE], **PLAIN}
+        with prune(model, recipe_of(model)):
+            expected = model.generate(**sample, **options)[:, -8:]
+            assert torch.equal(model.generate(**padded, **options)[:, -8:], expected)
+            assert torch.equal(model.generate(**padded, **options, **helper)[:, -8:], expected)
+
+
 def test_a_streamer_gets_the_tokens_while_another_thread_generates(family):
     model = tiny_model(family)
     (inputs,) = prompts(model, [[3, 6]])
@@ -365,6 +435,32 @@ def test_a_hook_may_call_the_model_again(family):
             handle.remove()
             assert torch.equal(found[1], expected[1])
             assert torch.equal(found[2], expected[0])
+
+
+def test_a_nested_call_that_dies_early_does_not_end_the_outer_one():
+    """In a hook that the user put on before prune's."""
+    model = tiny_model()
+    outer, inner = prompts(model, [[3, 6], [2, 5]])
+    with torch.no_grad(), prune(model, recipe_of(model)):
+        expected = model(**outer).logits
+    nested = []
+
+    def refuse(*_):
+        if nested:
+            raise RuntimeError("not now")
+
+    def call_again(*_):
+        nested.append(True)
+        with pytest.raises(RuntimeError, match="not now"):
+            model(**inner)
+        nested.clear()
+
+    handles = [model.register_forward_pre_hook(refuse)]
+    handles.append(model.model.language_model.layers[4].mlp.register_forward_hook(call_again))
+    with torch.no_grad(), prune(model, recipe_of(model)):
+        assert torch.equal(model(**outer).logits, expected)
+    for handle in handles:
+        handle.remove()
 
 
 def test_a_call_between_the_steps_of_generate_does_not_disturb_it(family):

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from fitprune.adapters import AdaptedModel, visual_mask
-from fitprune.cache import PrunedLayer
 
 _COMPILED = (
     "compiled code does not see the hooks that prune puts on, and would run dense; use the model before torch.compile "
@@ -93,24 +92,15 @@ def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any]) -> No
         return
     asked = given.get("logits_to_keep")
     draft = max(int(asked) - 1, 0) if isinstance(asked, int) else 0
-    if not begins and ids.shape[1] - draft <= 1:
+    if ids.shape[1] - draft <= 1:
         return
     tokens = int(visual_mask(adapted, ids)[:, : ids.shape[1] - draft].sum())
-    if tokens > (0 if begins else len(ids)):
+    if tokens > len(ids):  # one a row may be the model's own
         raise ValueError(
             f"the prompt has {tokens} visual tokens, but no image is given: pass the processor's pixel_values, and do "
             "not cut the prompt into chunks (prefill_chunk_size); a draft model of assisted decoding, which gets no "
             "images, must not be pruned itself"
         )
-
-
-def past_unchanged(valid: torch.Tensor | None, first: PrunedLayer) -> bool:
-    """Whether a call's mask [B, P + Q] hides of the pruned past what it hid then: padding, which is gone."""
-    if valid is None:
-        return True
-    if first.seen is None:
-        return bool(valid[:, : first.covered].all())
-    return torch.equal(valid[:, : first.seen.shape[1]], first.seen[:, : valid.shape[1]])
 
 
 def require_features(visual: torch.Tensor, lengths: Sequence[int], past: int) -> None:
@@ -164,25 +154,32 @@ def predicted_rows(given: dict[str, Any], visual: torch.Tensor) -> torch.Tensor:
     return predicted
 
 
-def first_answer(given: dict[str, Any], question: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+def first_answer(given: dict[str, Any], visual: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     """Find each row's first column of the answer, [B, 1].
 
-    It lies behind the first question row whose logit is asked for or that labels give a target to; Q without such.
+    It lies behind the first column after the images whose logit is asked for (in a right-padded prompt that may be
+    padding) or that labels give a target to; Q without such.
+
+    Args:
+        given: the arguments of the call.
+        visual: [B, Q] bool.
+        predicted: [B, Q] bool, columns with a target.
     """
-    length = question.shape[1]
-    column = torch.arange(length, device=question.device)
-    asked = _asked_columns(given.get("logits_to_keep"), question)
+    length = visual.shape[1]
+    column = torch.arange(length, device=visual.device)
+    asked = _asked_columns(given.get("logits_to_keep"), visual)
     if not bool(asked.all()):  # every logit asked for is none asked for
         predicted = predicted | asked
-    return torch.where(predicted & question, column + 1, length).amin(1, keepdim=True)
+    behind = column > torch.where(visual, column, -1).amax(1, keepdim=True)
+    return torch.where(predicted & behind, column + 1, length).amin(1, keepdim=True)
 
 
-def _asked_columns(logits_to_keep: Any, question: torch.Tensor) -> torch.Tensor:
+def _asked_columns(logits_to_keep: Any, like: torch.Tensor) -> torch.Tensor:
     """Mark the columns that `logits_to_keep` keeps, [B, Q], in any form that transformers takes."""
-    batch, length = question.shape
-    asked = torch.zeros_like(question)
+    batch, length = like.shape
+    asked = torch.zeros_like(like)
     if isinstance(logits_to_keep, torch.Tensor):
-        logits_to_keep = logits_to_keep.to(question.device)
+        logits_to_keep = logits_to_keep.to(like.device)
         if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
             asked |= logits_to_keep
             return asked

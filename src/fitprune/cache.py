@@ -10,7 +10,6 @@ stand for the columns from `covered` on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
             every token of the sequence is held.
         covered: number of columns of the unpruned sequence that the R first keys stand for.
         padded: whether any row of `columns` is padded.
-        seen: of the first layer, [B, N] False at padding of the sequence when it was last pruned; None without padding.
     """
 
     keys: torch.Tensor | None
@@ -33,7 +31,6 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
     columns: torch.Tensor | None = None
     covered: int = 0
     padded: bool = False
-    seen: torch.Tensor | None = None
     _expected: tuple[torch.Tensor, int, bool] | None = None
 
     def all_columns(self, length: int, batch: int, device: torch.device) -> torch.Tensor:
@@ -91,26 +88,25 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all keys and columns."""
         super().reset()
-        self.columns, self.covered, self.padded, self.seen = None, 0, False, None
+        self.columns, self.covered, self.padded = None, 0, False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let row b become what row `beam_idx[b]` was."""
         super().reorder_cache(beam_idx)
-        self._move(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        if self.columns is not None:
+            self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         super().batch_repeat_interleave(repeats)
-        self._move(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        if self.columns is not None:
+            self.columns = self.columns.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these rows."""
         super().batch_select_indices(indices)
-        self._move(lambda rows: rows[indices.to(rows.device), ...])
-
-    def _move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.columns = None if self.columns is None else move(self.columns)
-        self.seen = None if self.seen is None else move(self.seen)
+        if self.columns is not None:
+            self.columns = self.columns[indices.to(self.columns.device), ...]
 
 
 def pack(columns: torch.Tensor, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

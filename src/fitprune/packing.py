@@ -33,7 +33,6 @@ class Forward:
         past: P, columns of the sequence before this forward.
         length: Q.
         valid: [B, P + Q] False at padding; None where there is none.
-        past_unchanged: whether the mask hides nothing of a pruned past but padding.
         choose: what stays at a layer; None where this forward prunes nothing, and has none of the following.
         kept: [B, m] columns, within this forward, of the rows present; -1 at padding.
         image: [B, m] image number of each row present, -1 for text and padding.
@@ -53,7 +52,6 @@ class Forward:
     kept: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     image: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     question: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
-    past_unchanged: bool = False
     packed: bool = False
     entered: list[torch.Tensor] = dataclasses.field(default_factory=list)
     index: torch.Tensor | None = None
@@ -101,7 +99,7 @@ class Forward:
             kept = self.kept.to(device)
             replaced = _at(kwargs, kept.clamp(min=0))
             new = torch.where(kept < 0, -1, kept + self.past)
-        elif rows == 1 and self.past_unchanged:
+        elif rows == 1:
             return self._step(layer, hidden, config)
         else:
             new = torch.arange(self.past, self.past + self.length, device=device).expand(batch, -1)
@@ -126,7 +124,9 @@ class Forward:
         if self.valid is None:
             tail = recorded.new_ones(len(recorded), self.past + self.length - layer.covered)
         else:
-            tail = self.valid[:, layer.covered :].to(recorded.device)
+            valid = self.valid.to(recorded.device)
+            recorded = recorded & valid.gather(1, layer.columns.clamp(min=0))
+            tail = valid[:, layer.covered :]
         present = torch.cat([recorded, tail], 1)
         if config._attn_implementation == "sdpa":
             return _Stage({"attention_mask": present[:, None, None]}, present, held)
@@ -168,23 +168,22 @@ class Forward:
     def to_columns(self, hidden: torch.Tensor) -> torch.Tensor:
         """Put the rows back into their columns: [B, m, d] -> [B, Q, d], zero where a token left.
 
-        Padding behind a row's last token repeats that token, so that `logits[:, -1]`, which generate reads, is its own.
+        Padding behind a token repeats it, so that in a right-padded prompt `logits[:, -1]`, which generate reads, and
+        the logit before a draft are those of its last token.
         """
         batch, rows, width = hidden.shape
-        last = None if self.valid is None else _last_columns(self.valid[:, self.past :].to(hidden.device))
-        if not self.packed and last is None:
+        behind = None if self.valid is None else _behind_tokens(self.valid[:, self.past :].to(hidden.device))
+        if not self.packed and behind is None:
             return hidden
+        row = torch.arange(1, rows + 1, device=hidden.device).expand(batch, -1)
+        source = row
         if self.packed:
             kept = self.kept.to(hidden.device)
-            row = torch.arange(1, rows + 1, device=hidden.device).expand(batch, -1)
             # Row 0 is a zero row, for columns without a token; column Q takes the padding, and is cut off.
             source = row.new_zeros(batch, self.length + 1)
             source = source.scatter(1, torch.where(kept < 0, self.length, kept), row)[:, : self.length]
-        else:
-            source = torch.arange(1, rows + 1, device=hidden.device).expand(batch, -1)
-        if last is not None:
-            column = torch.arange(self.length, device=hidden.device)
-            source = torch.where(column > last, source.gather(1, last), source)
+        if behind is not None:
+            source = source.gather(1, behind)
         return _take(torch.cat([hidden.new_zeros(batch, 1, width), hidden], 1), source)
 
 
@@ -246,9 +245,9 @@ def _at(kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
     return {} if ids is None else {"position_ids": ids.expand(batch, -1).gather(1, kept.to(ids.device))}
 
 
-def _last_columns(valid: torch.Tensor) -> torch.Tensor | None:
-    """The column of each row's last token, [B, 1]; None where no row ends in padding."""
-    if bool(valid[:, -1].all()):
-        return None
-    column = torch.arange(valid.shape[1], device=valid.device)
-    return torch.where(valid, column, 0).amax(1, keepdim=True)
+def _behind_tokens(valid: torch.Tensor) -> torch.Tensor | None:
+    """For each column the last one up to it that has a token, itself without: [B, Q]; None if each is its own."""
+    column = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    last = torch.where(valid, column, -1).cummax(1).values
+    last = torch.where(last < 0, column, last)
+    return None if torch.equal(last, column) else last

@@ -65,10 +65,12 @@ class Remover:
         running = self._forwards.get(threading.get_ident())
         return running[-1] if running else None
 
+    def begin(self) -> None:
+        """Make a place for a call's state, before any other hook can fail: `after_model` takes it away in any case."""
+        self._forwards.setdefault(threading.get_ident(), []).append(None)
+
     def before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Find the visual tokens of a prefill, and refuse what cannot be pruned rightly."""
-        running = self._forwards.setdefault(threading.get_ident(), [])
-        running.append(None)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache: Any = given.get("past_key_values")
         images = (given.get("mm_encoder_outputs") or {}).get("image")
@@ -84,11 +86,10 @@ class Remover:
             arguments.require_uncompiled_call()
             state, changed = self._prefill(given, valid, past)
         else:
-            unchanged = arguments.past_unchanged(valid, cache.layers[0])
-            state, changed = Forward(past, arguments.call_length(given), valid, past_unchanged=unchanged), {}
+            state, changed = Forward(past, arguments.call_length(given), valid), {}
         if (positions := arguments.counted_positions(valid, past, given.get("position_ids"))) is not None:
             changed["position_ids"] = positions
-        running[-1] = state
+        self._forwards[threading.get_ident()][-1] = state
         return ((), {**given, **changed}) if changed else (args, kwargs)
 
     def _prefill(self, given: dict[str, Any], valid: torch.Tensor | None, past: int) -> tuple[Forward, dict[str, Any]]:
@@ -117,7 +118,7 @@ class Remover:
         )
         predicted = arguments.predicted_rows(given, visual)
         if self.needs_question:
-            question = question & (column < prompt) & (column < arguments.first_answer(given, question, predicted))
+            question = question & (column < prompt) & (column < arguments.first_answer(given, visual, predicted))
             arguments.require_rows(
                 visual,
                 question,
@@ -171,7 +172,6 @@ class Remover:
         cache = kwargs.get("past_key_values")
         if cache is not None and number == 0 and state.choose is not None:
             adopt(cache, len(self.adapted.layers))
-            cache.layers[0].seen, cache.layers[0].covered = state.valid, state.past + state.length
         layer = None if cache is None else cache.layers[number]
         return state.enter(layer, hidden, kwargs, self.adapted.decoder.config)
 
@@ -237,6 +237,7 @@ def removing(adapted: AdaptedModel, plan: Plan, *, needs_question: bool = True) 
         stack.callback(remover.require_idle)
         stack.enter_context(tap_attention(adapted, remover.at_attention))
         handles = [
+            adapted.model.register_forward_pre_hook(lambda *_: remover.begin(), prepend=True),
             adapted.model.register_forward_pre_hook(
                 # Compiled code must come out of itself here, to be found and refused.
                 torch.compiler.disable(lambda _, args, kwargs: remover.before_model(args, kwargs)),  # type: ignore[no-untyped-call]
