@@ -32,15 +32,20 @@ def require_uncompiled(adapted: AdaptedModel) -> None:
 def require_uncompiled_call() -> None:
     """Refuse a call that comes from a torch.compile'd wrapper around the model."""
     frame = sys._getframe()
-    while frame := frame.f_back:  # type: ignore[assignment]
+    while frame := frame.f_back:  # type: ignore[assignment]  # None ends the loop, and is not used after it
         if frame.f_code.co_name == "compile_wrapper" and frame.f_globals["__name__"].startswith("torch._dynamo"):
             raise ValueError(f"the model was called through torch.compile: {_COMPILED}")
 
 
 def call_length(given: dict[str, Any]) -> int:
     """Count the columns of a call: Q."""
-    tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-    return int(tokens.shape[1])
+    return int(_tokens(given).shape[1])
+
+
+def _tokens(given: dict[str, Any]) -> torch.Tensor:
+    """Ids [B, Q], or the embeddings [B, Q, d] in their place."""
+    tokens: torch.Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    return tokens
 
 
 def valid_columns(given: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
@@ -57,10 +62,10 @@ def valid_columns(given: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
             f"attention_mask covers {mask.shape[1]} tokens: must cover {past + length}, the {past} in past_key_values "
             f"(as many as before pruning) and the {length} of this call"
         )
-    tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-    if mask.shape[0] not in (1, len(tokens)):
-        raise ValueError(f"attention_mask has {mask.shape[0]} rows for {len(tokens)} samples: must be as many")
-    valid = mask.bool().expand(len(tokens), -1)
+    batch = len(_tokens(given))
+    if mask.shape[0] not in (1, batch):
+        raise ValueError(f"attention_mask has {mask.shape[0]} rows for {batch} samples: must be as many")
+    valid = mask.bool().expand(batch, -1)
     return None if bool(valid.all()) else valid, past
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
-class PrunedLayer(DynamicLayer):  # type: ignore[misc]
+class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not followed by mypy here: its classes are Any
     """One layer of a pruned cache.
 
     Attributes:

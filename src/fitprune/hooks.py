@@ -96,7 +96,7 @@ def _register(implementation: str) -> None:
         seen = _Untapped(module, tapped.decoder_config) if "flash" in implementation else module
         return attend(seen, query, key, value, *args, **kwargs)
 
-    # Disabled under torch.compile: what it sees and stores must be real tensors.
+    # Disabled under torch.compile: what it sees and stores must be real tensors. (torch leaves `disable` untyped.)
     AttentionInterface.register(NAME, torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
 
 

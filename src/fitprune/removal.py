@@ -136,9 +136,8 @@ class Remover:
         Its steps are known by the images that it encoded ahead.
         """
         images, ids = (given.get("mm_encoder_outputs") or {}).get("image"), given.get("input_ids")
-        if given.get("past_key_values") is not None or given.get("use_cache") is not False or ids is None:
-            return length
-        if images is None:
+        cached = given.get("past_key_values") is not None or given.get("use_cache") is not False
+        if cached or ids is None or images is None:
             return length
         self._uncached = {key: step for key, step in self._uncached.items() if step.images() is not None}
         before, prompt = self._uncached.get(id(images)), ids
@@ -239,7 +238,7 @@ def removing(adapted: AdaptedModel, plan: Plan, *, needs_question: bool = True) 
         handles = [
             adapted.model.register_forward_pre_hook(lambda *_: remover.begin(), prepend=True),
             adapted.model.register_forward_pre_hook(
-                # Compiled code must come out of itself here, to be found and refused.
+                # Compiled code must come out of itself here, to be found and refused. (torch leaves `disable` untyped.)
                 torch.compiler.disable(lambda _, args, kwargs: remover.before_model(args, kwargs)),  # type: ignore[no-untyped-call]
                 with_kwargs=True,
             ),

@@ -82,6 +82,7 @@ def fit_sequential(
         left = torch.zeros(len(held), decoder.layers, dtype=torch.long)
         for index, batch in enumerate(tqdm(held, desc=f"tolerance {tolerance:.3f}", disable=not progress)):
             choose = _within(totals[index], tolerance, left[index])
+            # The default binds this sample's function; mypy cannot infer a lambda's default.
             with torch.no_grad(), removing(adapted, lambda _, same=choose: same):  # type: ignore[misc]
                 model(**to_model(batch, model), use_cache=False, logits_to_keep=1)
         return left
