@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from fitprune.adapters import AdaptedModel, adapt, encode_images, visual_mask
-from fitprune.arguments import valid_columns
+from fitprune.arguments import require_features, valid_columns
 from fitprune.attention import ReceivedAttention, received_attention, text_after
 from fitprune.hooks import tap_attention
 from fitprune.selection import images_of
@@ -112,6 +112,7 @@ def _measure_batch(
 
     with torch.no_grad(), tap_attention(adapted, tap):
         lengths, changed = encode_images(adapted, inputs)
+        require_features(visual, lengths, past=0)
         image = images_of(visual, lengths)
         model(**{**inputs, **changed}, use_cache=False, logits_to_keep=1)
     ordered = [received[layer] for layer in range(len(adapted.layers))]

@@ -18,14 +18,13 @@ def images_of(visual: torch.Tensor, lengths: Sequence[int] | None = None) -> tor
 
     Args:
         visual: [B, N] bool.
-        lengths: visual tokens of each image, in the order of the batch, as models deal features to tokens. Without
-            them, or where they do not add up to the visual tokens (the model refuses that), a run of adjacent visual
-            tokens is one image.
+        lengths: visual tokens of each image, in the order of the batch, as models deal features to tokens; they add up
+            to the visual tokens. Without them a run of adjacent visual tokens is one image.
 
     Returns:
         [B, N] int64: 0, 1, ... in the order of the images, -1 where no visual token is.
     """
-    if lengths is not None and sum(lengths) == int(visual.sum()):
+    if lengths is not None:
         number = torch.arange(len(lengths), device=visual.device)
         owner = number.repeat_interleave(torch.tensor(lengths, dtype=torch.long, device=visual.device))
         image = torch.full_like(visual, -1, dtype=torch.long).masked_scatter(visual, owner)
