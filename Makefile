@@ -25,7 +25,7 @@ lint: .venv/installed
 train: .venv/installed
 	$(BIN)/python training/train.py --out training/run
 data: .venv/installed
-	$(BIN)/python training/render.py --out src/fitprune/data/digit_scenes
+	$(BIN)/python training/render.py --out src/fitprune/data
 
 clean:
 	rm -rf .venv build dist demo-output src/*.egg-info

@@ -9,12 +9,13 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "files"},
+    {"tokens", "flops", "files", "diversity"},
     {"recipe", "attention", "selection", "stats", "calibration", "embedded", "adapters", "cache"},
-    {"fitting", "scoring", "hooks", "batches", "arguments", "packing"},
-    {"measurement", "removal"},
+    {"fitting", "hooks", "batches", "arguments", "views", "vision"},
+    {"scoring", "packing", "measurement"},
+    {"removal"},
     {"pruning", "sequential"},
-    {"benchmark", "figures"},
+    {"baselines", "benchmark", "figures"},
     {"evaluation"},
     {"demo"},
     {"cli", "__init__"},

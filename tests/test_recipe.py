@@ -9,7 +9,7 @@ import pytest
 
 from fitprune import PruningRecipe
 from fitprune.flops import DecoderShape, ModelShape, VisionShape, prefill_flops, visual_macs
-from fitprune.tokens import keep_fractions, kept_counts, removed_counts
+from fitprune.tokens import keep_fractions, kept_counts
 
 PUBLISHED = json.loads(importlib.resources.files("fitprune").joinpath("data/published_recipes.json").read_text())[
     "models"
@@ -58,7 +58,8 @@ def test_cost_names_every_figure():
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 576, 2880, 2881])
 def test_counts_are_consistent_for_any_image_size(n):
     keep = (1.0, 0.73, 0.73, 0.01)
-    kept, removed = kept_counts(keep, n), removed_counts(keep, n)
+    made = recipe(keep=keep)
+    kept, removed = made.kept(n), made.counts(n)
     assert kept == sorted(kept, reverse=True)
     assert n - sum(removed) == kept[-1]
     assert min(removed) >= 0

@@ -1,6 +1,6 @@
-"""Render the embedded calibration and test sets: digit scenes as JPEG with one question each.
+"""Render the embedded calibration and test sets: digit scenes and digit details as JPEG with one question each.
 
-    python training/render.py --out src/fitprune/data/digit_scenes
+    python training/render.py --out src/fitprune/data
 
 Each folder is an image folder that `datasets` loads, and its `metadata.jsonl` is a question file for fitprune. No scan
 of the test set is in the training or calibration set.
@@ -18,16 +18,21 @@ from PIL import Image
 import scenes
 
 
-def render(split: str, count: int, out: Path, seed: int) -> None:
+def render(split: str, count: int, out: Path, seed: int, *, details: bool = False) -> None:
     """Write `count` scenes, the kinds of question taken in turn."""
-    rng = np.random.default_rng([seed, len(split)])
-    bank = scenes.GlyphBank(scenes.split_scans()[split], variants=8, rng=rng)
+    rng = np.random.default_rng([seed, len(split), 1] if details else [seed, len(split)])
+    bank = scenes.GlyphBank(scenes.split_scans()[split], variants=8, rng=rng, small=details)
+    kinds, compose, ask = (
+        (scenes.DETAIL_KINDS, scenes.compose_details, scenes.ask_detail)
+        if details
+        else (scenes.KINDS, scenes.compose, scenes.ask)
+    )
     (out / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
-        scene = scenes.compose(bank, rng)
-        kind = scenes.KINDS[number % len(scenes.KINDS)]
-        question, answer = scenes.ask(scene, kind, rng)
+        scene = compose(bank, rng)
+        kind = kinds[number % len(kinds)]
+        question, answer = ask(scene, kind, rng)
         name = f"images/{number:04d}.jpg"
         Image.fromarray(scene.pixels).save(out / name, quality=92, subsampling=0)
         entry = {
@@ -46,8 +51,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
-    render("calibration", 64, args.out / "calibration", args.seed)
-    render("test", 640, args.out / "test", args.seed)
+    for name, tests in (("scenes", 640), ("details", 600)):
+        folder = args.out / f"digit_{name}"
+        render("calibration", 64, folder / "calibration", args.seed, details=name == "details")
+        render("test", tests, folder / "test", args.seed, details=name == "details")
 
 
 if __name__ == "__main__":

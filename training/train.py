@@ -3,8 +3,8 @@
     python training/train.py --out DIR            # about 45 minutes on two cores
 
 First the vision tower learns to name each patch (digit, colour, left neighbour, cell), then it is frozen and the
-projector and the decoder learn to answer. Seeded; the tower is kept in DIR, and the decoder's state every few
-hundred steps, so that a killed run goes on where it stopped.
+projector and the decoder learn to answer; at last the whole model learns small digits beside large ones. Seeded; the
+tower is kept in DIR, and the decoder's state every few hundred steps, so that a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -137,6 +137,9 @@ class Batches:
         self.bank = scenes.GlyphBank(
             scenes.split_scans()["train"], variants=args.variants, rng=np.random.default_rng(args.seed)
         )
+        self.small_bank = scenes.GlyphBank(
+            scenes.split_scans()["train"], variants=args.variants, rng=np.random.default_rng(args.seed), small=True
+        )
         self.processor = processor
         self.image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
         self._slots: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
@@ -146,6 +149,13 @@ class Batches:
     ) -> tuple[list[scenes.Scene], np.random.Generator]:
         rng = np.random.default_rng([self.args.seed, step])
         return [scenes.compose(self.bank, rng, fewest=fewest, most=most) for _ in range(count)], rng
+
+    def mixed(self, step: int, count: int) -> tuple[list[scenes.Scene], np.random.Generator]:
+        """Scenes of large digits and of small ones, in turn."""
+        rng = np.random.default_rng([self.args.seed, step])
+        small = [scenes.compose_details(self.small_bank, rng) for _ in range(count // 2)]
+        large = [scenes.compose(self.bank, rng) for _ in range(count - count // 2)]
+        return small + large, rng
 
     def pixels(self, batch: list[scenes.Scene]) -> torch.Tensor:
         """The image processor's arithmetic for images already of the right size: [batch, 3, SIZE, SIZE]."""
@@ -176,8 +186,13 @@ class Batches:
         """Packed questions: ids and labels [batch, questions, SLOT]."""
         ids, labels = [], []
         for scene in batch:
-            kinds = rng.choice(len(scenes.KINDS), size=self.args.questions, p=scenes.TRAINING_SHARES)
-            slots = [self.slot(*scenes.ask(scene, scenes.KINDS[k], rng)) for k in kinds]
+            names, shares, ask = (
+                (scenes.KINDS, scenes.TRAINING_SHARES, scenes.ask)
+                if scene.number is None
+                else (scenes.DETAIL_KINDS, scenes.DETAIL_SHARES, scenes.ask_detail)
+            )
+            kinds = rng.choice(len(names), size=self.args.questions, p=shares)
+            slots = [self.slot(*ask(scene, names[k], rng)) for k in kinds]
             ids.append([s[0] for s in slots])
             labels.append([s[1] for s in slots])
         return torch.tensor(ids), torch.tensor(labels)
@@ -187,12 +202,27 @@ PATCH_CLASSES = {"digit": 10, "colour": 8, "left": 11, "cell": 10}
 
 
 class PatchHeads(nn.Module):
-    """Linear heads for the tower's pretraining; thrown away afterwards."""
+    """Linear heads for the tower's training; thrown away afterwards."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in PATCH_CLASSES.items()})
         self.presence = nn.Linear(width, 10)
+
+    def loss(self, hidden: torch.Tensor, batch: list[scenes.Scene]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss and accuracy of naming each patch, from the tower's output [batch, 1 + VISUAL_TOKENS, width]."""
+        target = stacked_labels(batch)
+        present = torch.zeros(len(batch), 10)
+        for row, scene in enumerate(batch):
+            present[row, scene.digits[scene.digits >= 0]] = 1
+        loss = F.binary_cross_entropy_with_logits(self.presence(hidden[:, 0]).float(), present)
+        accuracy = {}
+        for name, head in self.heads.items():
+            logits = head(hidden[:, 1:]).float()
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), target[name].flatten(), ignore_index=-1)
+            known = target[name] >= 0
+            accuracy[name] = (logits.argmax(-1) == target[name])[known].float().mean().item()
+        return loss, accuracy
 
 
 def train_tower(model: LlavaForConditionalGeneration, batches: Batches, args: argparse.Namespace) -> None:
@@ -207,19 +237,9 @@ def train_tower(model: LlavaForConditionalGeneration, batches: Batches, args: ar
         for group in optimizer.param_groups:
             group["lr"] = args.tower_lr * schedule(step, args.tower_steps, 100)
         batch, _ = batches.scenes(10_000_000 + step, args.tower_batch)
-        target = stacked_labels(batch)
-        present = torch.zeros(len(batch), 10)
-        for row, scene in enumerate(batch):
-            present[row, scene.digits[scene.digits >= 0]] = 1
         with torch.autocast("cpu", torch.bfloat16):
             hidden = forward(batches.pixels(batch), output_hidden_states=True).hidden_states[-1].float()
-            loss = F.binary_cross_entropy_with_logits(heads.presence(hidden[:, 0]).float(), present)
-            accuracy = {}
-            for name, head in heads.heads.items():
-                logits = head(hidden[:, 1:]).float()
-                loss = loss + F.cross_entropy(logits.flatten(0, 1), target[name].flatten(), ignore_index=-1)
-                known = target[name] >= 0
-                accuracy[name] = (logits.argmax(-1) == target[name])[known].float().mean().item()
+            loss, accuracy = heads.loss(hidden, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -313,11 +333,11 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
     """Train projector and decoder on packed questions, loss on the answers only; returns the seconds it took.
 
     In the first steps each grid cell's patches are pooled into one visual token: a look-up is found among nine tokens
-    long before it is found among 144, at a fifth of the cost, and stays when all tokens come.
+    long before it is found among 144, at a fifth of the cost, and stays when all tokens come. In the last steps
+    (`detail_steps`) half the scenes have small digits, and the tower learns too, on the answers and on its patches.
     """
     global _PREFIX
     tower, projector, decoder = model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model
-    tower.requires_grad_(False)
     prefix = torch.tensor(batches.prefix())
     before_image = len(prefix)
     every = torch.arange(before_image + VISUAL_TOKENS)
@@ -330,18 +350,30 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
     before = decoder.config._attn_implementation
     model.set_attn_implementation({"text_config": "packed"})
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decay = [p for p in parameters if p.ndim > 1]
-    rest = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+    torch.manual_seed(args.seed)  # the heads are the same whether or not the run was continued
+    heads = PatchHeads(tower.config.hidden_size)
+
+    def begin(details: bool) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+        """Say what learns in this stage, and make its optimizer."""
+        tower.requires_grad_(details)
+        learning = [p for p in model.parameters() if p.requires_grad] + (list(heads.parameters()) if details else [])
+        groups = [
+            {"params": [p for p in learning if p.ndim > 1], "weight_decay": args.weight_decay},
+            {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return learning, torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
+
     state_file = args.out / "decoder_state.pt"
     first, spent = 0, 0.0
+    parameters, optimizer = begin(False)
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         first, spent = state["step"], state["seconds"]
+        model.load_state_dict(state["model"])
+        if first > args.steps:
+            parameters, optimizer = begin(True)
+            heads.load_state_dict(state["heads"])
+        optimizer.load_state_dict(state["optimizer"])
 
     def answers(features: torch.Tensor, ids: torch.Tensor, where: torch.Tensor, pooled: bool) -> torch.Tensor:
         embed = decoder.get_input_embeddings()
@@ -357,18 +389,28 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
         return model.lm_head(hidden.flatten(0, 1)[where])
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+        return tower(pixels, output_hidden_states=True).hidden_states[-1]
 
     if args.compile:
         answers, encode = torch.compile(answers, dynamic=False), torch.compile(encode)
     started = time.time()
     log: dict[str, float] = {}
-    for step in range(first, args.steps):
+    for step in range(first, args.steps + args.detail_steps):
+        details = step >= args.steps
+        if step == args.steps:
+            parameters, optimizer = begin(True)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule(step, args.steps, 100)
+            if details:
+                group["lr"] = args.detail_lr * schedule(step - args.steps, args.detail_steps, 50, decay=0.5)
+            else:
+                group["lr"] = args.lr * schedule(step, args.steps, 100)
         # Binding is found among two digits ten times sooner than among six: scenes grow during the first steps.
         most = 2 + min(4, step // args.growth)
-        batch, rng = batches.scenes(step, args.batch, fewest=min(3, most - 1), most=most)
+        batch, rng = (
+            batches.mixed(step, args.batch)
+            if details
+            else batches.scenes(step, args.batch, fewest=min(3, most - 1), most=most)
+        )
         ids, labels = batches.questions(batch, rng)
         pooled = step < args.pooled_steps
         _PREFIX = len(coarse if pooled else every)
@@ -382,19 +424,22 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
         target = F.pad(sequence[where], (0, room), value=-100)
         where = F.pad(where, (0, room))
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features = encode(batches.pixels(batch))
-            logits = answers(features, ids, where, pooled)
+            with torch.set_grad_enabled(details):
+                hidden = encode(batches.pixels(batch))
+            logits = answers(hidden[:, 1:], ids, where, pooled)
         loss = F.cross_entropy(logits.float(), target, ignore_index=-100)
-        loss.backward()
+        named, seen = heads.loss(hidden.float(), batch) if details else (torch.zeros(()), {})
+        (loss + 0.25 * named).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         log["loss"] = loss.item() if step == first else 0.95 * log["loss"] + 0.05 * loss.item()
         if step % 50 == 0:
-            print(f"decoder {step} loss {log['loss']:.4f} {time.time() - started:.0f}s", flush=True)
+            shown = " ".join(f"{k} {v:.3f}" for k, v in seen.items())
+            print(f"decoder {step} loss {log['loss']:.4f} {shown} {time.time() - started:.0f}s", flush=True)
         if (step + 1) % args.save_every == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state["heads"] = heads.state_dict()
             state["seconds"] = spent + time.time() - started
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
@@ -421,6 +466,8 @@ def main() -> None:
     parser.add_argument("--tower-lr", type=float, default=1e-3)
     parser.add_argument("--align-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=1700)
+    parser.add_argument("--detail-steps", type=int, default=700, help="steps with small digits, after --steps")
+    parser.add_argument("--detail-lr", type=float, default=8e-4)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--questions", type=int, default=10, help="questions packed behind each image")
     parser.add_argument("--pooled-steps", type=int, default=600)

@@ -84,6 +84,34 @@ def received_attention(
     return ReceivedAttention(received[:, 0], received[:, 1])
 
 
+@torch.no_grad()
+def last_row_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    image: torch.Tensor,
+    question: torch.Tensor,
+    *,
+    scaling: float,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the attention that the question's last row pays to each visual token, mean over heads: [B, Q] fp32.
+
+    Arguments as for `received_attention`. Zero at positions that hold no visual token, and for samples without a
+    question.
+    """
+    batch, heads, length, width = query.shape
+    groups, keys = key.shape[1:3]
+    position = torch.arange(length, device=query.device)
+    last = torch.where(question, position, -1).amax(1)
+    rows = query.gather(2, last.clamp(min=0)[:, None, None, None].expand(-1, heads, 1, width)) * scaling
+    weights = (rows.view(batch, groups, heads // groups, width) @ key.transpose(2, 3)).view(batch, heads, keys)
+    hidden = torch.arange(keys, device=query.device)[None] > (keys - length + last)[:, None]
+    if valid is not None:
+        hidden = hidden | ~valid
+    weights = weights.float().masked_fill_(hidden[:, None], torch.finfo(torch.float32).min).softmax(-1)
+    return weights.mean(1)[:, keys - length :].masked_fill((image < 0) | (last < 0)[:, None], 0)
+
+
 def text_after(visual: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """Mark the text after each sample's last visual token, whose rows are cross attention: [B, Q] bool.
 

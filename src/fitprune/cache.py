@@ -24,6 +24,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
             every token of the sequence is held.
         covered: number of columns of the unpruned sequence that the R first keys stand for.
         padded: whether any row of `columns` is padded.
+        first: whether it is the cache's first layer, whose length stands for that of the sequence.
     """
 
     keys: torch.Tensor | None
@@ -31,6 +32,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
     columns: torch.Tensor | None = None
     covered: int = 0
     padded: bool = False
+    first: bool = False
     _expected: tuple[torch.Tensor, int, bool] | None = None
 
     def all_columns(self, length: int, batch: int, device: torch.device) -> torch.Tensor:
@@ -62,6 +64,14 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys, values
 
+    def get_seq_length(self) -> int:
+        """Count the keys held; in the first layer the columns of the sequence, by which the model counts positions."""
+        held: int = super().get_seq_length()
+        return self._sequence_length(held) if self.first else held
+
+    def _sequence_length(self, held: int) -> int:
+        return held if self.columns is None else self.covered + held - self.columns.shape[1]
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last columns of the sequence off.
 
@@ -71,8 +81,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
         if self.columns is None or self.keys is None or self.values is None:
             super().crop(tokens_to_remove)
             return
-        held = self.columns.shape[1]
-        now = self.covered + self.keys.shape[-2] - held
+        now = self._sequence_length(self.keys.shape[-2])
         length = min(now, tokens_to_remove) if tokens_to_remove > 0 else max(0, now + tokens_to_remove)
         if length >= self.covered:
             super().crop(length - now)
@@ -138,6 +147,7 @@ def adopt(cache: Any, layers: int) -> None:
         if not isinstance(layer, PrunedLayer):
             held[number] = PrunedLayer()
             held[number].__dict__.update(layer.__dict__)
+            held[number].first = number == 0
     cache.layers[:] = held
 
 

@@ -30,15 +30,26 @@ class Budget:
     kind: str
     value: float
 
-    def measured(self, decoder: flops.DecoderShape, visual_tokens: int, kept: Sequence[float]) -> float:
-        """Evaluate this kind of budget for `kept` tokens after each layer. More removal never moves it backwards."""
-        entering = [visual_tokens, *kept[:-1]]
+    def measured(
+        self,
+        decoder: flops.DecoderShape,
+        visual_tokens: int,
+        kept: Sequence[float],
+        entering: Sequence[float] | None = None,
+    ) -> float:
+        """Evaluate this kind of budget for `kept` tokens after each layer. More removal never moves it backwards.
+
+        `entering` are the tokens that enter each layer, where some leave between layers.
+        """
+        before = [visual_tokens, *kept[:-1]]
+        entering = before if entering is None else entering
         if self.kind == "mean_visual_tokens":
             return sum(entering) / len(entering)
         if self.kind == "kv_cache_reduction":
             return 1 - sum(entering) / len(entering) / visual_tokens
-        removed = [before - after for before, after in zip([visual_tokens, *kept], kept, strict=False)]
-        return flops.visual_flops_reduction(decoder, visual_tokens, removed)  # type: ignore[arg-type]
+        removed = [a - b for a, b in zip(entering, kept, strict=True)]
+        between = [a - b for a, b in zip(before, entering, strict=True)]
+        return flops.visual_flops_reduction(decoder, visual_tokens, removed, between)  # type: ignore[arg-type]
 
     def met_by(self, measured: float) -> bool:
         """Say whether the budget is met, to within floating-point noise."""

@@ -9,6 +9,9 @@ Pure Python: knows shapes and counts, no model. Two accountings, never mixed:
 
 Symbols: n visual tokens that enter a layer, k that leave in it, d hidden size, m MLP width, q and v widths of all
 query heads and of all key/value heads.
+
+Tokens leave in two places: `removed[l]` of them inside layer l, between its attention and its MLP, and `before[l]`
+(none if not given) between the layer before it, or the embeddings, and layer l.
 """
 
 from __future__ import annotations
@@ -127,52 +130,64 @@ class ModelShape:
             raise ValueError(f"{what} is of another model: {', '.join(differing)}; make one from this model")
 
 
-def visual_macs(decoder: DecoderShape, visual_tokens: int, removed: Sequence[int]) -> int:
+def visual_macs(
+    decoder: DecoderShape, visual_tokens: int, removed: Sequence[int], before: Sequence[int] | None = None
+) -> int:
     """Count the multiply-accumulates of the visual tokens through the decoder, in the paper's accounting.
 
     A layer costs n d (q + 2 v) + 2 n^2 q before its removal and (n - k) d q + 3 (n - k) d m after it.
 
     Args:
         decoder: sizes of the decoder.
-        visual_tokens: visual tokens that enter layer 0.
-        removed: tokens that leave at each layer.
+        visual_tokens: visual tokens of the prompt.
+        removed: tokens that leave inside each layer.
+        before: tokens that leave before each layer.
 
     Source: arXiv:2409.10197 (the authors' `statistical_analysis.py`), generalised to grouped queries.
     """
-    n, total = visual_tokens, 0
-    for count in removed:
+    total = 0
+    for n, count in zip(entering_counts(visual_tokens, removed, before), removed, strict=True):
         total += n * decoder.hidden * (decoder.q_width + 2 * decoder.kv_width) + 2 * n * n * decoder.q_width
-        n -= count
-        total += n * decoder.hidden * decoder.q_width + 3 * n * decoder.hidden * decoder.intermediate
+        left = n - count
+        total += left * decoder.hidden * decoder.q_width + 3 * left * decoder.hidden * decoder.intermediate
     return total
 
 
-def visual_flops_reduction(decoder: DecoderShape, visual_tokens: int, removed: Sequence[int]) -> float:
+def visual_flops_reduction(
+    decoder: DecoderShape, visual_tokens: int, removed: Sequence[int], before: Sequence[int] | None = None
+) -> float:
     """Give the fraction of `visual_macs` that the removals save."""
     dense = visual_macs(decoder, visual_tokens, [0] * decoder.layers)
-    return 1 - visual_macs(decoder, visual_tokens, removed) / dense if dense else 0.0
+    return 1 - visual_macs(decoder, visual_tokens, removed, before) / dense if dense else 0.0
 
 
-def entering_counts(visual_tokens: int, removed: Sequence[int]) -> list[int]:
+def entering_counts(visual_tokens: int, removed: Sequence[int], before: Sequence[int] | None = None) -> list[int]:
     """Count the visual tokens that enter each layer, which are those that its KV cache holds."""
     counts, n = [], visual_tokens
-    for count in removed:
+    for inside, between in zip(removed, before or [0] * len(removed), strict=True):
+        n -= between
         counts.append(n)
-        n -= count
+        n -= inside
     return counts
 
 
 def kv_bytes(
-    decoder: DecoderShape, visual_tokens: int, removed: Sequence[int], *, text_tokens: int = 0, value_bytes: int = 2
+    decoder: DecoderShape,
+    visual_tokens: int,
+    removed: Sequence[int],
+    before: Sequence[int] | None = None,
+    *,
+    text_tokens: int = 0,
+    value_bytes: int = 2,
 ) -> int:
     """Count the bytes of one sample's KV cache after prefill, all layers; `value_bytes` is 2 for 16-bit types."""
-    held = sum(n + text_tokens for n in entering_counts(visual_tokens, removed))
+    held = sum(n + text_tokens for n in entering_counts(visual_tokens, removed, before))
     return 2 * held * decoder.kv_width * value_bytes
 
 
-def mean_visual_tokens(visual_tokens: int, removed: Sequence[int]) -> float:
+def mean_visual_tokens(visual_tokens: int, removed: Sequence[int], before: Sequence[int] | None = None) -> float:
     """Average, over layers, the visual tokens that enter the layer."""
-    return sum(entering_counts(visual_tokens, removed)) / len(removed)
+    return sum(entering_counts(visual_tokens, removed, before)) / len(removed)
 
 
 def scoring_flops(decoder: DecoderShape, visual_tokens: int, text_before: int, text_after: int) -> int:
@@ -206,6 +221,7 @@ def prefill_flops(
     model: ModelShape,
     visual_tokens: int,
     removed: Sequence[int],
+    before: Sequence[int] | None = None,
     *,
     text_before: int = 0,
     text_after: int = 64,
@@ -216,26 +232,27 @@ def prefill_flops(
 
     Attention is counted over all query-key pairs, as `FlopCounterMode` does; a causal kernel may skip half of it. The
     output projection runs for leaving tokens too (they leave after it, see docs/design.md), which the paper's
-    accounting does not charge.
+    accounting does not charge. Scoring is FitPrune's, at each layer that removes; what scores before a layer is not
+    counted.
 
     Args:
         model: sizes; without a vision shape, the tower counts nothing.
-        visual_tokens: visual tokens that enter layer 0.
-        removed: tokens that leave at each layer; all zeros is the dense model.
+        visual_tokens: visual tokens of the prompt.
+        removed: tokens that leave inside each layer; all zeros is the dense model.
+        before: tokens that leave before each layer.
         text_before: text tokens before the image.
         text_after: text tokens after the image.
         crops: image crops that the tower sees (AnyRes has several).
         logits: positions that the output head is applied to.
     """
-    shape, n, text = model.decoder, visual_tokens, text_before + text_after
+    shape, text = model.decoder, text_before + text_after
     decoder = scoring = 0
-    for count in removed:
+    for n, count in zip(entering_counts(visual_tokens, removed, before), removed, strict=True):
         tokens = n + text
         decoder += 2 * tokens * shape.hidden * (2 * shape.q_width + 2 * shape.kv_width)
         decoder += 4 * tokens * tokens * shape.q_width
         if count:
             scoring += scoring_flops(shape, n, text_before, text_after)
-        n -= count
-        decoder += 6 * (n + text) * shape.hidden * shape.intermediate
+        decoder += 6 * (n - count + text) * shape.hidden * shape.intermediate
     vision = crops * model.vision.flops(shape.hidden) if model.vision else 0
     return PrefillFlops(vision=vision, decoder=decoder, scoring=scoring, head=2 * logits * shape.hidden * shape.vocab)

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from fitprune.attention import ReceivedAttention
 from fitprune.cache import PrunedLayer, pack
+from fitprune.views import Attention, LayerView, Prompt
 
-# (layer, image [B, m], lazily computed received attention) -> stays [B, m] bool, or None where nothing leaves.
-Choose = Callable[[int, torch.Tensor, Callable[[], ReceivedAttention]], "torch.Tensor | None"]
+# What a scorer may look at -> stays [B, m] bool, or None where nothing leaves.
+Choose = Callable[[LayerView], "torch.Tensor | None"]
 # image [B, Q] of a prefill -> the function that chooses in it.
 Plan = Callable[[torch.Tensor], Choose]
 
@@ -34,6 +34,10 @@ class Forward:
         length: Q.
         valid: [B, P + Q] False at padding; None where there is none.
         choose: what stays at a layer; None where this forward prunes nothing, and has none of the following.
+        prompt: the whole prefill, for scorers.
+        hidden: [B, m, d] input of the present layer, for scorers.
+        previous: the view inside the layer before, for scorers; None once rows have left after it.
+        ahead: where queries, keys and scaling go while they are computed before their layer runs; None otherwise.
         kept: [B, m] columns, within this forward, of the rows present; -1 at padding.
         image: [B, m] image number of each row present, -1 for text and padding.
         question: [B, m] rows whose attention is cross.
@@ -49,6 +53,10 @@ class Forward:
     length: int
     valid: torch.Tensor | None
     choose: Choose | None = None
+    prompt: Prompt | None = None
+    hidden: torch.Tensor | None = None
+    previous: LayerView | None = None
+    ahead: list[tuple[torch.Tensor, torch.Tensor, float]] | None = None
     kept: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     image: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     question: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
@@ -97,7 +105,7 @@ class Forward:
         replaced: dict[str, Any] = {}
         if self.packed:
             kept = self.kept.to(device)
-            replaced = _at(kwargs, kept.clamp(min=0))
+            replaced = rows_at(kwargs, kept.clamp(min=0))
             new = torch.where(kept < 0, -1, kept + self.past)
         elif rows == 1:
             return self._step(layer, hidden, config)
@@ -132,6 +140,22 @@ class Forward:
             return _Stage({"attention_mask": present[:, None, None]}, present, held)
         return _Stage({"attention_mask": _causal_mask(present, hidden, config)}, present, held)
 
+    def view(self, layer: int, before: bool, device: torch.device, attention: Callable[[], Attention]) -> LayerView:
+        """Show the present layer to a scorer, before the layer or inside it."""
+        assert self.hidden is not None
+        assert self.prompt is not None
+        return LayerView(
+            layer=layer,
+            before=before,
+            image=self.image.to(device),
+            question=self.question.to(device),
+            column=self.kept.to(device),
+            hidden=self.hidden.to(device),
+            prompt=self.prompt,
+            attention=attention,
+            previous=self.previous if before else None,
+        )
+
     def leave(self, stays: torch.Tensor) -> None:
         """Let all rows but these, [B, m] bool, leave at the end of the present layer."""
         present = (self.kept >= 0).to(stays.device)
@@ -163,6 +187,7 @@ class Forward:
         self.index = self.kept_next = None
         self.packed = True
         self.stages.clear()
+        self.previous = None
         return hidden
 
     def to_columns(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -233,7 +258,7 @@ def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return rows.gather(1, index.to(rows.device)[..., None].expand(-1, -1, rows.shape[-1]))
 
 
-def _at(kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
+def rows_at(kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
     """Cut position embeddings and position ids of a whole forward to the rows [B, m]."""
     batch, embeddings, ids = len(kept), kwargs.get("position_embeddings"), kwargs.get("position_ids")
     if embeddings is not None:

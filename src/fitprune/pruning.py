@@ -9,20 +9,20 @@ from typing import Any
 import torch
 
 from fitprune.adapters import adapt
-from fitprune.attention import ReceivedAttention
 from fitprune.packing import Choose, Plan
 from fitprune.recipe import PruningRecipe
 from fitprune.removal import Remover, removing
 from fitprune.scoring import Scorer, checked_scores, get_scorer
 from fitprune.selection import keep_highest, tokens_of
 from fitprune.tokens import kept_counts
+from fitprune.views import LayerView
 
 
 @contextlib.contextmanager
 def prune(
     model: Any,
     recipe: PruningRecipe,
-    scorer: str | Scorer | Callable[[ReceivedAttention], torch.Tensor] = "fitprune",
+    scorer: str | Scorer | Callable[[LayerView], torch.Tensor] = "fitprune",
     *,
     pool_images: bool = False,
 ) -> Iterator[Any]:
@@ -48,7 +48,7 @@ def prune(
     Args:
         model: a supported `...ForConditionalGeneration` model.
         recipe: fitted for this model.
-        scorer: name in `fitprune.scoring.SCORERS`, a Scorer, or a function from ReceivedAttention to scores [B, N].
+        scorer: name in `fitprune.scoring.SCORERS`, a Scorer, or a function from LayerView to scores [B, m].
         pool_images: let the images of a sample share one count and compete for it, instead of one share each.
 
     Yields:
@@ -70,7 +70,7 @@ def kept_positions(
     model: Any,
     recipe: PruningRecipe,
     inputs: Mapping[str, Any],
-    scorer: str | Scorer | Callable[[ReceivedAttention], torch.Tensor] = "fitprune",
+    scorer: str | Scorer | Callable[[LayerView], torch.Tensor] = "fitprune",
     *,
     pool_images: bool = False,
 ) -> list[torch.Tensor]:
@@ -96,7 +96,7 @@ def kept_positions(
 def _removing(
     model: Any,
     recipe: PruningRecipe,
-    scorer: str | Scorer | Callable[[ReceivedAttention], torch.Tensor],
+    scorer: str | Scorer | Callable[[LayerView], torch.Tensor],
     pool_images: bool,
 ) -> contextlib.AbstractContextManager[Remover]:
     adapted = adapt(model)
@@ -106,25 +106,28 @@ def _removing(
         )
     recipe.model.require_same(adapted.shape, what="recipe")
     used = get_scorer(scorer)
-    return removing(adapted, _by_recipe(recipe, used, pool_images), needs_question=used.query_aware)
+    plan = _by_recipe(recipe, used, pool_images)
+    return removing(adapted, plan, needs_question=used.query_aware, reads_vision=used.reads_vision)
 
 
 def _by_recipe(recipe: PruningRecipe, scorer: Scorer, pool_images: bool) -> Plan:
-    """Make the function that plans a prefill: how many tokens of each image are left after each layer."""
+    """Make the function that plans a prefill: how many tokens of each image are left at each layer."""
 
     def plan(image: torch.Tensor) -> Choose:
         original = tokens_of(_pooled(image) if pool_images else image)
         if not original[0]:  # the mask hides every visual token
-            return lambda *_: None
-        # [layers + 1, B, images]: before the first layer, and after each.
-        left = torch.tensor([[[n, *kept_counts(recipe.keep, n)] for n in row] for row in original]).permute(2, 0, 1)
+            return lambda _: None
+        # [2 * layers + 1, B, images]: in the prompt, then into and after each layer.
+        fractions = [f for pair in zip(recipe.entering, recipe.keep, strict=True) for f in pair]
+        left = torch.tensor([[[n, *kept_counts(fractions, n)] for n in row] for row in original]).permute(2, 0, 1)
 
-        def choose(layer: int, image: torch.Tensor, received: Callable[[], ReceivedAttention]) -> torch.Tensor | None:
-            if torch.equal(left[layer], left[layer + 1]):
+        def choose(view: LayerView) -> torch.Tensor | None:
+            step = 2 * view.layer + (0 if view.before else 1)
+            if torch.equal(left[step], left[step + 1]):
                 return None
-            group = _pooled(image) if pool_images else image
-            score = checked_scores(scorer.score(received()), image)
-            return keep_highest(score, group, left[layer + 1].to(image.device))
+            view.group = _pooled(view.image) if pool_images else view.image
+            view.left = left[step + 1].to(view.image.device)
+            return keep_highest(checked_scores(scorer.score(view), view.image), view.group, view.left)
 
         return choose
 

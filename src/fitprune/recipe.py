@@ -35,7 +35,7 @@ class Cost:
     """What a recipe costs for one sample, with the dense figure beside each.
 
     Attributes:
-        visual_tokens: visual tokens that enter layer 0.
+        visual_tokens: visual tokens of the prompt.
         text_tokens: text tokens of the prompt.
         kept: visual tokens present after each layer.
         flops_reduction: fraction of visual-token FLOPs removed (the paper's accounting).
@@ -68,47 +68,68 @@ class PruningRecipe:
         model: the model that the recipe was fitted for.
         visual_tokens: the visual-token count that the budget was met for.
         provenance: how it came to be (budget, tolerance, samples, source, version).
+        enter: one fraction per layer, of the tokens that enter it, where some leave between layers or before the first
+            (as methods other than FitPrune have it); empty where each layer gets what the one before it kept.
 
     Raises:
-        ValueError: `keep` has another length than the model has layers, is not a number, leaves 0..1, or increases;
-            `visual_tokens` is not positive.
+        ValueError: `keep` or `enter` has another length than the model has layers, is not a number, leaves 0..1, or
+            increases; `visual_tokens` is not positive.
     """
 
     keep: tuple[float, ...]
     model: ModelShape
     visual_tokens: int
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    enter: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", tuple(self.keep))
-        if len(self.keep) != self.model.decoder.layers:
-            raise ValueError(
-                f"keep has {len(self.keep)} entries: must be one for each of the model's "
-                f"{self.model.decoder.layers} layers"
-            )
-        before = 1.0
-        for layer, fraction in enumerate(self.keep):
-            if isinstance(fraction, bool) or not isinstance(fraction, Real) or fraction != fraction:
-                raise ValueError(f"keep[{layer}]={fraction!r}: must be a finite number")
-            if not 0 <= fraction <= 1:
-                raise ValueError(f"keep[{layer}]={fraction}: must be between 0 and 1")
-            if fraction > before:
+        for name in ("keep", "enter"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != self.model.decoder.layers and (name == "keep" or self.enter):
                 raise ValueError(
-                    f"keep[{layer}]={fraction}: must not exceed keep[{layer - 1}]={before}; "
-                    "removed tokens cannot return"
+                    f"{name} has {len(getattr(self, name))} entries: must be one for each of the model's "
+                    f"{self.model.decoder.layers} layers"
                 )
-            before = fraction
-        object.__setattr__(self, "keep", tuple(float(fraction) for fraction in self.keep))
+        before, named = 1.0, "1"
+        for name, fraction in self._steps():
+            if isinstance(fraction, bool) or not isinstance(fraction, Real) or fraction != fraction:
+                raise ValueError(f"{name}={fraction!r}: must be a finite number")
+            if not 0 <= fraction <= 1:
+                raise ValueError(f"{name}={fraction}: must be between 0 and 1")
+            if fraction > before:
+                raise ValueError(f"{name}={fraction}: must not exceed {named}={before}; removed tokens cannot return")
+            before, named = fraction, name
+        for name in ("keep", "enter"):
+            object.__setattr__(self, name, tuple(float(fraction) for fraction in getattr(self, name)))
         if type(self.visual_tokens) is not int or not 1 <= self.visual_tokens <= 10**9:
             raise ValueError(f"visual_tokens={str(self.visual_tokens)[:20]}: must be an integer from 1 to 10**9")
+
+    def _steps(self) -> list[tuple[str, float]]:
+        """Name the fractions in the order in which tokens leave: into a layer, inside it."""
+        keep = [(f"keep[{layer}]", fraction) for layer, fraction in enumerate(self.keep)]
+        if not self.enter:
+            return keep
+        enter = [(f"enter[{layer}]", fraction) for layer, fraction in enumerate(self.enter)]
+        return [step for pair in zip(enter, keep, strict=True) for step in pair]
+
+    @property
+    def entering(self) -> tuple[float, ...]:
+        """The fraction of the image's visual tokens that enters each layer."""
+        return self.enter or (1.0, *self.keep[:-1])
 
     def kept(self, visual_tokens: int) -> list[int]:
         """Count the visual tokens present after each layer, for an image of `visual_tokens`."""
         return tokens.kept_counts(self.keep, visual_tokens)
 
     def counts(self, visual_tokens: int) -> list[int]:
-        """Count the visual tokens removed at each layer, for an image of `visual_tokens`."""
-        return tokens.removed_counts(self.keep, visual_tokens)
+        """Count the visual tokens removed inside each layer, for an image of `visual_tokens`."""
+        entering = tokens.kept_counts(self.entering, visual_tokens)
+        return [a - b for a, b in zip(entering, self.kept(visual_tokens), strict=True)]
+
+    def counts_before(self, visual_tokens: int) -> list[int]:
+        """Count the visual tokens that leave before each layer, for an image of `visual_tokens`."""
+        before = [visual_tokens, *self.kept(visual_tokens)[:-1]]
+        return [a - b for a, b in zip(before, tokens.kept_counts(self.entering, visual_tokens), strict=True)]
 
     def cost(
         self,
@@ -138,27 +159,29 @@ class PruningRecipe:
             raise ValueError(f"text_before={text_before}: must be between 0 and text_tokens={text_tokens}")
         if crops is None:
             crops = -(-n // self.model.vision.patches) if self.model.vision else 1
-        removed, none = self.counts(n), [0] * len(self.keep)
         decoder = self.model.decoder
+        pruned, dense = (self.counts(n), self.counts_before(n)), ([0] * len(self.keep), None)
 
-        def prefill(counts: list[int]) -> int:
-            text = {"text_before": text_before, "text_after": text_tokens - text_before}
-            return flops.prefill_flops(self.model, n, counts, crops=crops, **text).total
+        def prefill(counts: tuple[list[int], list[int] | None]) -> int:
+            after = text_tokens - text_before
+            return flops.prefill_flops(
+                self.model, n, *counts, text_before=text_before, text_after=after, crops=crops
+            ).total
 
-        def held(counts: list[int], text: int) -> int:
-            return flops.kv_bytes(decoder, n, counts, text_tokens=text, value_bytes=value_bytes)
+        def held(counts: tuple[list[int], list[int] | None], text: int) -> int:
+            return flops.kv_bytes(decoder, n, *counts, text_tokens=text, value_bytes=value_bytes)
 
         return Cost(
             visual_tokens=n,
             text_tokens=text_tokens,
             kept=tuple(self.kept(n)),
-            flops_reduction=flops.visual_flops_reduction(decoder, n, removed),
-            kv_cache_reduction=1 - held(removed, 0) / held(none, 0),
-            mean_visual_tokens=flops.mean_visual_tokens(n, removed),
-            prefill_flops=prefill(removed),
-            dense_prefill_flops=prefill(none),
-            kv_bytes=held(removed, text_tokens),
-            dense_kv_bytes=held(none, text_tokens),
+            flops_reduction=flops.visual_flops_reduction(decoder, n, *pruned),
+            kv_cache_reduction=1 - held(pruned, 0) / held(dense, 0),
+            mean_visual_tokens=flops.mean_visual_tokens(n, *pruned),
+            prefill_flops=prefill(pruned),
+            dense_prefill_flops=prefill(dense),
+            kv_bytes=held(pruned, text_tokens),
+            dense_kv_bytes=held(dense, text_tokens),
         )
 
     @classmethod
@@ -210,6 +233,7 @@ class PruningRecipe:
             "model": self.model.to_dict(),
             "visual_tokens": self.visual_tokens,
             "keep": list(self.keep),
+            **({"enter": list(self.enter)} if self.enter else {}),
             "provenance": dict(self.provenance),
         }
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
@@ -227,17 +251,23 @@ class PruningRecipe:
             raise ValueError(f"recipe is not JSON ({error})") from None
         if not isinstance(data, dict):
             raise ValueError(f"recipe is a JSON {type(data).__name__}: must be an object")
-        known = {"schema", "model", "visual_tokens", "keep", "provenance"}
+        required = {"schema", "model", "visual_tokens", "keep", "provenance"}
+        known = required | {"enter"}
         if type(data.get("schema")) is not int or data["schema"] != SCHEMA:
             raise ValueError(f"schema={data.get('schema')!r}: this version reads schema {SCHEMA}; is it a recipe?")
         if unknown := sorted(set(data) - known):
             raise ValueError(f"unknown key {unknown[0]!r} in recipe: must be among {sorted(known)}; remove it")
-        if missing := sorted(known - set(data)):
+        if missing := sorted(required - set(data)):
             raise ValueError(f"key {missing[0]!r} is missing from the recipe; fit it again")
-        if not isinstance(data["keep"], list) or not isinstance(data["provenance"], dict):
-            raise ValueError("recipe's 'keep' must be a list and 'provenance' an object; fit it again")
+        enter = data.get("enter", [])
+        if (
+            not isinstance(data["keep"], list)
+            or not isinstance(enter, list)
+            or not isinstance(data["provenance"], dict)
+        ):
+            raise ValueError("recipe's 'keep' (and 'enter') must be a list and 'provenance' an object; fit it again")
         model = ModelShape.from_dict(data["model"])
-        return cls(tuple(data["keep"]), model, data["visual_tokens"], data["provenance"])
+        return cls(tuple(data["keep"]), model, data["visual_tokens"], data["provenance"], tuple(enter))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as JSON, whole or not at all.

@@ -25,11 +25,13 @@ import torch
 
 from fitprune import arguments
 from fitprune.adapters import AdaptedModel, encode_images, visual_mask
-from fitprune.attention import ReceivedAttention, received_attention, text_after
+from fitprune.attention import text_after
 from fitprune.cache import adopt, is_pruned, require_plain, require_whole
 from fitprune.hooks import tap_attention
-from fitprune.packing import Forward, Plan
+from fitprune.packing import Forward, Plan, rows_at
 from fitprune.selection import images_of
+from fitprune.views import Attention, Prompt
+from fitprune.vision import Tower, cls_attention, watching
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +52,11 @@ class Remover:
         entered: for each layer, the columns [B, m] that entered it in the last prefill, -1 at padding.
     """
 
-    def __init__(self, adapted: AdaptedModel, plan: Plan, needs_question: bool) -> None:
+    def __init__(self, adapted: AdaptedModel, plan: Plan, needs_question: bool, tower: Tower | None) -> None:
         self.adapted = adapted
         self.plan = plan
         self.needs_question = needs_question
+        self.tower = tower
         self.entered: list[torch.Tensor] = []
         self._names = list(inspect.signature(type(adapted.model).forward).parameters)[1:]
         # By thread, innermost last: a hook may call the model again. None in a call that neither prunes nor continues.
@@ -107,6 +110,7 @@ class Remover:
         column = torch.arange(length, device=visual.device).expand_as(visual)
         prompt = self._uncached_prompt(given, length)
         arguments.require_features(visual, lengths, past)
+        whole = visual
         image = images_of(visual, lengths)
         kept = column
         present = None if valid is None else valid[:, past:]
@@ -117,8 +121,9 @@ class Remover:
             visual, question, "has no text after its last visual token; put the question behind the images"
         )
         predicted = arguments.predicted_rows(given, visual)
+        asked = (column < prompt) & (column < arguments.first_answer(given, visual, predicted))
         if self.needs_question:
-            question = question & (column < prompt) & (column < arguments.first_answer(given, visual, predicted))
+            question = question & asked
             arguments.require_rows(
                 visual,
                 question,
@@ -127,7 +132,14 @@ class Remover:
             )
         else:
             question = torch.zeros_like(question)
-        return Forward(past, length, valid, self.plan(image), kept, image, question), changed
+        prompt_columns = asked if present is None else asked & present
+        seen = Prompt(
+            given.get("input_ids"),
+            prompt_columns,
+            lambda: self._cls_attention({**given, **changed}, whole),
+            self.adapted.decoder.norm,
+        )
+        return Forward(past, length, valid, self.plan(image), seen, kept=kept, image=image, question=question), changed
 
     def _uncached_prompt(self, given: dict[str, Any], length: int) -> int:
         """The length of the prompt, also where the call repeats the last one with one more token.
@@ -147,6 +159,14 @@ class Remover:
         self._uncached[id(images)] = _Uncached(weakref.ref(images), prompt, length)
         return int(prompt.shape[1])
 
+    def _cls_attention(self, given: dict[str, Any], visual: torch.Tensor) -> torch.Tensor:
+        """The [CLS] attention of the call's visual tokens; see `fitprune.vision`."""
+        if self.tower is None:
+            raise ValueError(
+                "the scorer reads [CLS] attention without saying so: make it Scorer(..., reads_vision=True)"
+            )
+        return cls_attention(self.tower, self.adapted, given, visual)
+
     def after_model(self) -> None:
         """Forget this thread's innermost forward, which has ended or died."""
         running = self._forwards.get(threading.get_ident(), [])
@@ -163,16 +183,45 @@ class Remover:
                 "join them before leaving the prune block"
             )
 
-    def before_layer(self, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Cut a layer's arguments to the tokens that reach it."""
+    def before_layer(
+        self, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Cut a layer's input and arguments to the tokens that reach it."""
         state = self._state
         if state is None:
-            return kwargs
+            return hidden, kwargs
         cache = kwargs.get("past_key_values")
         if cache is not None and number == 0 and state.choose is not None:
             adopt(cache, len(self.adapted.layers))
+        if state.choose is not None:
+            state.hidden = hidden
+            ahead = state.view(number, True, hidden.device, lambda: self._attention_ahead(number, hidden, kwargs))
+            if (stays := state.choose(ahead)) is not None:
+                state.leave(stays)
+                state.hidden = hidden = state.drop(hidden)
+            state.previous = None
         layer = None if cache is None else cache.layers[number]
-        return state.enter(layer, hidden, kwargs, self.adapted.decoder.config)
+        return hidden, state.enter(layer, hidden, kwargs, self.adapted.decoder.config)
+
+    def _attention_ahead(self, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Attention:
+        """Compute the queries and keys that a layer would have if no token left before it; the past is left out."""
+        state = self._state
+        assert state is not None
+        layer, given = self.adapted.layers[number], {**kwargs, "past_key_values": None, "attention_mask": None}
+        if state.packed:
+            given |= rows_at(given, state.kept.to(hidden.device).clamp(min=0))
+        state.ahead = []
+        try:
+            with torch.no_grad():
+                layer.self_attn(hidden_states=layer.input_layernorm(hidden), **given)
+            query, key, scaling = state.ahead[0]
+        finally:
+            state.ahead = None
+        present = state.kept.to(hidden.device) >= 0
+        if state.valid is not None:
+            valid = state.valid[:, state.past :].to(hidden.device)
+            present = present & valid.gather(1, state.kept.to(hidden.device).clamp(min=0))
+        return Attention(query, key, scaling, None if bool(present.all()) else present)
 
     def at_attention(self, number: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """Choose, from the layer's own queries and keys, the tokens that stay."""
@@ -184,15 +233,13 @@ class Remover:
         state = self._state
         if state is None or state.choose is None:
             return
-        device = query.device
-        image = state.image.to(device)
-
-        def received() -> ReceivedAttention:
-            valid = None if state.keys_valid is None else state.keys_valid.to(device)
-            return received_attention(query, key, image, state.question.to(device), scaling=scaling, valid=valid)
-
-        stays = state.choose(number, image, received)
-        if stays is not None:
+        if state.ahead is not None:
+            state.ahead.append((query, key, scaling))
+            return
+        valid = None if state.keys_valid is None else state.keys_valid.to(query.device)
+        now = Attention(query, key, scaling, valid)
+        state.previous = view = state.view(number, False, query.device, lambda: now)
+        if (stays := state.choose(view)) is not None:
             state.leave(stays)
 
     def before_mlp(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -209,6 +256,7 @@ class Remover:
         if state is None:
             return output
         hidden = state.drop(output[0] if isinstance(output, tuple) else output)
+        state.hidden = None
         if number == len(self.adapted.layers) - 1:
             hidden = state.to_columns(hidden)
             if state.choose is not None:
@@ -216,23 +264,38 @@ class Remover:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def _enter_layer(
+    remover: Remover, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Call `before_layer` on a layer's arguments, its input by place or by name."""
+    if args:
+        hidden, kwargs = remover.before_layer(number, args[0], kwargs)
+        return (hidden, *args[1:]), kwargs
+    hidden, kwargs = remover.before_layer(number, kwargs["hidden_states"], kwargs)
+    return (), {**kwargs, "hidden_states": hidden}
+
+
 @contextlib.contextmanager
-def removing(adapted: AdaptedModel, plan: Plan, *, needs_question: bool = True) -> Iterator[Remover]:
+def removing(
+    adapted: AdaptedModel, plan: Plan, *, needs_question: bool = True, reads_vision: bool = False
+) -> Iterator[Remover]:
     """Let `plan` remove visual tokens from every prefill of the model, until the block ends.
 
     Args:
         adapted: the model.
         plan: makes, for each prefill, the function that chooses in it.
         needs_question: whether it reads cross attention, so that a prompt without a question is refused.
+        reads_vision: whether it reads the attention of the vision tower's [CLS] token.
 
     Raises:
-        ValueError: the model is pruned or measured already; on a call that cannot be pruned rightly, from that call;
-            at the end, if another thread is inside a call.
+        ValueError: the model is pruned or measured already, or has no [CLS] token to read; on a call that cannot be
+            pruned rightly, from that call; at the end, if another thread is inside a call.
     """
     arguments.require_uncompiled(adapted)
     arguments.require_full_attention(adapted)
-    remover = Remover(adapted, plan, needs_question)
     with contextlib.ExitStack() as stack:
+        tower = stack.enter_context(watching(adapted)) if reads_vision else None
+        remover = Remover(adapted, plan, needs_question, tower)
         stack.callback(remover.require_idle)
         stack.enter_context(tap_attention(adapted, remover.at_attention))
         handles = [
@@ -247,11 +310,7 @@ def removing(adapted: AdaptedModel, plan: Plan, *, needs_question: bool = True) 
         for number, layer in enumerate(adapted.layers):
             handles += [
                 layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, number=number: (
-                        args,
-                        remover.before_layer(number, args[0] if args else kwargs["hidden_states"], kwargs),
-                    ),
-                    with_kwargs=True,
+                    lambda _, args, kwargs, number=number: _enter_layer(remover, number, args, kwargs), with_kwargs=True
                 ),
                 layer.mlp.register_forward_pre_hook(lambda _, args: (remover.before_mlp(args[0]), *args[1:])),
                 layer.mlp.register_forward_hook(lambda _, __, output: remover.after_mlp(output)),

@@ -1,4 +1,7 @@
-"""Scorers: pure functions that rank a layer's visual tokens for removal, lowest first."""
+"""Scorers: pure functions that rank a layer's visual tokens for removal, lowest first.
+
+A scorer looks at a `fitprune.views.LayerView`; shapes as there.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fitprune.attention import ReceivedAttention
+from fitprune.views import LayerView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,35 +19,37 @@ class Scorer:
     """A way to rank visual tokens.
 
     Attributes:
-        score: from received attention to scores [B, N], higher is kept.
+        score: from a layer's view to scores [B, m], higher is kept.
         query_aware: whether it reads cross attention. If not, none is computed, prompts need no question, and what is
             kept does not depend on any: such a cache can serve many questions.
+        reads_vision: whether it reads the attention of the vision tower's [CLS] token.
     """
 
-    score: Callable[[ReceivedAttention], torch.Tensor]
+    score: Callable[[LayerView], torch.Tensor]
     query_aware: bool = True
+    reads_vision: bool = False
 
 
-def self_times_cross(received: ReceivedAttention) -> torch.Tensor:
-    """Score tokens by received self attention x received cross attention, [B, N].
+def self_times_cross(view: LayerView) -> torch.Tensor:
+    """Score tokens by received self attention x received cross attention, [B, m].
 
     Source: arXiv:2409.10197.
     """
-    return received.self_attention * received.cross_attention
+    return view.self_attention * view.cross_attention
 
 
-def self_alone(received: ReceivedAttention) -> torch.Tensor:
-    """Score tokens by received self attention, whatever the question, [B, N].
+def self_alone(view: LayerView) -> torch.Tensor:
+    """Score tokens by received self attention, whatever the question, [B, m].
 
     Source: the self half of arXiv:2409.10197's score.
     """
-    return received.self_attention
+    return view.self_attention
 
 
 SCORERS: dict[str, Scorer] = {"fitprune": Scorer(self_times_cross), "self": Scorer(self_alone, query_aware=False)}
 
 
-def get_scorer(scorer: str | Scorer | Callable[[ReceivedAttention], torch.Tensor]) -> Scorer:
+def get_scorer(scorer: str | Scorer | Callable[[LayerView], torch.Tensor]) -> Scorer:
     """Look a scorer up by name, or take one as it is; a bare function counts as query-aware.
 
     Raises:
@@ -55,7 +60,7 @@ def get_scorer(scorer: str | Scorer | Callable[[ReceivedAttention], torch.Tensor
     if callable(scorer):
         return Scorer(scorer)
     if scorer not in SCORERS:
-        raise ValueError(f"scorer={scorer!r}: must be one of {sorted(SCORERS)} or a function of ReceivedAttention")
+        raise ValueError(f"scorer={scorer!r}: must be one of {sorted(SCORERS)} or a function of LayerView")
     return SCORERS[scorer]
 
 

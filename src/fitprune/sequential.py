@@ -7,7 +7,7 @@ attention is renormalised among those left. The dense totals come from saved sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from fitprune import flops, tokens
 from fitprune.adapters import adapt
-from fitprune.attention import ReceivedAttention
 from fitprune.fitting import TOLERANCE_STEP, checked_budget
 from fitprune.measurement import input_digests, measure, to_model
+from fitprune.packing import Choose
 from fitprune.recipe import PruningRecipe
 from fitprune.removal import removing
 from fitprune.selection import lowest_in_both
 from fitprune.stats import AttentionStats
+from fitprune.views import LayerView
 
 
 def fit_sequential(
@@ -134,17 +135,15 @@ def _totals(stats: AttentionStats) -> list[torch.Tensor]:
     return [part.sum(2) for part in torch.split(pairs, list(stats.visual_tokens), dim=2)]
 
 
-def _within(
-    totals: torch.Tensor, tolerance: float, left: torch.Tensor
-) -> Callable[[int, torch.Tensor, Callable[[], ReceivedAttention]], torch.Tensor | None]:
+def _within(totals: torch.Tensor, tolerance: float, left: torch.Tensor) -> Choose:
     """Choose what leaves within the tolerance, and write down in `left` [layers] how many are left."""
 
-    def choose(layer: int, image: torch.Tensor, received: Callable[[], ReceivedAttention]) -> torch.Tensor | None:
-        visual = image >= 0
-        if not bool(visual.any()):
+    def choose(view: LayerView) -> torch.Tensor | None:
+        visual, layer = view.image >= 0, view.layer
+        if view.before or not bool(visual.any()):
             return None
-        now = received()
-        floor = ((1 - tolerance) * totals[:, layer]).to(image.device)
+        now = view.received
+        floor = ((1 - tolerance) * totals[:, layer]).to(visual.device)
         leaving = lowest_in_both(now.self_attention, now.cross_attention, visual, floor[:1], floor[1:])
         left[layer] = (visual & ~leaving).sum()
         return ~leaving

@@ -6,7 +6,6 @@ after the layer; images differ in token count, so counts are made here and nowhe
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from numbers import Integral
@@ -32,14 +31,8 @@ def kept_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
     return [math.floor(fraction * visual_tokens + 0.5) for fraction in keep]
 
 
-def removed_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
-    """Count the visual tokens that leave at each layer; arguments and errors as for `kept_counts`."""
-    kept = [visual_tokens, *kept_counts(keep, visual_tokens)]
-    return [before - after for before, after in itertools.pairwise(kept)]
-
-
 def keep_fractions(removed: Sequence[int], visual_tokens: int) -> tuple[float, ...]:
-    """Turn removals per layer into the fractions kept after each layer, the inverse of `removed_counts`.
+    """Turn removals per layer into the fractions kept after each layer, the inverse of `PruningRecipe.counts`.
 
     Raises:
         ValueError: a removal is negative, or more tokens leave than there are.

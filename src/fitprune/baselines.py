@@ -1,0 +1,414 @@
+"""Published ways to prune visual tokens, and controls, all as (recipe, scorer) in one engine and solved to one budget.
+
+Each method here is two things: a schedule, which says how many tokens enter and leave each layer for a budget, and a
+scorer, which says which. docs/baselines.md tells for each what was read in its authors' code and what differs.
+
+Shapes: as in `fitprune.views`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fitprune.diversity import dpp_order, least_similar_order, max_min_order
+from fitprune.fitting import Budget, Fitter, give_back
+from fitprune.recipe import PruningRecipe
+from fitprune.scoring import SCORERS, Scorer
+from fitprune.views import LayerView
+
+Counts = tuple[list[int], list[int]]  # tokens that enter each layer, tokens that it keeps
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to prune one model to one budget.
+
+    Attributes:
+        recipe: how many tokens leave, and where.
+        scorer: which.
+    """
+
+    recipe: PruningRecipe
+    scorer: Scorer = SCORERS["fitprune"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """A method before its budget is known.
+
+    Attributes:
+        schedule: (fitter, budget, **parameters) -> counts, and the parameters that were used.
+        scorer: seed -> scorer.
+        source: where it was published.
+        parameters: those that a user may set, with their meaning.
+        seeded: whether the scorer draws at random.
+    """
+
+    schedule: Callable[..., tuple[Counts, dict[str, Any]]]
+    scorer: Callable[[int], Scorer]
+    source: str
+    parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seeded: bool = False
+
+
+def make_method(name: str, fitter: Fitter, budget: Budget, *, seed: int = 0) -> Method:
+    """Solve a method for a budget.
+
+    Args:
+        name: one of `BASELINES`, with parameters as in "fastv:k=1" or "pyramiddrop:shift=-1".
+        fitter: statistics of the model; FitPrune's own recipe comes from them, other methods take sizes only.
+        budget: met to within one token, for images of `fitter.visual_tokens`.
+        seed: of methods that draw at random; others ignore it.
+
+    Raises:
+        ValueError: there is no such method or parameter, or the method cannot meet the budget (the message says why).
+    """
+    base, given = parse_name(name)
+    baseline = BASELINES[base]
+    (entering, kept), used = baseline.schedule(fitter, budget, **given)
+    n, model = fitter.visual_tokens, fitter.stats.model
+    provenance = {
+        "source": baseline.source,
+        "method": name,
+        "budget": {budget.kind: budget.value},
+        "reached": budget.measured(model.decoder, n, kept, entering),
+        **used,
+    }
+    between = entering != [n, *kept[:-1]]
+    recipe = PruningRecipe(
+        tuple(count / n for count in kept),
+        model,
+        n,
+        provenance,
+        tuple(count / n for count in entering) if between else (),
+    )
+    return Method(recipe, baseline.scorer(seed))
+
+
+def parse_name(name: str) -> tuple[str, dict[str, int]]:
+    """Split "fastv:k=1" into a method of BASELINES and its parameters.
+
+    Raises:
+        ValueError: there is no such method or parameter, or its value is no integer.
+    """
+    base, _, rest = name.partition(":")
+    if base not in BASELINES:
+        raise ValueError(f"method {name!r}: must be one of {sorted(BASELINES)}")
+    known, given = BASELINES[base].parameters, {}
+    for part in rest.split(",") if rest else []:
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise ValueError(f"method {name!r}: no parameter {key!r}; must be one of {sorted(known)} as in {base}:k=1")
+        try:
+            given[key] = int(value)
+        except ValueError:
+            raise ValueError(f"method {name!r}: {key}={value!r} must be an integer") from None
+    return base, given
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int | None:
+    """Find the largest count up to `most` that fits; None if not even 0 does. Fewer always fit too."""
+    if not fits(0):
+        return None
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _solve(fitter: Fitter, budget: Budget, counts: Callable[[int], Counts], what: str) -> Counts:
+    """Keep as many tokens as the budget lets, in a schedule that has one count to choose."""
+    decoder, n = fitter.stats.model.decoder, fitter.visual_tokens
+
+    def fits(kept: int) -> bool:
+        entering, after = counts(kept)
+        return budget.met_by(budget.measured(decoder, n, after, entering))
+
+    best = _largest(fits, n)
+    if best is None:
+        entering, after = counts(0)
+        reached = budget.measured(decoder, n, after, entering)
+        raise ValueError(f"{what} reaches {budget.kind}={reached:.4f} at most, not {budget.value}: ask for less")
+    return counts(best)
+
+
+def _inside(fitter: Fitter, layer: int, count: int) -> Counts:
+    """All tokens up to a layer's attention, `count` from its MLP on."""
+    layers, n = fitter.stats.model.decoder.layers, fitter.visual_tokens
+    kept = [n] * layer + [count] * (layers - layer)
+    return [n, *kept[:-1]], kept
+
+
+def _possible(fitter: Fitter, budget: Budget, counts: Callable[[int, int], Counts], first: int, last: int) -> int:
+    """The largest layer up to `first`, at least `last`, at which removing everything meets the budget; else `last`."""
+    decoder, n = fitter.stats.model.decoder, fitter.visual_tokens
+    for layer in range(first, last, -1):
+        entering, kept = counts(layer, 0)
+        if budget.met_by(budget.measured(decoder, n, kept, entering)):
+            return layer
+    return last
+
+
+def _fitted(fitter: Fitter, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+    n = fitter.visual_tokens
+    recipe = fitter.fit(budget)
+    kept = recipe.kept(n)
+    return ([n, *kept[:-1]], kept), {"tolerance": recipe.provenance["tolerance"]}
+
+
+def _uniform(fitter: Fitter, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+    """The same number leaves at every layer, as long as there are any."""
+    decoder, n = fitter.stats.model.decoder, fitter.visual_tokens
+
+    def kept(rate: float) -> list[int]:
+        return [max(0, round(n - (layer + 1) * rate)) for layer in range(decoder.layers)]
+
+    def fits(rate: float) -> bool:
+        return budget.met_by(budget.measured(decoder, n, kept(rate)))
+
+    low, high = 0.0, float(n)
+    if not fits(high):
+        raise ValueError(f"uniform cannot meet {budget.kind}={budget.value}: ask for less")
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    counts = give_back(budget, decoder, n, kept(high))
+    return ([n, *counts[:-1]], counts), {"removed_per_layer": round(high, 2)}
+
+
+def _last_layers(fitter: Fitter, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+    """Everything leaves, as late as the budget lets: in layer k, but for what still fits in one layer more."""
+    layers, n = fitter.stats.model.decoder.layers, fitter.visual_tokens
+    k = _possible(fitter, budget, functools.partial(_inside, fitter), layers - 1, 0)
+
+    def counts(count: int) -> Counts:
+        kept = [n] * k + [count] + [0] * (layers - k - 1)
+        return [n, *kept[:-1]], kept
+
+    return _solve(fitter, budget, counts, "removing everything inside layer 0"), {"k": k + 1}
+
+
+def _fastv(fitter: Fitter, budget: Budget, *, k: int | None = None) -> tuple[Counts, dict[str, Any]]:
+    """One removal, by layer k - 1's attention and inside it: kept tokens have the values of the authors' code."""
+    _require_layer("fastv", k, 1, fitter)
+    at = _possible(fitter, budget, functools.partial(_inside, fitter), 1, 0) if k is None else k - 1
+    counts = _solve(fitter, budget, functools.partial(_inside, fitter, at), f"fastv with k={at + 1}")
+    return counts, {"k": at + 1, "r": round(1 - counts[1][-1] / fitter.visual_tokens, 4)}
+
+
+def _before(fitter: Fitter, layer: int, count: int) -> Counts:
+    """All tokens up to the end of the layer before, `count` from this layer on."""
+    layers, n = fitter.stats.model.decoder.layers, fitter.visual_tokens
+    counts = [n] * layer + [count] * (layers - layer)
+    return counts, counts
+
+
+def _embeddings(name: str, fitter: Fitter, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+    """One removal, before the first layer."""
+    counts = _solve(fitter, budget, functools.partial(_before, fitter, 0), name)
+    return counts, {"kept": counts[0][0]}
+
+
+def _dart(fitter: Fitter, budget: Budget, *, k: int | None = None) -> tuple[Counts, dict[str, Any]]:
+    """One removal before layer k, which needs the keys of the layer before it."""
+    _require_layer("dart", k, 1, fitter)
+    at = _possible(fitter, budget, functools.partial(_before, fitter), 2, 1) if k is None else k
+    return _solve(fitter, budget, functools.partial(_before, fitter, at), f"dart with k={at}"), {"k": at}
+
+
+def _pyramid(fitter: Fitter, budget: Budget, *, shift: int | None = None) -> tuple[Counts, dict[str, Any]]:
+    """Three removals, before the layers at 1/4, 2/4 and 3/4 of the depth, each to the same share of what is there.
+
+    The share meets the budget; the stages move together, earlier or later, to where it is nearest to the authors' 0.5.
+    """
+    decoder, n = fitter.stats.model.decoder, fitter.visual_tokens
+    authors = [round(decoder.layers * part / 4) for part in (1, 2, 3)]
+    shifts = [shift] if shift is not None else range(-authors[0], decoder.layers - authors[-1])
+
+    def counts(stages: Sequence[int], share: float, last: int = 0) -> Counts:
+        left = [int(n * share ** sum(layer >= stage for stage in stages)) for layer in range(decoder.layers)]
+        left = [count + (last if layer >= stages[-1] else 0) for layer, count in enumerate(left)]
+        return left, left
+
+    def fits(made: Counts) -> bool:
+        return budget.met_by(budget.measured(decoder, n, made[1], made[0]))
+
+    found = []
+    for moved in shifts:
+        stages = [stage + moved for stage in authors]
+        if stages[0] < 0 or stages[-1] >= decoder.layers or stages[0] == stages[1] or not fits(counts(stages, 0.0)):
+            continue
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(counts(stages, middle)) else (low, middle)
+        found.append((abs(low - 0.5), moved, stages, low))
+    if not found:
+        raise ValueError(
+            f"pyramiddrop cannot meet {budget.kind}={budget.value} with stages before layers "
+            f"{[s + (shift or 0) for s in authors]} of {decoder.layers}: ask for less, or move them by shift=-1"
+        )
+    _, moved, stages, share = min(found)
+    room = counts(stages, share)[0][stages[-1] - 1] - counts(stages, share)[0][-1]
+    last = _largest(lambda more: fits(counts(stages, share, more)), room) or 0
+    return counts(stages, share, last), {"stages": stages, "share": round(share, 4), "shift": moved}
+
+
+def _require_layer(name: str, k: int | None, least: int, fitter: Fitter) -> None:
+    layers = fitter.stats.model.decoder.layers
+    if k is not None and not least <= k < layers:
+        raise ValueError(f"{name}:k={k}: must be from {least} to {layers - 1}, a layer of the {layers}")
+
+
+def random_scorer(seed: int) -> Scorer:
+    """Rank tokens by chance, anew for each prompt; a token's rank is the same at every layer.
+
+    The draw depends on the seed and the prompt's ids alone, so a row of a batch gives what its sample gives alone.
+    """
+
+    def score(view: LayerView) -> torch.Tensor:
+        longest = int(view.place.max()) + 1
+        # numpy: its streams begin alike whatever their length, so padding changes nothing.
+        drawn = np.stack([np.random.default_rng([seed, number]).random(longest) for number in view.prompt.numbers])
+        return torch.from_numpy(drawn).to(view.place.device).gather(1, view.place)
+
+    return Scorer(score, query_aware=False)
+
+
+def by_last_row(view: LayerView) -> torch.Tensor:
+    """Score tokens by the attention of the prompt's last token, mean over heads, [B, m].
+
+    Source: FastV (arXiv:2403.06764) and PyramidDrop (arXiv:2410.17247).
+    """
+    return view.last_attention
+
+
+def by_place(view: LayerView) -> torch.Tensor:
+    """Score tokens by their place: the first leave first, [B, m]. For methods that do not rank."""
+    return view.place.float()
+
+
+def by_cls(view: LayerView) -> torch.Tensor:
+    """Score tokens by the attention of the vision tower's [CLS] token, [B, m].
+
+    Source: the dominant tokens of VisionZip (arXiv:2412.04467).
+    """
+    return view.cls_attention
+
+
+def by_max_min(view: LayerView) -> torch.Tensor:
+    """Score tokens by when DivPrune picks them, the first highest, [B, m]."""
+    return _by_order(view, lambda b, rows, count: max_min_order(view.hidden[b, rows], count))
+
+
+def by_dpp(view: LayerView) -> torch.Tensor:
+    """Score tokens by when CDPruner picks them, the first highest, [B, m].
+
+    Relevance is the cosine between a visual token and the question's embeddings, scaled to 0..1 within the image.
+
+    Source: CDPruner (arXiv:2506.10967). Differs from the authors' code: their relevance is the negated cosine in CLIP's
+    joint space, which needs a text tower that LLaVA models in transformers do not hold.
+    """
+
+    def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
+        unit = F.normalize(view.hidden[b, rows].float(), dim=1)
+        words = F.normalize(view.hidden[b, view.question[b]].float(), dim=1)
+        relevance = (unit @ words.T).mean(1)
+        relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min()).clamp(min=1e-6)
+        return dpp_order(relevance[:, None] * (unit @ unit.T) * relevance[None], count)
+
+    return _by_order(view, order)
+
+
+def by_duplication(view: LayerView) -> torch.Tensor:
+    """Score tokens by when DART picks them, the first highest, [B, m].
+
+    Pivots are the four visual tokens and the four question tokens with the largest keys (L1 norm, in the layer before);
+    picked are, pivot by pivot, the tokens least similar to it (cosine of the normed hidden states).
+
+    Raises:
+        ValueError: tokens left in the layer before, or there is none.
+
+    Source: DART (arXiv:2502.11494) and its authors' code. Differs from it: pivots take turns in falling order of their
+    keys, not in the order of a Python set.
+    """
+    previous = view.previous
+    if previous is None:
+        raise ValueError("dart reads the keys of the layer before: remove before a layer from 1 on, and only there")
+    size = previous.keys.float().abs().sum(2)
+    hidden = view.prompt.norm(view.hidden)
+
+    def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
+        asked = view.question[b].nonzero()[:, 0]
+        largest = [part[size[b, part].argsort(descending=True, stable=True)[:4]] for part in (rows, asked)]
+        first = torch.isin(rows, largest[0])
+        place = {int(row): number for number, row in enumerate(rows)}
+        own = torch.tensor([place[int(row)] for row in largest[0]], device=rows.device)
+        by_pivot = torch.cat([own, (~first).nonzero()[:, 0]])  # the pivots, then the others
+        features = hidden[b, rows[by_pivot]]
+        picked = least_similar_order(features, hidden[b, torch.cat(largest)], len(own), count)
+        return by_pivot[picked]
+
+    return _by_order(view, order)
+
+
+def _by_order(view: LayerView, order: Callable[[int, torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+    """Turn orders of picking into scores; `order` takes sample, rows and count, and gives places among the rows."""
+    score = torch.zeros(view.image.shape, device=view.image.device)
+    for b, counts in enumerate(view.left.tolist()):
+        for group, count in enumerate(counts):
+            rows = (view.group[b] == group).nonzero()[:, 0]
+            if 0 < count < len(rows):
+                picked = rows[order(b, rows, count)]
+                score[b, picked] = torch.arange(count, 0, -1, device=score.device, dtype=score.dtype)
+    return score
+
+
+def _fixed(scorer: Callable[[LayerView], torch.Tensor], **options: bool) -> Callable[[int], Scorer]:
+    return lambda _: Scorer(scorer, **options)
+
+
+def _fitprune_scorer(_: int) -> Scorer:
+    return SCORERS["fitprune"]
+
+
+_K = {"k": "the first layer that sees fewer tokens, from 1; by default 2, or 1 where 2 cannot meet the budget"}
+
+BASELINES: dict[str, Baseline] = {
+    "fitprune": Baseline(_fitted, _fitprune_scorer, "FitPrune, arXiv:2409.10197"),
+    "random": Baseline(_fitted, random_scorer, "control: FitPrune's counts, tokens by chance", seeded=True),
+    "random-input": Baseline(
+        functools.partial(_embeddings, "random-input"),
+        random_scorer,
+        "control: tokens by chance before the decoder",
+        seeded=True,
+    ),
+    "uniform": Baseline(_uniform, _fitprune_scorer, "control: as many at each layer, FitPrune's scores"),
+    "last-layer-first": Baseline(_last_layers, _fitprune_scorer, "control: as late as possible, FitPrune's scores"),
+    "fastv": Baseline(_fastv, _fixed(by_last_row), "FastV, arXiv:2403.06764", _K),
+    "pyramiddrop": Baseline(
+        _pyramid,
+        _fixed(by_last_row),
+        "PyramidDrop, arXiv:2410.17247",
+        {"shift": "layers by which the stages move from 1/4, 2/4 and 3/4 of the depth"},
+    ),
+    "vtw": Baseline(_last_layers, _fixed(by_place, query_aware=False), "VTW, arXiv:2405.05803"),
+    "divprune": Baseline(
+        functools.partial(_embeddings, "divprune"), _fixed(by_max_min, query_aware=False), "DivPrune, arXiv:2503.02175"
+    ),
+    "cdpruner": Baseline(functools.partial(_embeddings, "cdpruner"), _fixed(by_dpp), "CDPruner, arXiv:2506.10967"),
+    "dart": Baseline(_dart, _fixed(by_duplication), "DART, arXiv:2502.11494", _K),
+    "visionzip": Baseline(
+        functools.partial(_embeddings, "visionzip"),
+        _fixed(by_cls, query_aware=False, reads_vision=True),
+        "VisionZip (dominant tokens), arXiv:2412.04467",
+    ),
+}

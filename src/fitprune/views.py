@@ -1,0 +1,150 @@
+"""What a scorer may look at: one place of a running prefill where tokens leave. What costs is computed when asked for.
+
+Shapes: B batch, Q columns of the prompt (the past excluded), m rows present, d hidden size, H query heads, G key/value
+heads, D head size, P keys of the past.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+
+import torch
+
+from fitprune.attention import ReceivedAttention, last_row_attention, received_attention
+
+
+@dataclasses.dataclass
+class Prompt:
+    """The whole prefill that layers are views of.
+
+    Attributes:
+        ids: [B, Q] int64; None where the call gave embeddings.
+        valid: [B, Q] bool, False at padding, and at what is no prompt: a draft, a given answer.
+        vision: gives [B, Q], the attention that the vision tower's [CLS] token pays to each visual token; 0 for text.
+        norm: the decoder's final norm.
+    """
+
+    ids: torch.Tensor | None
+    valid: torch.Tensor
+    vision: Callable[[], torch.Tensor]
+    norm: Callable[[torch.Tensor], torch.Tensor]
+
+    @functools.cached_property
+    def places(self) -> torch.Tensor:
+        """[B, Q] place of each column in its own sample's prompt, from 0, whatever the padding."""
+        return (self.valid.long().cumsum(1) - 1).clamp(min=0)
+
+    @functools.cached_property
+    def numbers(self) -> list[int]:
+        """For each sample a number that its prompt's ids alone decide.
+
+        Raises:
+            ValueError: the call gave embeddings instead of ids.
+        """
+        if self.ids is None:
+            raise ValueError("the scorer tells samples apart by input_ids, but inputs_embeds are given: pass input_ids")
+        rows = zip(self.ids.cpu(), self.valid.cpu(), strict=True)
+        return [zlib.crc32(ids[valid].numpy().tobytes()) for ids, valid in rows]
+
+    @functools.cached_property
+    def cls_attention(self) -> torch.Tensor:
+        """[B, Q] attention that the vision tower's [CLS] token pays to each visual token; 0 for text."""
+        return self.vision()
+
+
+@dataclasses.dataclass
+class Attention:
+    """Queries and keys of one attention call.
+
+    Attributes:
+        query: [B, H, m, D] after rotary embedding.
+        key: [B, G, P + m, D] after rotary embedding.
+        scaling: factor on the query-key products.
+        valid: [B, P + m] bool, False at keys that are padding; None where there is none.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scaling: float
+    valid: torch.Tensor | None
+
+
+@dataclasses.dataclass
+class LayerView:
+    """One place where tokens leave: inside a layer, after its attention, or before it.
+
+    Attributes:
+        layer: number of the decoder layer.
+        before: whether the tokens leave before the layer instead of inside it.
+        image: [B, m] int64, number of the image that each row belongs to, -1 for text and padding.
+        question: [B, m] bool, rows of the question; none where the scorer reads no question.
+        column: [B, m] int64, column of each row in the prompt; -1 at padding.
+        hidden: [B, m, d], the layer's input; before the first layer, the embeddings.
+        prompt: the whole prefill.
+        attention: gives the layer's queries and keys; before the layer they are computed ahead, without the past.
+        previous: the view inside the layer before, where tokens leave before this one and it had the same rows.
+        group: [B, m] int64, as `image`, but all images of a sample are one where they compete with each other.
+        left: [B, groups] int64, tokens that each group is to keep.
+    """
+
+    layer: int
+    before: bool
+    image: torch.Tensor
+    question: torch.Tensor
+    column: torch.Tensor
+    hidden: torch.Tensor
+    prompt: Prompt
+    attention: Callable[[], Attention]
+    previous: LayerView | None = None
+    group: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    left: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    @functools.cached_property
+    def states(self) -> Attention:
+        """The layer's queries and keys."""
+        return self.attention()
+
+    @functools.cached_property
+    def received(self) -> ReceivedAttention:
+        """Attention that the visual tokens receive in this layer, maximum over heads."""
+        at = self.states
+        return received_attention(at.query, at.key, self.image, self.question, scaling=at.scaling, valid=at.valid)
+
+    @property
+    def self_attention(self) -> torch.Tensor:
+        """[B, m] received self attention; see `ReceivedAttention`."""
+        return self.received.self_attention
+
+    @property
+    def cross_attention(self) -> torch.Tensor:
+        """[B, m] received cross attention; see `ReceivedAttention`."""
+        return self.received.cross_attention
+
+    @functools.cached_property
+    def last_attention(self) -> torch.Tensor:
+        """[B, m] attention that the question's last row pays to each visual token, mean over heads."""
+        at = self.states
+        return last_row_attention(at.query, at.key, self.image, self.question, scaling=at.scaling, valid=at.valid)
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """[B, m, G * D] keys of the rows present, after rotary embedding, heads joined."""
+        key = self.states.key
+        return key[:, :, key.shape[2] - self.image.shape[1] :].transpose(1, 2).flatten(2)
+
+    @property
+    def place(self) -> torch.Tensor:
+        """[B, m] place of each row in its own sample's prompt, from 0, whatever the padding."""
+        return self._at_columns(self.prompt.places)
+
+    @property
+    def cls_attention(self) -> torch.Tensor:
+        """[B, m] attention that the vision tower's [CLS] token pays to each visual token, mean over heads."""
+        return self._at_columns(self.prompt.cls_attention)
+
+    def _at_columns(self, values: torch.Tensor) -> torch.Tensor:
+        """Take each row's value of [B, Q]; what padding gets means nothing."""
+        return values.to(self.column.device).gather(1, self.column.clamp(min=0))
