@@ -9,15 +9,15 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "files", "diversity"},
-    {"recipe", "attention", "selection", "stats", "calibration", "embedded", "adapters", "cache"},
+    {"tokens", "flops", "files", "diversity", "processes"},
+    {"recipe", "journal", "results", "attention", "selection", "stats", "calibration", "embedded", "adapters", "cache"},
     {"fitting", "hooks", "batches", "arguments", "views", "vision"},
     {"scoring", "packing", "measurement"},
     {"removal"},
     {"pruning", "sequential"},
     {"baselines", "benchmark", "figures"},
     {"evaluation"},
-    {"demo"},
+    {"demo", "report"},
     {"cli", "__init__"},
 ]
 SOURCE = Path(fitprune.__file__).parent

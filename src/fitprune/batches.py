@@ -1,11 +1,9 @@
-"""From samples to the batches that models take: prompts, padding, groups of equal shape. Knows processors, no model."""
+"""From samples to the batches that models take: prompts and padding. Knows processors, no model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
-
-import torch
 
 from fitprune.calibration import Sample
 
@@ -80,34 +78,6 @@ def make_batches(
         )
         for chunk in _chunks(samples, batch_size)
     )
-
-
-def equal_batches(
-    samples: Sequence[Sample],
-    processor: Any,
-    *,
-    batch_size: int = 1,
-    prompt_template: str | None = None,
-) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
-    """Batch samples whose inputs have the same shape, so that nothing is padded and every row equals its sample alone.
-
-    Samples are prepared in windows of 32 batches and grouped within each, so memory stays bounded.
-
-    Yields:
-        Indices into `samples`, and their batch.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1")
-    for start in range(0, len(samples), 32 * batch_size):
-        window = samples[start : start + 32 * batch_size]
-        groups: dict[tuple[Any, ...], list[tuple[int, Mapping[str, Any]]]] = {}
-        for offset, single in enumerate(make_batches(window, processor, prompt_template=prompt_template)):
-            visual = int((single["input_ids"] == getattr(processor, "image_token_id", None)).sum())
-            shape = (visual, *((name, tuple(value.shape)) for name, value in single.items()))
-            groups.setdefault(shape, []).append((start + offset, single))
-        for group in groups.values():
-            for chunk in _chunks(group, batch_size):
-                yield [i for i, _ in chunk], {name: torch.cat([one[name] for _, one in chunk]) for name in chunk[0][1]}
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        more = "; run the same command again to go on" if args.run is _measure else ""
+        more = "; run the same command again to go on" if args.run in (_measure, _evaluate) else ""
         print(f"fitprune: interrupted{more}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -37,13 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace) -> None:
     from fitprune.batches import make_batches
-    from fitprune.calibration import load_samples
     from fitprune.measurement import forget_parts, measure
 
     files.require_writable(args.output)
-    samples = load_samples(
-        _data(args), args.image_folder, samples=args.samples, seed=args.seed, skip_bad=args.skip_bad
-    )  # before the model: bad data is found in seconds
+    samples = [
+        sample for task in _samples(args).values() for sample in task
+    ]  # before the model: bad data is found soon
     model, processor = _load(args)
     stats = measure(
         model,
@@ -114,27 +113,61 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from fitprune.calibration import load_samples
-    from fitprune.evaluation import evaluate, table
+    from fitprune.baselines import Method
+    from fitprune.evaluation import Entry, evaluate
+    from fitprune.results import beside, table
 
     files.require_writable(args.output)
-    recipes = {Path(name).stem if Path(name).exists() else name: _recipe(name) for name in args.recipe}
-    if len(recipes) < len(args.recipe):
+    recipes = {Path(name).stem if Path(name).exists() else name: _recipe(name) for name in args.recipe or []}
+    if len(recipes) < len(args.recipe or []):
         raise ValueError(f"--recipe {' '.join(args.recipe)}: two files have the same name; rename one")
-    samples = load_samples(_data(args), args.image_folder, samples=args.samples, seed=args.seed, skip_bad=args.skip_bad)
+    solved, skipped = _solved(args)
+    entries = [*(Entry(name, Method(recipe)) for name, recipe in recipes.items()), *solved]
+    tasks = _samples(args)
     model, processor = _load(args)
     results = evaluate(
         model,
         processor,
-        samples,
-        recipes,
+        tasks,
+        entries,
+        journal=beside(args.output, "samples.jsonl"),
+        skipped=skipped,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         prompt_template=args.prompt_template,
+        timed_batches=args.timed_batches,
+        examples=args.examples,
         progress=True,
     )
-    results.save(args.output)
-    print(table(results))
+    if results.rows:  # one of several processes has them
+        results.save(args.output)
+        print(table(results))
+
+
+def _solved(args: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Solve --methods for --flops-reduction; also says what cannot be solved."""
+    from fitprune.baselines import BASELINES
+    from fitprune.evaluation import entries_for
+    from fitprune.fitting import Fitter
+    from fitprune.stats import AttentionStats
+
+    if not args.methods and not args.flops_reduction:
+        return [], []
+    if not args.flops_reduction or not args.stats:
+        missing = "--flops-reduction" if not args.flops_reduction else "--stats"
+        raise ValueError(f"--methods are solved for budgets from statistics: {missing} is missing")
+    names = [n for name in args.methods or ["fitprune"] for n in (BASELINES if name == "all" else [name])]
+    if len(set(names)) < len(names) or len(set(args.flops_reduction)) < len(args.flops_reduction):
+        raise ValueError(f"--methods {' '.join(names)} --flops-reduction {args.flops_reduction}: one stands twice")
+    return entries_for(names, Fitter(AttentionStats.load(args.stats)), args.flops_reduction, args.seeds)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from fitprune.report import write_report
+    from fitprune.results import Results
+
+    write_report(Results.load(args.results), args.output)
+    print(args.output)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -176,10 +209,15 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(name)
 
 
-def _data(args: argparse.Namespace) -> str:
+def _samples(args: argparse.Namespace) -> dict[str, Any]:
+    """Read every --data: its name -> its samples."""
     from fitprune import embedded
+    from fitprune.calibration import load_samples
 
-    return embedded.resolve(args.data)
+    if len(set(args.data)) < len(args.data):
+        raise ValueError(f"--data {' '.join(args.data)}: one stands twice")
+    options = {"samples": args.samples, "seed": args.seed, "skip_bad": args.skip_bad}
+    return {name: load_samples(embedded.resolve(name), args.image_folder, **options) for name in args.data}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -212,10 +250,12 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     def add_data(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--data", required=True, help="question JSONL, LLaVA JSON, dataset folder or hub name; "
-                          "'digit-scenes/calibration' and 'digit-scenes/test' are embedded")  # fmt: skip
+        made.add_argument(
+            "--data", required=True, nargs="+", help="question JSONL, LLaVA JSON, dataset folders or hub names; "
+            "embedded are digit-scenes/calibration, digit-scenes/test and the same of digit-details",
+        )  # fmt: skip
         made.add_argument("--image-folder", help="where the images' names begin (default: beside the data)")
-        made.add_argument("--samples", type=_positive, help="draw so many samples (default: all)")
+        made.add_argument("--samples", type=_positive, help="draw so many samples of each (default: all)")
         made.add_argument("--seed", type=int, default=0, help="seed of the draw")
         made.add_argument("--skip-bad", action="store_true", help="leave unusable entries out instead of stopping")
 
@@ -268,17 +308,35 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--max-new-tokens", type=_positive, default=64)
 
     made = command(
-        "evaluate", _evaluate, "compare recipes with the dense model on questions",
-        "fitprune evaluate digit-scenes --data digit-scenes/test --recipe recipes/*.json -o results.json",
+        "evaluate", _evaluate, "compare recipes and published methods with the dense model on questions",
+        "fitprune evaluate digit-scenes --data digit-scenes/test --methods all --flops-reduction 0.4 0.6 0.8 "
+        "--stats stats.safetensors -o results.json",
     )  # fmt: skip
     add_model(made)
     add_data(made)
+    made.add_argument("--recipe", nargs="+", help="recipe files, or published ones such as llava-1.5-7b:60")
     made.add_argument(
-        "--recipe", required=True, nargs="+", help="recipe files, or published ones such as llava-1.5-7b:60"
-    )
-    made.add_argument("-o", "--output", required=True, help="results file to write")
+        "--methods", nargs="+", help="methods solved for each budget: all, or names such as fitprune random fastv:k=1 "
+        "(docs/baselines.md; default: fitprune)",
+    )  # fmt: skip
+    made.add_argument("--flops-reduction", type=float, nargs="+", help="budgets: fractions of visual FLOPs to remove")
+    made.add_argument("--stats", help="statistics that methods are solved with; made by 'fitprune measure'")
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of methods that draw at random")
+    made.add_argument(
+        "-o", "--output", required=True, help="results file to write; each sample's answers go beside it, and a run "
+        "that was killed goes on from them",
+    )  # fmt: skip
     made.add_argument("--batch-size", type=_positive, default=8)
     made.add_argument("--max-new-tokens", type=_positive, default=16)
+    made.add_argument("--timed-batches", type=int, default=1, help="batches of each task that are timed (0: none)")
+    made.add_argument("--examples", type=int, default=8, help="samples shown with picture and kept tokens")
+
+    made = command(
+        "report", _report, "make one self-contained HTML page of results",
+        "fitprune report results.json -o report.html",
+    )  # fmt: skip
+    made.add_argument("results", metavar="RESULTS", help="file made by 'fitprune evaluate'")
+    made.add_argument("-o", "--output", required=True, help="HTML file to write")
 
     made = command(
         "demo", _demo, "measure, fit and evaluate the embedded model: the whole way in one command",

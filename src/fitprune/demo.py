@@ -11,11 +11,12 @@ from fitprune import embedded, files
 from fitprune.adapters import adapt, visual_mask
 from fitprune.batches import make_batches
 from fitprune.calibration import Sample, load_samples
-from fitprune.evaluation import evaluate, kind_table, table
+from fitprune.evaluation import evaluate
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.measurement import measure
 from fitprune.pruning import kept_positions
 from fitprune.recipe import PruningRecipe
+from fitprune.results import kind_table, table
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
 PICTURED = (0, 1, 6, 7)  # test samples with different kinds of question

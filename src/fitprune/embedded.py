@@ -1,22 +1,22 @@
-"""The model and the data that ship with the package: digit scenes."""
+"""The model and the data that ship with the package: digit scenes, and digit details to test what pruning breaks."""
 
 from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
 
-NAME = "digit-scenes"
+MODEL = "digit-scenes"
+DATA = tuple(f"{name}/{part}" for name in ("digit-scenes", "digit-details") for part in ("calibration", "test"))
 
 
 def resolve(name: str) -> str:
-    """Turn "digit-scenes", "digit-scenes/calibration" or "digit-scenes/test" into a folder; other names stay.
+    """Turn the name of the embedded model or of embedded data (`MODEL`, `DATA`) into a folder; other names stay."""
+    if (name != MODEL and name not in DATA) or Path(name).exists():
+        return name
+    family, _, part = name.partition("/")
+    return str(folder(part or "model", family))
 
-    The first is the embedded model, the others are the embedded question sets.
-    """
-    parts = {NAME: "model", f"{NAME}/calibration": "calibration", f"{NAME}/test": "test"}
-    return str(folder(parts[name])) if name in parts and not Path(name).exists() else name
 
-
-def folder(part: str) -> Path:
+def folder(part: str, family: str = MODEL) -> Path:
     """Give the folder of "model", "calibration" or "test"."""
-    return Path(str(importlib.resources.files("fitprune").joinpath("data", "digit_scenes", part)))
+    return Path(str(importlib.resources.files("fitprune").joinpath("data", family.replace("-", "_"), part)))

@@ -1,212 +1,499 @@
-"""`evaluate`: what recipes cost and what they keep, against the dense model on the same questions."""
+"""`evaluate`: what pruning methods cost and what they keep, against the dense model on the same questions.
+
+Every method answers every question greedily, batch by batch; each sample's answers go to a journal at once, so that a
+killed run continues. Figures are made from the journal at the end: they do not depend on how often it was killed, or on
+how many processes ran.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from fitprune import files
+from fitprune import results as figures
 from fitprune.adapters import adapt, visual_mask
-from fitprune.batches import equal_batches
-from fitprune.benchmark import prefill_seconds, time_ratios
+from fitprune.baselines import BASELINES, Method, make_method, parse_name
+from fitprune.batches import make_batches
+from fitprune.benchmark import decode_seconds, prefill_seconds, time_ratios
 from fitprune.calibration import Sample
+from fitprune.fitting import Fitter, checked_budget
+from fitprune.flops import ModelShape
+from fitprune.journal import Journal, Record
 from fitprune.measurement import provenance_of, to_model
-from fitprune.pruning import prune
+from fitprune.processes import Processes
+from fitprune.pruning import kept_positions, prune
 from fitprune.recipe import Cost, PruningRecipe
+from fitprune.results import DENSE, Best, Bootstrap, Results, Row, interval
 
-SCHEMA = 1
-DENSE = "dense"
+PICTURE = 288  # longest side of an example's picture, pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One recipe's figures over all samples.
+class Entry:
+    """One column of an evaluation.
 
     Attributes:
-        name: the recipe's name; "dense" is the model without pruning.
-        accuracy: fraction of the samples with answers that are answered right; None where the data has no answers.
-        agreement: fraction of all samples answered as the dense model answers.
-        accuracy_by_kind: accuracy for each kind of question.
-        cost: figures of the cost model, for the first sample's token counts.
-        prefill_time_ratio: measured prefill time against dense in the same run; None where it was not timed.
+        name: the method's name, the same for all its budgets and seeds.
+        method: recipe and scorer.
+        budget: what was asked for; None for a recipe given as such.
+        seed: of a method that draws at random; None for others.
     """
 
     name: str
-    accuracy: float | None
-    agreement: float
-    accuracy_by_kind: dict[str, float]
-    cost: Cost
-    prefill_time_ratio: float | None
+    method: Method
+    budget: float | None = None
+    seed: int | None = None
 
-
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """What `evaluate` found.
-
-    Attributes:
-        rows: dense first, then one for each recipe.
-        answers: for each sample, its id, question, accepted answers, and the answer under each row's name.
-        provenance: model, versions and sizes.
-    """
-
-    rows: tuple[Row, ...]
-    answers: tuple[dict[str, Any], ...]
-    provenance: Mapping[str, Any]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the results as JSON, whole or not at all.
-
-        Raises:
-            OSError: `path` cannot be written.
-        """
-        data = {
-            "schema": SCHEMA,
-            "provenance": dict(self.provenance),
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-            "answers": list(self.answers),
-        }
-        with files.replacing(path) as temporary:
-            temporary.write_text(json.dumps(data, indent=1) + "\n")
+    @property
+    def label(self) -> str:
+        """Name, budget and seed in one."""
+        return figures.label(self.name, self.budget) + ("" if self.seed is None else f" seed {self.seed}")
 
 
 def evaluate(
     model: Any,
     processor: Any,
-    samples: Sequence[Sample],
-    recipes: Mapping[str, PruningRecipe],
+    samples: Sequence[Sample] | Mapping[str, Sequence[Sample]],
+    methods: Mapping[str, PruningRecipe] | Sequence[Entry],
     *,
+    journal: str | os.PathLike[str] | None = None,
+    skipped: Sequence[Mapping[str, Any]] = (),
     batch_size: int = 8,
     max_new_tokens: int = 16,
     prompt_template: str | None = None,
-    timed_batches: int = 3,
+    timed_batches: int = 1,
+    examples: int = 0,
     progress: bool = False,
 ) -> Results:
-    """Answer every question with the dense model and with each recipe, greedily.
+    """Answer every question with the dense model and with each method, greedily, and compare.
 
-    An answer is right if, stripped and in lower case, it is one of the accepted ones.
+    An answer is right if, stripped and in lower case, it is one of the accepted ones. Under accelerate or torchrun the
+    processes share the batches; the results are those of one process.
 
     Args:
         model: a supported `...ForConditionalGeneration` model.
         processor: its processor.
-        samples: questions; accuracy needs answers, agreement does not.
-        recipes: name -> recipe.
-        batch_size: samples in a batch; only samples of one shape share a batch.
+        samples: questions, or task name -> questions; accuracy needs answers, agreement does not.
+        methods: name -> recipe (FitPrune's scores are used), or entries as `entries_for` makes them.
+        journal: file for each sample's answers; a run that was killed goes on from it. None keeps nothing.
+        skipped: methods that could not be solved for a budget; passed on to the results.
+        batch_size: samples in a batch.
         max_new_tokens: longest answer.
         prompt_template: see `fitprune.batches.format_prompt`.
-        timed_batches: batches whose prefill is timed, dense and pruned in turn; 0 for none.
+        timed_batches: batches of each task whose prefill and decoding are timed, methods in turn; 0 for none.
+        examples: samples, of different kinds, whose picture and kept tokens go into the results.
         progress: show a progress bar.
 
+    Returns:
+        The results; in a process other than the first, without rows.
+
     Raises:
-        ValueError: there is no sample, a recipe is called "dense" or is of another model, or an image is bad.
+        ValueError: there is no sample, a method is called "dense" or stands twice or is of another model, the journal
+            is of another run, or an image is bad.
     """
-    if not samples:
-        raise ValueError("samples is empty: there must be at least one question to evaluate")
-    if DENSE in recipes:
-        raise ValueError(f"recipes has a recipe named {DENSE!r}: that name stands for the model without pruning")
+    tasks = dict(samples) if isinstance(samples, Mapping) else {"questions": samples}
+    entries = (
+        [Entry(name, Method(recipe)) for name, recipe in methods.items()] if isinstance(methods, Mapping) else methods
+    )
     adapted = adapt(model)
-    for name, recipe in recipes.items():
-        recipe.model.require_same(adapted.shape, what=f"recipe {name!r}")
-    columns: dict[str, PruningRecipe | None] = {DENSE: None, **recipes}
-    said: dict[str, dict[int, str]] = {name: {} for name in columns}
-    seconds: list[list[float]] = [[] for _ in columns]
-    sizes: tuple[int, int, int, int] | None = None
-    batches = equal_batches(samples, processor, batch_size=batch_size, prompt_template=prompt_template)
-    with tqdm(total=len(samples), desc="evaluate", unit="question", disable=not progress) as bar:
-        for number, (indices, batch) in enumerate(batches):
-            inputs = to_model(batch, model)
-            if sizes is None:
-                sizes = _sizes(visual_mask(adapted, inputs["input_ids"])[0], inputs)
-            for name, used in columns.items():
-                context = contextlib.nullcontext() if used is None else prune(model, used)
-                with torch.inference_mode(), context:
-                    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-                texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                said[name].update({i: text.strip() for i, text in zip(indices, texts, strict=True)})
-            if number < timed_batches:
-                for kept, new in zip(seconds, prefill_seconds(model, inputs, list(columns.values())), strict=True):
-                    kept += new
-            bar.update(len(indices))
-    assert sizes is not None
-    ratios: Sequence[float | None] = time_ratios(seconds) if seconds[0] else [None] * len(columns)
-    rows = []
-    for (name, used), ratio in zip(columns.items(), ratios, strict=True):
-        priced = used or PruningRecipe.dense(adapted.shape, sizes[0])
-        cost = priced.cost(
-            visual_tokens=sizes[0], text_before=sizes[1], text_tokens=sizes[2], crops=sizes[3],
-            value_bytes=model.dtype.itemsize,
-        )  # fmt: skip
-        accuracy, by_kind = _accuracy(samples, said[name])
-        agreement = sum(said[name][i] == said[DENSE][i] for i in range(len(samples))) / len(samples)
-        rows.append(Row(name, accuracy, agreement, by_kind, cost, ratio))
-    answers = tuple(
+    _require_sound(tasks, entries, adapted.shape)
+    processes = Processes()
+    run = _run_of(model, tasks, entries, batch_size, max_new_tokens, prompt_template)
+    book = Journal(journal, run, processes.rank) if journal is not None else None
+    records = book.done() if book else {}
+    processes.wait()  # all have read before any writes
+    if book:
+        book.open()
+    plan = _batches(tasks, batch_size)
+    todo = [batch for batch in plan if not all(place in records for place, _, _ in batch)]
+    total = sum(map(len, plan))
+    with tqdm(total=total, desc="evaluate", unit="question", disable=not progress or processes.rank > 0) as bar:
+        bar.update(total - sum(map(len, todo)))
+        for batch in todo[processes.rank :: processes.count]:
+            said = _answer(model, processor, batch, entries, max_new_tokens, prompt_template)
+            records.update({record["place"]: record for record in said})
+            if book:
+                book.append(said)
+            bar.update(len(batch))
+    processes.wait()
+    if processes.rank > 0:
+        return Results(())
+    if book:
+        records = book.done()
+        book.finish([records[place] for place in range(total)])
+    ordered = [records[place] for place in range(total)]
+    timings = _timings(model, processor, tasks, entries, batch_size, prompt_template, timed_batches)
+    return Results(
+        rows=tuple(_rows(adapted.shape, tasks, entries, ordered, model.dtype.itemsize)),
+        best=tuple(_best(tasks, entries, ordered)),
+        skipped=tuple(dict(entry) for entry in skipped),
+        recipes={entry.label: json.loads(entry.method.recipe.to_json()) for entry in entries if not entry.seed},
+        examples=tuple(_examples(model, processor, tasks, entries, ordered, examples, prompt_template)),
+        provenance={name: value for name, value in run.items() if name != "entries"},
+        answers=tuple(ordered),
+        timings=timings,
+    )
+
+
+def entries_for(
+    names: Sequence[str], fitter: Fitter, budgets: Sequence[float], seeds: Sequence[int] = (0,)
+) -> tuple[list[Entry], list[dict[str, Any]]]:
+    """Solve methods for budgets.
+
+    Args:
+        names: methods, as `fitprune.baselines.make_method` takes them.
+        fitter: statistics of the model.
+        budgets: fractions of visual-token FLOPs to remove.
+        seeds: for methods that draw at random.
+
+    Returns:
+        The entries, and for each method that cannot meet a budget: method, budget and reason.
+
+    Raises:
+        ValueError: there is no such method or parameter, or a budget is out of range.
+    """
+    entries: list[Entry] = []
+    skipped: list[dict[str, Any]] = []
+    for name in names:
+        seeded = BASELINES[parse_name(name)[0]].seeded
+        for budget in budgets:
+            stated = checked_budget("flops_reduction", budget)
+            try:
+                for seed in seeds if seeded else (0,):
+                    method = make_method(name, fitter, stated, seed=seed)
+                    entries.append(Entry(name, method, budget, seed if seeded else None))
+            except ValueError as error:
+                skipped.append({"method": name, "budget": budget, "reason": str(error)})
+    return entries, skipped
+
+
+def _require_sound(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entry], shape: ModelShape) -> None:
+    """Refuse what would be found out late."""
+    if not tasks or not all(tasks.values()):
+        empty = [name for name, samples in tasks.items() if not samples]
+        raise ValueError(f"samples is empty ({', '.join(empty) or 'no task'}): there must be at least one question")
+    labels = [DENSE, *(entry.label for entry in entries)]
+    if twice := sorted({name for name in labels if labels.count(name) > 1}):
+        raise ValueError(f"methods has {twice[0]!r} twice ({DENSE!r} is the model without pruning): rename one")
+    for entry in entries:
+        entry.method.recipe.model.require_same(shape, what=f"recipe {entry.label!r}")
+
+
+def _run_of(
+    model: Any,
+    tasks: Mapping[str, Sequence[Sample]],
+    entries: Sequence[Entry],
+    batch_size: int,
+    max_new_tokens: int,
+    prompt_template: str | None,
+) -> dict[str, Any]:
+    """All that the answers depend on, as plain data."""
+
+    def digest(samples: Sequence[Sample]) -> str:
+        lines = [json.dumps([s.id, s.text, list(s.answers), s.kind]) for s in samples]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    return {
+        **provenance_of(model),
+        "tasks": {name: {"samples": len(samples), "digest": digest(samples)} for name, samples in tasks.items()},
+        "entries": [[e.label, list(e.method.recipe.entering), list(e.method.recipe.keep)] for e in entries],
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "prompt_template": prompt_template,
+    }
+
+
+def _batches(tasks: Mapping[str, Sequence[Sample]], batch_size: int) -> list[list[tuple[int, str, Sample]]]:
+    """Cut the tasks into batches of (place in the journal, task, sample); no batch holds two tasks."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    batches, place = [], 0
+    for task, samples in tasks.items():
+        for start in range(0, len(samples), batch_size):
+            chunk = samples[start : start + batch_size]
+            batches.append([(place + offset, task, sample) for offset, sample in enumerate(chunk)])
+            place += len(chunk)
+    return batches
+
+
+def _inputs(model: Any, processor: Any, samples: Sequence[Sample], template: str | None) -> dict[str, Any]:
+    batch = next(make_batches(samples, processor, batch_size=len(samples), prompt_template=template))
+    return to_model(batch, model)
+
+
+def _pruned(model: Any, entry: Entry | None) -> contextlib.AbstractContextManager[Any]:
+    """The block in which an entry's method works; None is the dense model."""
+    return contextlib.nullcontext() if entry is None else prune(model, entry.method.recipe, entry.method.scorer)
+
+
+def _answer(
+    model: Any,
+    processor: Any,
+    batch: Sequence[tuple[int, str, Sample]],
+    entries: Sequence[Entry],
+    max_new_tokens: int,
+    template: str | None,
+) -> list[Record]:
+    """Answer one batch with every entry: a record for each sample."""
+    inputs = _inputs(model, processor, [sample for _, _, sample in batch], template)
+    sizes = _sizes(adapt(model), inputs)
+    records: list[Record] = [
         {
-            "id": s.id,
-            "kind": s.kind,
-            "question": s.text,
-            "accepted": list(s.answers),
-            "said": {n: said[n][i] for n in said},
+            "place": place,
+            "task": task,
+            "id": sample.id,
+            "kind": sample.kind,
+            "question": sample.text,
+            "accepted": list(sample.answers),
+            "sizes": size,
+            "said": {},
+            "divergence": {},
         }
-        for i, s in enumerate(samples)
-    )
-    provenance = {**provenance_of(model), "samples": len(samples), "batch_size": batch_size}
-    return Results(tuple(rows), answers, provenance)
+        for (place, task, sample), size in zip(batch, sizes, strict=True)
+    ]
+    dense: torch.Tensor | None = None
+    for entry in [None, *entries]:
+        with torch.inference_mode(), _pruned(model, entry):
+            made = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        first = made.logits[0].float().log_softmax(-1)
+        dense = first if dense is None else dense
+        divergence = (dense.exp() * (dense - first)).nansum(-1).clamp(min=0).tolist()
+        texts = processor.batch_decode(made.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        name = DENSE if entry is None else entry.label
+        for record, text, distance in zip(records, texts, divergence, strict=True):
+            record["said"][name] = text.strip()
+            record["divergence"][name] = round(distance, 6)
+    return records
 
 
-def table(results: Results) -> str:
-    """Format the rows for people; fractions become percent here and only here."""
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}%"
-
-    lines = [("", "FLOPs cut", "tokens/layer", "tokens left", "KV bytes", "accuracy", "agreement", "prefill time")]
-    for row in results.rows:
-        ratio = "-" if row.prefill_time_ratio is None else f"{row.prefill_time_ratio:.2f}x"
-        cost = row.cost
-        counts = (f"{cost.mean_visual_tokens:.1f}", str(cost.kept[-1]), f"{cost.kv_bytes:,}")
-        accuracy, agreement = percent(row.accuracy), percent(row.agreement)
-        lines.append((row.name, percent(cost.flops_reduction), *counts, accuracy, agreement, ratio))
-    return _aligned(lines)
-
-
-def kind_table(results: Results) -> str:
-    """Format the accuracy on each kind of question, a column for each row of the results."""
-    lines = [("accuracy on", *(row.name for row in results.rows))]
-    for kind in results.rows[0].accuracy_by_kind:
-        lines.append((kind, *(f"{100 * row.accuracy_by_kind[kind]:.1f}%" for row in results.rows)))
-    return _aligned(lines)
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    """Line up columns: the first to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *row[1:]]).rstrip() for line, row in zip(lines, rows, strict=True)
-    )
-
-
-def _sizes(visual: torch.Tensor, inputs: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Visual tokens, text tokens before the image, all text tokens, and image crops, of the first sample."""
-    where = torch.nonzero(visual)[:, 0]
-    pixels = inputs["pixel_values"]
+def _sizes(adapted: Any, inputs: Mapping[str, Any]) -> list[list[int]]:
+    """For each sample: visual tokens, text tokens before the image, all text tokens, and image crops."""
+    ids, mask, pixels = inputs["input_ids"], inputs.get("attention_mask"), inputs["pixel_values"]
     crops = pixels.shape[1] if pixels.ndim == 5 else 1
-    return len(where), int(where[0]) if len(where) else 0, len(visual) - len(where), crops
+    sizes = []
+    for row, visual in enumerate(visual_mask(adapted, ids)):
+        own = visual if mask is None else visual[mask[row].bool()]
+        where = torch.nonzero(own)[:, 0]
+        sizes.append([len(where), int(where[0]) if len(where) else 0, len(own) - len(where), crops])
+    return sizes
 
 
-def _accuracy(samples: Sequence[Sample], said: Mapping[int, str]) -> tuple[float | None, dict[str, float]]:
-    """Accuracy over the samples that have answers, whole and for each kind of question."""
-    right: dict[str, list[bool]] = {}
-    for index, sample in enumerate(samples):
-        if sample.answers:
-            accepted = {answer.strip().lower() for answer in sample.answers}
-            right.setdefault(sample.kind, []).append(said[index].lower() in accepted)
-    every = [hit for hits in right.values() for hit in hits]
-    by_kind = {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items()) if kind}
-    return (sum(every) / len(every) if every else None), by_kind
+def _hits(records: Sequence[Record], name: str) -> np.ndarray[Any, Any]:
+    """1 where a sample with answers is answered right, 0 where wrong: [samples with answers]."""
+    return np.array(
+        [
+            record["said"][name].lower() in {answer.strip().lower() for answer in record["accepted"]}
+            for record in records
+            if record["accepted"]
+        ],
+        dtype=np.float32,
+    )
+
+
+def _grouped(entries: Sequence[Entry]) -> Iterator[tuple[str, float | None, list[Entry]]]:
+    """Gather the seeds of each method and budget."""
+    groups: dict[tuple[str, float | None], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.name, entry.budget), []).append(entry)
+    for (name, budget), group in groups.items():
+        yield name, budget, group
+
+
+def _rows(
+    shape: ModelShape,
+    tasks: Mapping[str, Sequence[Sample]],
+    entries: Sequence[Entry],
+    records: Sequence[Record],
+    value_bytes: int,
+) -> Iterator[Row]:
+    """Make the figures of each task: dense, then every method at every budget."""
+    for task in tasks:
+        own = [record for record in records if record["task"] == task]
+        scored = [record for record in own if record["accepted"]]
+        boot = Bootstrap(len(scored)) if scored else None
+        dense = _hits(own, DENSE)
+        groups: list[tuple[str, float | None, list[Entry]]] = [(DENSE, None, []), *_grouped(entries)]
+        for name, budget, group in groups:
+            labels = [entry.label for entry in group] or [DENSE]
+            priced = group[0].method.recipe if group else PruningRecipe.dense(shape, own[0]["sizes"][0] or 1)
+            costs = _costs(priced, own, value_bytes)
+            accuracy = spread = relative = relative_spread = None
+            if boot is not None:
+                hits = np.stack([_hits(own, each) for each in labels])
+                draws, base = boot.means(hits), boot.means(dense[None])
+                accuracy, spread = _rounded(hits.mean()), interval(draws)
+                if dense.mean() > 0:
+                    relative = _rounded(hits.mean() / dense.mean())
+                    relative_spread = interval(draws / np.maximum(base, 1 / len(dense)))
+            same = [record["said"][each] == record["said"][DENSE] for each in labels for record in own]
+            kinds = sorted({record["kind"] for record in scored} - {""})
+            of_kind = {kind: [record for record in scored if record["kind"] == kind] for kind in kinds}
+            yield Row(
+                task=task,
+                method=name,
+                budget=budget,
+                seeds=len(labels),
+                samples=len(own),
+                accuracy=accuracy,
+                accuracy_interval=spread,
+                relative_accuracy=relative,
+                relative_interval=relative_spread,
+                agreement=_rounded(np.mean(same)),
+                divergence=_rounded(np.mean([record["divergence"][each] for each in labels for record in own])),
+                accuracy_by_kind={
+                    kind: _rounded(np.mean([_hits(part, each).mean() for each in labels]))
+                    for kind, part in of_kind.items()
+                },
+                **costs,
+            )
+
+
+def _costs(recipe: PruningRecipe, records: Sequence[Record], value_bytes: int) -> dict[str, float]:
+    """Average what a recipe costs over the samples."""
+
+    @functools.cache
+    def cost(visual: int, before: int, text: int, crops: int) -> Cost:
+        return recipe.cost(
+            visual_tokens=visual, text_before=before, text_tokens=text, crops=crops, value_bytes=value_bytes
+        )
+
+    found = [cost(*record["sizes"]) for record in records if record["sizes"][0]]
+
+    def mean(values: list[float]) -> float:
+        return _rounded(np.mean(values)) if values else 0.0
+
+    return {
+        "flops_reduction": mean([c.flops_reduction for c in found]),
+        "prefill_flops_ratio": mean([c.prefill_flops / c.dense_prefill_flops for c in found]),
+        "mean_visual_tokens": mean([c.mean_visual_tokens for c in found]),
+        "visual_tokens_left": mean([c.kept[-1] for c in found]),
+        "kv_bytes": mean([c.kv_bytes for c in found]),
+    }
+
+
+def _best(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entry], records: Sequence[Record]) -> Iterator[Best]:
+    """Find, at each budget, the most accurate method, and how sure its lead over FitPrune is."""
+    groups = [group for group in _grouped(entries) if group[1] is not None]
+    for task in tasks:
+        own = [record for record in records if record["task"] == task]
+        if not any(record["accepted"] for record in own):
+            continue
+        for budget in dict.fromkeys(budget for _, budget, _ in groups):
+            hits = {
+                name: np.stack([_hits(own, entry.label) for entry in group])
+                for name, at, group in groups
+                if at == budget
+            }
+            if "fitprune" not in hits or budget is None:
+                continue
+            means = {name: _rounded(values.mean()) for name, values in hits.items()}
+            # FitPrune comes first among equals, so that a tie is no defeat.
+            best = max(means, key=lambda name: (means[name], name == "fitprune"))
+            boot = Bootstrap(hits[best].shape[1])
+            lead = boot.means(hits[best]) - boot.means(hits["fitprune"])
+            yield Best(task, budget, best, _rounded(means[best] - means["fitprune"]), interval(lead))
+
+
+def _examples(
+    model: Any,
+    processor: Any,
+    tasks: Mapping[str, Sequence[Sample]],
+    entries: Sequence[Entry],
+    records: Sequence[Record],
+    count: int,
+    template: str | None,
+) -> Iterator[dict[str, Any]]:
+    """Show some samples: picture, answers, and for each visual token how many layers it enters under each method."""
+    adapted = adapt(model)
+    for place in _varied(records, count):
+        record = records[place]
+        first = next(number for number, r in enumerate(records) if r["task"] == record["task"])
+        sample = tasks[record["task"]][place - first]
+        inputs = _inputs(model, processor, [sample], template)
+        visual = torch.nonzero(visual_mask(adapted, inputs["input_ids"])[0])[:, 0]
+        entered = {}
+        for entry in entries:
+            if not entry.seed:
+                layers = kept_positions(model, entry.method.recipe, inputs, entry.method.scorer)
+                entered[entry.label] = sum(torch.isin(visual, columns[0]).long() for columns in layers).tolist()  # type: ignore[union-attr]
+        picture = sample.load_image()
+        picture.thumbnail((PICTURE, PICTURE))
+        yield {**record, "picture": _data_uri(picture), "layers_entered": entered}
+
+
+def _varied(records: Sequence[Record], count: int) -> list[int]:
+    """Pick places, tasks and kinds of question in turn."""
+    by_kind: dict[tuple[str, str], list[int]] = {}
+    for place, record in enumerate(records):
+        by_kind.setdefault((record["task"], record["kind"]), []).append(place)
+    columns = list(by_kind.values())
+    turns = [column[turn] for turn in range(max(map(len, columns))) for column in columns if turn < len(column)]
+    return sorted(turns[:count])
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _timings(
+    model: Any,
+    processor: Any,
+    tasks: Mapping[str, Sequence[Sample]],
+    entries: Sequence[Entry],
+    batch_size: int,
+    template: str | None,
+    timed_batches: int,
+) -> dict[str, Any]:
+    """Time prefill and decoding of each method in turn, on the first batches of each task."""
+    if not timed_batches:
+        return {}
+    used = [entry for entry in entries if not entry.seed]
+    blocks = [functools.partial(_pruned, model, entry) for entry in [None, *used]]
+    prefill: list[list[float]] = [[] for _ in blocks]
+    decode: list[list[float]] = [[] for _ in blocks]
+    for samples in tasks.values():
+        for start in range(0, min(timed_batches * batch_size, len(samples)), batch_size):
+            inputs = _inputs(model, processor, samples[start : start + batch_size], template)
+            for kept, seconds in ((prefill, prefill_seconds), (decode, decode_seconds)):
+                for row, new in zip(kept, seconds(model, inputs, blocks), strict=True):
+                    row += new
+    shares = zip([DENSE, *(entry.name for entry in used)], [None, *(entry.budget for entry in used)], strict=True)
+    ratios = zip(shares, time_ratios(prefill), time_ratios(decode), strict=True)
+    return {
+        "batch_size": batch_size,
+        "threads": torch.get_num_threads(),
+        "device": str(model.device),
+        "dense_prefill_seconds": min(prefill[0]),
+        "dense_decode_seconds_per_token": min(decode[0]),
+        "rows": [
+            {"method": name, "budget": budget, "prefill_ratio": round(p, 4), "decode_ratio": round(d, 4)}
+            for (name, budget), p, d in ratios
+        ],
+    }
+
+
+def _rounded(value: Any) -> float:
+    """Six digits: what is behind them is rounding noise of sums."""
+    return round(float(value), 6)

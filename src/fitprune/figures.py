@@ -24,7 +24,7 @@ def draw_keep_curves(recipes: Mapping[str, PruningRecipe], path: str | os.PathLi
         OSError: `path` cannot be written.
         ImportError: matplotlib is not installed.
     """
-    figure, axes = _canvas(7, 4)
+    figure, axes = canvas(7, 4)
     for name, recipe in recipes.items():
         axes.step(range(len(recipe.keep)), recipe.keep, where="mid", marker="o", markersize=3, label=name)
     axes.set(
@@ -54,7 +54,7 @@ def draw_kept_tokens(
         OSError: `path` cannot be written.
         ImportError: matplotlib is not installed.
     """
-    figure, grid = _canvas(2.1 * (len(layers) + 1), 2.4 * len(examples), len(examples), len(layers) + 1)
+    figure, grid = canvas(2.1 * (len(layers) + 1), 2.4 * len(examples), len(examples), len(layers) + 1)
     for row, (image, caption, present) in zip(np.atleast_2d(grid), examples, strict=True):
         row[0].imshow(image)
         row[0].set_title(textwrap.fill(caption, 26), fontsize=8)
@@ -78,12 +78,13 @@ def _shade(image: Image.Image, kept: torch.Tensor) -> np.ndarray[Any, Any]:
     return dimmed
 
 
-def _canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """Make a figure of so many inches, with its axes; the user's pyplot state stays alone."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # draws to files only; the user's pyplot state stays alone
+    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns)
 
 
