@@ -9,13 +9,13 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "files"},
+    {"tokens", "flops", "files", "tables"},
     {"recipe", "attention", "selection", "stats", "calibration", "embedded", "adapters", "cache"},
     {"fitting", "scoring", "hooks", "batches", "arguments", "packing"},
-    {"measurement", "removal"},
-    {"pruning", "sequential"},
+    {"measurement", "removal", "analysis"},
+    {"pruning", "sequential", "analysis_files"},
     {"benchmark", "figures"},
-    {"evaluation"},
+    {"evaluation", "analysis_figures"},
     {"demo"},
     {"cli", "__init__"},
 ]

@@ -20,6 +20,7 @@ from fitprune.calibration import Sample
 from fitprune.measurement import provenance_of, to_model
 from fitprune.pruning import prune
 from fitprune.recipe import Cost, PruningRecipe
+from fitprune.tables import aligned
 
 SCHEMA = 1
 DENSE = "dense"
@@ -172,7 +173,7 @@ def table(results: Results) -> str:
         counts = (f"{cost.mean_visual_tokens:.1f}", str(cost.kept[-1]), f"{cost.kv_bytes:,}")
         accuracy, agreement = percent(row.accuracy), percent(row.agreement)
         lines.append((row.name, percent(cost.flops_reduction), *counts, accuracy, agreement, ratio))
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def kind_table(results: Results) -> str:
@@ -180,16 +181,7 @@ def kind_table(results: Results) -> str:
     lines = [("accuracy on", *(row.name for row in results.rows))]
     for kind in results.rows[0].accuracy_by_kind:
         lines.append((kind, *(f"{100 * row.accuracy_by_kind[kind]:.1f}%" for row in results.rows)))
-    return _aligned(lines)
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    """Line up columns: the first to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *row[1:]]).rstrip() for line, row in zip(lines, rows, strict=True)
-    )
+    return aligned(lines)
 
 
 def _sizes(visual: torch.Tensor, inputs: Mapping[str, Any]) -> tuple[int, int, int, int]:

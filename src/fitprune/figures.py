@@ -24,7 +24,7 @@ def draw_keep_curves(recipes: Mapping[str, PruningRecipe], path: str | os.PathLi
         OSError: `path` cannot be written.
         ImportError: matplotlib is not installed.
     """
-    figure, axes = _canvas(7, 4)
+    figure, axes = canvas(7, 4)
     for name, recipe in recipes.items():
         axes.step(range(len(recipe.keep)), recipe.keep, where="mid", marker="o", markersize=3, label=name)
     axes.set(
@@ -33,7 +33,7 @@ def draw_keep_curves(recipes: Mapping[str, PruningRecipe], path: str | os.PathLi
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(title="recipe", frameon=False)
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_kept_tokens(
@@ -54,7 +54,7 @@ def draw_kept_tokens(
         OSError: `path` cannot be written.
         ImportError: matplotlib is not installed.
     """
-    figure, grid = _canvas(2.1 * (len(layers) + 1), 2.4 * len(examples), len(examples), len(layers) + 1)
+    figure, grid = canvas(2.1 * (len(layers) + 1), 2.4 * len(examples), len(examples), len(layers) + 1)
     for row, (image, caption, present) in zip(np.atleast_2d(grid), examples, strict=True):
         row[0].imshow(image)
         row[0].set_title(textwrap.fill(caption, 26), fontsize=8)
@@ -64,7 +64,7 @@ def draw_kept_tokens(
             axes.set_title(f"enter layer {layer}: {int(kept.sum())}", fontsize=8)
         for axes in row:
             axes.axis("off")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _shade(image: Image.Image, kept: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -78,15 +78,38 @@ def _shade(image: Image.Image, kept: torch.Tensor) -> np.ndarray[Any, Any]:
     return dimmed
 
 
-def _canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """Make a figure of `width` x `height` inches, drawn to files only, and its axes; `options` go to `subplots`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # draws to files only; the user's pyplot state stays alone
-    return figure, figure.subplots(rows, columns)
+    return figure, figure.subplots(rows, columns, **options)
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with files.replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write PNG or SVG, by the name's ending, whole or not at all; the same figure gives the same bytes.
+
+    Raises:
+        OSError: `path` cannot be written.
+    """
+    import matplotlib
+
+    vector = Path(path).suffix.lower() == ".svg"
+    # An SVG would hold the time of its making, and ids drawn at random.
+    options: dict[str, Any] = {"format": "svg", "metadata": {"Date": None}} if vector else {"format": "png", "dpi": 150}
+    with files.replacing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "fitprune"}):
+        figure.savefig(temporary, **options)
+
+
+def require_matplotlib(remedy: str) -> None:
+    """Find out before the work, not after it.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message ends with `remedy`.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError(f"pictures need matplotlib: pip install 'fitprune[figures]', or {remedy}") from None

@@ -7,6 +7,7 @@ that meets the budget; what the last step overshoots is given back token by toke
 
 from __future__ import annotations
 
+import bisect
 import copy
 import dataclasses
 import math
@@ -133,8 +134,8 @@ class Fitter:
         feasible = infeasible = 0.0
         if not meets(0.0):
             known = sorted({0.0, 1.0, *self._simulation.walks})  # trials of other budgets and draws narrow the search
-            feasible = next(at for at in known if meets(at))
-            infeasible = max(at for at in known if at < feasible)
+            first = bisect.bisect_left(known, True, key=meets)
+            infeasible, feasible = known[first - 1], known[first]
             while feasible - infeasible > TOLERANCE_STEP:
                 middle = _next_tolerance(infeasible, feasible, measured, budget.value)
                 if meets(middle):
