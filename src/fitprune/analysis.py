@@ -424,7 +424,7 @@ def halves(stats: AttentionStats, *, seed: int = 0) -> dict[str, AttentionStats]
         raise ValueError(f"stats holds {len(stats)} sample: must be at least 2 to split")
     order = torch.randperm(len(stats), generator=torch.Generator().manual_seed(seed)).tolist()
     middle = len(order) // 2
-    return {"first half": stats.select(sorted(order[:middle])), "second half": stats.select(sorted(order[middle:]))}
+    return {"half 1": stats.select(sorted(order[:middle])), "half 2": stats.select(sorted(order[middle:]))}
 
 
 def rank_agreement(stats: AttentionStats) -> RankAgreement | None:

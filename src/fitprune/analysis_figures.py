@@ -16,6 +16,7 @@ from fitprune.figures import canvas, save_figure
 # Okabe and Ito's colours, told apart by colour-blind readers too; line styles and markers say the same again.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_BLUES = ("#deebf7", "#c6dbef", "#9ecae1", "#4292c6", "#08519c")  # light to dark
 _DASHES = ("-", "--", "-.", ":")
 _WIDTH = 7.0  # inches, the text width of a paper
 _LAYER = "decoder layer (the first is 0)"
@@ -59,13 +60,13 @@ def draw_analysis(analysis: Analysis, folder: str | os.PathLike[str]) -> list[Pa
 
 
 def _received_attention(analysis: Analysis) -> Any:
-    figure, row = canvas(_WIDTH, 2.6, 1, 2)
+    figure, row = canvas(_WIDTH, 2.8, 1, 2)
     spreads = (analysis.layers.self_attention, analysis.layers.cross_attention)
-    for axes, kind, spread, number in zip(row, KINDS, spreads, (0, 1), strict=False):
-        _band(axes, range(len(spread.mean)), spread, number, "mean over samples", f"{_INTERVAL} of samples")
-        _style(axes, f"{kind} attention", _LAYER, "received by all visual tokens")
+    for axes, kind, spread in zip(row, KINDS, spreads, strict=False):
+        _band(axes, range(len(spread.mean)), spread, 0, "mean over samples", f"{_INTERVAL} of samples")
+        _style(axes, f"{kind} attention", _LAYER, "received by all visual tokens\n(sum; maximum over heads)")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    _legend_below(figure, row[0])
     return figure
 
 
@@ -101,7 +102,7 @@ def _tolerance_curve(analysis: Analysis) -> Any:
     reached = [part.recipe.provenance["reached"] for part in analysis.budgets]
     axes.plot(fitted, reached, "D", color="black", markersize=5, label="fitted recipes, FLOPs")
     _style(axes, "", "tolerance (share of attention that a layer may lose)", "removed (fraction of the visual tokens')")
-    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set(xlim=(0, 1), ylim=(0, 1.005))
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
@@ -115,10 +116,10 @@ def _removals(analysis: Analysis) -> Any:
         removed, kept = part.recipe.counts(n), part.recipe.kept(n)
         where = [layer + (number - (len(budgets) - 1) / 2) * width for layer in range(len(removed))]
         row[0].bar(where, removed, width, color=colour, label=name)
-        row[1].plot(kept, color=colour, **_line(number), label=name)
+        row[1].plot(kept, color=colour, **_line(number, len(kept)), label=name)
     row[0].set_yscale("symlog", linthresh=1)  # one layer takes a hundred tokens, others one
     row[0].set_ylim(0, n)
-    ticks = [0, *(10**power for power in range(math.ceil(math.log10(n)))), n]
+    ticks = [0, *(10**power for power in range(math.ceil(math.log10(n))) if 2 * 10**power < n), n]
     row[0].set_yticks(ticks, [str(tick) for tick in ticks])
     row[0].minorticks_off()
     _style(row[0], "", _LAYER, "tokens removed at the layer (log)")
@@ -132,9 +133,8 @@ def _attention_loss(analysis: Analysis) -> Any:
     figure, row = canvas(_WIDTH, 2.6, 1, 2, sharey=True)
     for number, part in enumerate(analysis.budgets):
         for axes, lost in zip(row, (part.lost_self, part.lost_cross), strict=True):
-            axes.plot(
-                lost, color=_COLOURS[number % len(_COLOURS)], **_line(number), label=_percent(part.flops_reduction)
-            )
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot(lost, color=colour, **_line(number, len(lost)), label=_percent(part.flops_reduction))
     _style(row[0], "self attention", _LAYER, "share lost (mean over samples)")
     _style(row[1], "cross attention", _LAYER, "")
     row[0].set_ylim(bottom=0)
@@ -149,53 +149,56 @@ def _stability_over_size(analysis: Analysis) -> Any:
         parts = [part for part in analysis.sizes if part.flops_reduction == budget.flops_reduction]
         colour = _COLOURS[number % len(_COLOURS)]
         where = [at + 0.12 * (number - (len(analysis.budgets) - 1) / 2) for at in range(len(sizes))]  # side by side
-        for axes, spreads in (
-            (row[0], [part.distance for part in parts]),
-            (row[1], [part.attention_loss for part in parts]),
+        for axes, spreads, origin in (
+            (row[0], [part.distance for part in parts], 0.0),
+            (row[1], [part.attention_loss for part in parts], budget.attention_loss),
         ):
-            mean = torch.stack([spread.mean for spread in spreads])
-            low = torch.stack([spread.low for spread in spreads])
-            high = torch.stack([spread.high for spread in spreads])
+            mean, low, high = (
+                torch.stack([getattr(spread, name) for spread in spreads]) - origin for name in ("mean", "low", "high")
+            )
             # A mean may lie outside of the interval: then the bar ends at it.
             error = torch.stack([mean - low, high - mean]).clamp(min=0)
             axes.errorbar(
-                where, mean, error, color=colour, capsize=3, **_line(number), label=_percent(budget.flops_reduction)
+                where, mean, error, color=colour, capsize=3, **_line(number, 1), label=_percent(budget.flops_reduction)
             )
-        row[1].axhline(budget.attention_loss, color=colour, linewidth=0.8, linestyle=":")
     _style(row[0], "", "samples drawn", "distance to the recipe of all samples\n(tokens per layer)")
-    _style(row[1], "", "samples drawn", "attention lost on all samples\n(dotted: recipe of all samples)")
+    _style(row[1], "", "samples drawn", "share of attention lost, beyond\nthat of the recipe of all samples")
     for axes in row:
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.set_xlim(-0.5, len(sizes) - 0.5)
-        axes.set_ylim(bottom=0)
+    row[0].set_ylim(bottom=0)
+    row[1].axhline(0, color="black", linewidth=0.6)
     _legend_beside(figure, row[1], f"FLOPs cut\n(bar: {_INTERVAL}\nof {analysis.resamples} draws)")
     return figure
 
 
 def _stability_by_layer(analysis: Analysis) -> Any:
     budgets = analysis.budgets
-    figure, grid = canvas(_WIDTH, 2.6, 1, len(budgets), sharey=True, squeeze=False)
+    figure, grid = canvas(_WIDTH, 2.8, 1, len(budgets), sharey=True, squeeze=False)
     for axes, budget in zip(grid[0], budgets, strict=True):
         parts = [part for part in analysis.sizes if part.flops_reduction == budget.flops_reduction]
-        for number, part in enumerate(parts):
-            _band(axes, range(len(part.kept.mean)), part.kept, number, f"{part.samples} samples", mean=False)
-        kept = budget.recipe.kept(budget.recipe.visual_tokens)
-        axes.plot(kept, color="black", linewidth=1, label="all, not drawn")
+        kept = torch.tensor(budget.recipe.kept(budget.recipe.visual_tokens))
+        for number, part in enumerate(parts):  # the fewest samples first: their band is the widest
+            colour = _BLUES[min(number + len(_BLUES) - len(parts), len(_BLUES) - 1)]
+            axes.fill_between(
+                range(len(kept)), part.kept.low - kept, part.kept.high - kept, color=colour, linewidth=0,
+                label=f"{part.samples} samples",
+            )  # fmt: skip
+        axes.axhline(0, color="black", linewidth=0.8)
         _style(axes, f"FLOPs cut {_percent(budget.flops_reduction)}", "decoder layer", "")
-    grid[0][0].set_ylabel("tokens present after the layer", fontsize=9)
-    grid[0][0].set_ylim(0, budgets[0].recipe.visual_tokens)
+    grid[0][0].set_ylabel("tokens present, beyond those\nof the recipe of all samples", fontsize=9)
     _legend_beside(figure, grid[0][-1], f"{_INTERVAL}\nof {analysis.resamples} draws")
     return figure
 
 
 def _stability_over_data(analysis: Analysis) -> Any:
     data = analysis.data
-    figure, grid = canvas(_WIDTH, 4.6, 2, len(data), squeeze=False)
+    figure, grid = canvas(_WIDTH, 4.6, 2, len(data), squeeze=False, sharey="row")
     n = analysis.budgets[0].recipe.visual_tokens
     most = max(float(part.attention_loss.max()) for part in data)
     for column, part in enumerate(data):
         for number, (name, kept) in enumerate(zip(part.names, part.kept, strict=True)):
-            grid[0][column].plot(kept, color=_COLOURS[number % len(_COLOURS)], **_line(number), label=name)
+            grid[0][column].plot(kept, color=_COLOURS[number % len(_COLOURS)], **_line(number, len(kept)), label=name)
         _style(grid[0][column], f"FLOPs cut {_percent(part.flops_reduction)}", "decoder layer", "")
         grid[0][column].set_ylim(0, n)
         axes = grid[1][column]
@@ -203,8 +206,8 @@ def _stability_over_data(analysis: Analysis) -> Any:
         _numbers(axes, image, part.attention_loss, "{:.3f}")
         places = range(len(part.names))
         axes.set_xticks(places, part.names, fontsize=8, rotation=20, ha="right", rotation_mode="anchor")
-        axes.set_yticks(places, part.names if column == 0 else [""] * len(part.names), fontsize=8)
-        axes.set_xlabel("attention lost on", fontsize=9)
+        axes.set_yticks(places, part.names, fontsize=8)
+        axes.set_xlabel("share of attention lost on", fontsize=9)
     grid[0][0].set_ylabel("tokens present after the layer", fontsize=9)
     grid[1][0].set_ylabel("recipe fitted on", fontsize=9)
     grid[0][-1].legend(frameon=False, fontsize=8)
@@ -230,10 +233,10 @@ def _rank_agreement(ranks: RankAgreement) -> Any:
 def _position_bias(position: PositionBias) -> Any:
     from matplotlib.colors import LogNorm
 
-    figure, grid = canvas(_WIDTH, 4.4, 2, 3, height_ratios=(1.2, 1))
+    figure, grid = canvas(_WIDTH, 4.8, 2, 3, height_ratios=(1.2, 1))
     every = torch.stack(list(position.grid.values()))
     # As far above the mean token as below it, so that white is the mean; beyond eightfold the colour is full.
-    reach = min(max(float(every.max()), 1 / max(float(every.min()), 1e-6), 1.5), 8.0)
+    reach = min(max(float(every.max()), 1 / max(float(every.min()), 1e-6), 2.0), 8.0)
     for column, kind in enumerate(KINDS):
         upper, lower = grid[0][column], grid[1][column]
         shown = position.grid[kind].clamp(1 / reach, reach)
@@ -244,13 +247,14 @@ def _position_bias(position: PositionBias) -> Any:
             axis.get_major_locator().set_params(integer=True)
         for number, (name, values) in enumerate((("row", position.by_row[kind]), ("column", position.by_column[kind]))):
             spread = Spread(values.mean(0), values.std(0, correction=0), values.amin(0), values.amax(0))
-            _band(lower, range(position.side), spread, number, f"by {name}")
+            _band(lower, range(position.side), spread, number, f"by {name}, mean of layers (band: least and most)")
         lower.axhline(1, color="black", linewidth=0.6)
+        upper.set_xlabel("image column", fontsize=9)
         _style(lower, "", "image row or column", "")
         lower.set_ylim(bottom=0)
     grid[0][0].set_ylabel("image row", fontsize=9)
     grid[1][0].set_ylabel("relative to the mean token", fontsize=9)
-    grid[1][2].legend(title="mean of layers\n(band: all layers)", frameon=False, fontsize=8, title_fontsize=8)
+    _legend_below(figure, grid[1][2])
     ticks = [2.0**power for power in range(-3, 4) if 1 / reach <= 2.0**power <= reach]
     bar = figure.colorbar(image, ax=list(grid[0]), shrink=0.9, ticks=ticks)
     bar.ax.set_yticklabels([f"{tick:g}x" for tick in ticks], fontsize=8)
@@ -259,28 +263,17 @@ def _position_bias(position: PositionBias) -> Any:
     return figure
 
 
-def _band(
-    axes: Any,
-    where: Sequence[int],
-    spread: Spread,
-    number: int,
-    name: str,
-    band: str | None = None,
-    *,
-    mean: bool = True,
-) -> None:
-    """Draw a mean as a line and its interval as a band; without the mean, the band carries the name."""
+def _band(axes: Any, where: Sequence[int], spread: Spread, number: int, name: str, band: str | None = None) -> None:
+    """Draw a mean as a line and its interval as a band."""
     colour = _COLOURS[number % len(_COLOURS)]
-    label = band if mean else name
-    axes.fill_between(
-        where, spread.low, spread.high, color=colour, alpha=0.2 if mean else 0.35, linewidth=0, label=label
-    )
-    if mean:
-        axes.plot(where, spread.mean, color=colour, **_line(number), label=name)
+    axes.fill_between(where, spread.low, spread.high, color=colour, alpha=0.2, linewidth=0, label=band)
+    axes.plot(where, spread.mean, color=colour, **_line(number, len(spread.mean)), label=name)
 
 
-def _line(number: int) -> dict[str, Any]:
+def _line(number: int, points: int) -> dict[str, Any]:
+    """Colour apart, how line `number` of so many points looks; of many points some get a marker."""
     return {
+        "markevery": -(-points // 16),
         "linestyle": _DASHES[number % len(_DASHES)],
         "marker": _MARKERS[number % len(_MARKERS)],
         "markersize": 3,
@@ -295,9 +288,12 @@ def _style(axes: Any, title: str, below: str, beside: str) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    locator = axes.xaxis.get_major_locator()
-    if "layer" in below or "row" in below:
-        locator.set_params(integer=True)
+    if below.startswith(("decoder", "image")):  # numbered, not measured
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _legend_below(figure: Any, axes: Any) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
 
 
 def _legend_beside(figure: Any, axes: Any, title: str) -> None:
