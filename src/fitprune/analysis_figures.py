@@ -93,11 +93,13 @@ def _tolerance_curve(analysis: Analysis) -> Any:
     curve = analysis.tolerance
     figure, axes = canvas(4.6, 3.2)
     axes.fill_between(
-        curve.tolerances, curve.by_sample.low, curve.by_sample.high, color=_COLOURS[0], alpha=0.2, linewidth=0,
-        label=f"FLOPs, {_INTERVAL} of single samples",
+        curve.tolerances, curve.by_sample.low.tolist(), curve.by_sample.high.tolist(),
+        color=_COLOURS[0], alpha=0.2, linewidth=0, label=f"FLOPs, {_INTERVAL} of single samples",
     )  # fmt: skip
-    axes.plot(curve.tolerances, curve.flops_reduction, color=_COLOURS[0], label="FLOPs, all samples")
-    axes.plot(curve.tolerances, curve.kv_cache_reduction, "--", color=_COLOURS[1], label="KV bytes, all samples")
+    axes.plot(curve.tolerances, curve.flops_reduction.tolist(), color=_COLOURS[0], label="FLOPs, all samples")
+    axes.plot(
+        curve.tolerances, curve.kv_cache_reduction.tolist(), "--", color=_COLOURS[1], label="KV bytes, all samples"
+    )
     fitted = [part.recipe.provenance["tolerance"] for part in analysis.budgets]
     reached = [part.recipe.provenance["reached"] for part in analysis.budgets]
     axes.plot(fitted, reached, "D", color="black", markersize=5, label="fitted recipes, FLOPs")
@@ -132,7 +134,7 @@ def _removals(analysis: Analysis) -> Any:
 def _attention_loss(analysis: Analysis) -> Any:
     figure, row = canvas(_WIDTH, 2.6, 1, 2, sharey=True)
     for number, part in enumerate(analysis.budgets):
-        for axes, lost in zip(row, (part.lost_self, part.lost_cross), strict=True):
+        for axes, lost in zip(row, (part.lost_self.tolist(), part.lost_cross.tolist()), strict=True):
             colour = _COLOURS[number % len(_COLOURS)]
             axes.plot(lost, color=colour, **_line(number, len(lost)), label=_percent(part.flops_reduction))
     _style(row[0], "self attention", _LAYER, "share lost (mean over samples)")
@@ -159,7 +161,13 @@ def _stability_over_size(analysis: Analysis) -> Any:
             # A mean may lie outside of the interval: then the bar ends at it.
             error = torch.stack([mean - low, high - mean]).clamp(min=0)
             axes.errorbar(
-                where, mean, error, color=colour, capsize=3, **_line(number, 1), label=_percent(budget.flops_reduction)
+                where,
+                mean.tolist(),
+                error.tolist(),
+                color=colour,
+                capsize=3,
+                **_line(number, 1),
+                label=_percent(budget.flops_reduction),
             )
     _style(row[0], "", "samples drawn", "distance to the recipe of all samples\n(tokens per layer)")
     _style(row[1], "", "samples drawn", "share of attention lost, beyond\nthat of the recipe of all samples")
@@ -181,8 +189,8 @@ def _stability_by_layer(analysis: Analysis) -> Any:
         for number, part in enumerate(parts):  # the fewest samples first: their band is the widest
             colour = _BLUES[min(number + len(_BLUES) - len(parts), len(_BLUES) - 1)]
             axes.fill_between(
-                range(len(kept)), part.kept.low - kept, part.kept.high - kept, color=colour, linewidth=0,
-                label=f"{part.samples} samples",
+                range(len(kept)), (part.kept.low - kept).tolist(), (part.kept.high - kept).tolist(),
+                color=colour, linewidth=0, label=f"{part.samples} samples",
             )  # fmt: skip
         axes.axhline(0, color="black", linewidth=0.8)
         _style(axes, f"FLOPs cut {_percent(budget.flops_reduction)}", "decoder layer", "")
@@ -197,12 +205,12 @@ def _stability_over_data(analysis: Analysis) -> Any:
     n = analysis.budgets[0].recipe.visual_tokens
     most = max(float(part.attention_loss.max()) for part in data)
     for column, part in enumerate(data):
-        for number, (name, kept) in enumerate(zip(part.names, part.kept, strict=True)):
+        for number, (name, kept) in enumerate(zip(part.names, part.kept.tolist(), strict=True)):
             grid[0][column].plot(kept, color=_COLOURS[number % len(_COLOURS)], **_line(number, len(kept)), label=name)
         _style(grid[0][column], f"FLOPs cut {_percent(part.flops_reduction)}", "decoder layer", "")
         grid[0][column].set_ylim(0, n)
         axes = grid[1][column]
-        image = axes.imshow(part.attention_loss, cmap="cividis", vmin=0, vmax=most)
+        image = axes.imshow(part.attention_loss.numpy(), cmap="cividis", vmin=0, vmax=most)
         _numbers(axes, image, part.attention_loss, "{:.3f}")
         places = range(len(part.names))
         axes.set_xticks(places, part.names, fontsize=8, rotation=20, ha="right", rotation_mode="anchor")
@@ -217,7 +225,7 @@ def _stability_over_data(analysis: Analysis) -> Any:
 def _rank_agreement(ranks: RankAgreement) -> Any:
     figure, axes = canvas(4.4, 3.8)
     least = float(ranks.matrix.nan_to_num(0).min())
-    image = axes.imshow(ranks.matrix, cmap="cividis", vmin=min(0.0, least), vmax=1)
+    image = axes.imshow(ranks.matrix.numpy(), cmap="cividis", vmin=min(0.0, least), vmax=1)
     _numbers(axes, image, ranks.matrix, "{:.2f}")
     axes.set_xlabel(_LAYER, fontsize=9)
     axes.set_ylabel("decoder layer", fontsize=9)
@@ -240,7 +248,7 @@ def _position_bias(position: PositionBias) -> Any:
     for column, kind in enumerate(KINDS):
         upper, lower = grid[0][column], grid[1][column]
         shown = position.grid[kind].clamp(1 / reach, reach)
-        image = upper.imshow(shown, cmap="PuOr_r", norm=LogNorm(1 / reach, reach))
+        image = upper.imshow(shown.numpy(), cmap="PuOr_r", norm=LogNorm(1 / reach, reach))
         upper.set_title({"score": "score (self x cross)"}.get(kind, f"{kind} attention"), fontsize=9)
         upper.tick_params(labelsize=8)
         for axis in (upper.xaxis, upper.yaxis):
@@ -266,8 +274,10 @@ def _position_bias(position: PositionBias) -> Any:
 def _band(axes: Any, where: Sequence[int], spread: Spread, number: int, name: str, band: str | None = None) -> None:
     """Draw a mean as a line and its interval as a band."""
     colour = _COLOURS[number % len(_COLOURS)]
-    axes.fill_between(where, spread.low, spread.high, color=colour, alpha=0.2, linewidth=0, label=band)
-    axes.plot(where, spread.mean, color=colour, **_line(number, len(spread.mean)), label=name)
+    axes.fill_between(
+        where, spread.low.tolist(), spread.high.tolist(), color=colour, alpha=0.2, linewidth=0, label=band
+    )
+    axes.plot(where, spread.mean.tolist(), color=colour, **_line(number, len(spread.mean)), label=name)
 
 
 def _line(number: int, points: int) -> dict[str, Any]:
