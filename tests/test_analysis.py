@@ -140,7 +140,7 @@ def test_more_samples_move_a_recipe_less():
 
 
 def test_a_draw_shares_walks_and_fits_as_if_alone(ragged):
-    fitter, draw = Fitter(ragged), [3, 3, 0, 17, 5]
+    fitter, draw = Fitter(ragged), [3, 3, 0, 17, 5, 1, 1, 9, 8, 2]
     budget = checked_budget("flops_reduction", 0.5)
     fitter.fit(budget)
     drawn = fitter.resampled(draw)
@@ -148,7 +148,7 @@ def test_a_draw_shares_walks_and_fits_as_if_alone(ragged):
     for tolerance in (0.1, 0.4):
         assert drawn.kept_fractions(tolerance) == pytest.approx(alone.kept_fractions(tolerance))
     recipe = drawn.fit(budget)
-    assert recipe.provenance["samples"] == 5
+    assert recipe.provenance["samples"] == 10
     assert recipe.cost().flops_reduction == pytest.approx(alone.fit(budget).cost().flops_reduction, abs=1e-3)
     walks = len(fitter._simulation.walks)
     fitter.resampled(draw).fit(budget)

@@ -322,23 +322,24 @@ def attention_loss(stats: AttentionStats, recipes: Sequence[PruningRecipe]) -> t
     """
     layers = stats.model.decoder.layers
     unique = {recipe.keep: recipe for recipe in recipes}
-    total = {keep: torch.zeros(2, layers, dtype=torch.float64) for keep in unique}
+    held = {keep: torch.zeros(2, layers, dtype=torch.float64) for keep in unique}
     for samples, received in _blocks(stats):
         count = received.shape[-1]
         order = (received[0] * received[1]).argsort(dim=2, stable=True)
         shares = _shares(received).transpose(0, 1).float().contiguous()  # [L, 2, B, N]; half the traffic
+        whole = torch.full((2,), float(len(samples)))
         for keep, recipe in unique.items():
             present = torch.ones(len(samples), count)
-            before = count
+            before, left = count, []
             for layer, kept in enumerate(recipe.kept(count)):
                 if kept < before:
                     here = present.gather(1, order[layer])
                     here *= here.cumsum(1) > before - kept
                     present.scatter_(1, order[layer], here)
                     before = kept
-                if before < count:
-                    total[keep][:, layer] += len(samples) - (shares[layer] * present).sum((1, 2))
-    return torch.stack([total[recipe.keep] for recipe in recipes]) / len(stats)
+                left.append((shares[layer] * present).sum((1, 2)) if before < count else whole)
+            held[keep] += torch.stack(left, 1)
+    return 1 - torch.stack([held[recipe.keep] for recipe in recipes]) / len(stats)
 
 
 def recipe_distance(kept: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

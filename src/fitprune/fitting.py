@@ -107,7 +107,8 @@ class Fitter:
     def resampled(self, samples: Sequence[int]) -> Fitter:
         """Make a fitter of a draw of the samples, by index and as often as drawn.
 
-        Every walk that one of the two fitters makes is known to the other, so a thousand draws cost few walks.
+        Walks of all samples are shared by all fitters; a draw of fewer than half walks its own samples alone. So a
+        thousand draws cost little more than one fit.
 
         Raises:
             ValueError: `samples` is empty.
@@ -133,7 +134,7 @@ class Fitter:
 
         feasible = infeasible = 0.0
         if not meets(0.0):
-            known = sorted({0.0, 1.0, *self._simulation.walks})  # trials of other budgets and draws narrow the search
+            known = sorted({0.0, 1.0, *self._simulation.walks, *self._tried})  # what was tried narrows the search
             first = bisect.bisect_left(known, True, key=meets)
             infeasible, feasible = known[first - 1], known[first]
             while feasible - infeasible > TOLERANCE_STEP:
@@ -148,9 +149,14 @@ class Fitter:
     def kept_fractions(self, tolerance: float) -> list[float]:
         """Mean over samples of the fraction of visual tokens left after each layer, at a tolerance."""
         if tolerance not in self._tried:
-            kept = self.kept_by_sample(tolerance)
-            drawn = kept if self._drawn is None else kept[self._drawn]
-            self._tried[tolerance] = drawn.mean(0).tolist()
+            walks, drawn = self._simulation.walks, self._drawn
+            if drawn is None:
+                kept = self.kept_by_sample(tolerance)
+            elif tolerance in walks or 2 * len(drawn) >= len(self.stats):
+                kept = self.kept_by_sample(tolerance)[drawn]
+            else:
+                kept = self._simulation.walk(tolerance, drawn)
+            self._tried[tolerance] = kept.mean(0).tolist()
         return self._tried[tolerance]
 
     def kept_by_sample(self, tolerance: float) -> torch.Tensor:
@@ -198,7 +204,11 @@ class _Simulation:
             self.walks[tolerance] = torch.cat([self._chunk(slice(s, s + _CHUNK), tolerance) for s in starts])
         return self.walks[tolerance]
 
-    def _chunk(self, rows: slice, tolerance: float) -> torch.Tensor:
+    def walk(self, tolerance: float, samples: torch.Tensor) -> torch.Tensor:
+        """The same for some samples, by index, and not remembered."""
+        return torch.cat([self._chunk(rows, tolerance) for rows in torch.split(samples, _CHUNK)])
+
+    def _chunk(self, rows: slice | torch.Tensor, tolerance: float) -> torch.Tensor:
         """[chunk's samples, layers], the fraction left after each layer; the rule is `lowest_in_both`'s.
 
         Orders are sorted once for all tolerances, so a layer costs gathers and running sums only.
