@@ -12,7 +12,7 @@ from PIL import Image
 from fitprune import PruningRecipe, embedded
 from fitprune.cli import main
 
-COMMANDS = ["measure", "fit", "cost", "generate", "evaluate", "demo"]
+COMMANDS = ["measure", "fit", "cost", "generate", "evaluate", "analyze", "demo"]
 
 
 @pytest.fixture(scope="module")

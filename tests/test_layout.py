@@ -9,14 +9,14 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "files", "diversity", "processes"},
+    {"tokens", "flops", "files", "diversity", "processes", "tables"},
     {"recipe", "journal", "results", "attention", "selection", "stats", "calibration", "embedded", "adapters", "cache"},
     {"fitting", "hooks", "batches", "arguments", "views", "vision"},
-    {"scoring", "packing", "measurement"},
-    {"removal"},
+    {"scoring", "packing", "measurement", "analysis"},
+    {"removal", "analysis_files"},
     {"pruning", "sequential"},
     {"baselines", "benchmark", "figures"},
-    {"evaluation"},
+    {"evaluation", "analysis_figures"},
     {"demo", "report"},
     {"cli", "__init__"},
 ]

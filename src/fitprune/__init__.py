@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttentionStats": "stats",
     "PruningRecipe": "recipe",
+    "analyze": "analysis",
     "evaluate": "evaluation",
     "fit": "fitting",
     "fit_sequential": "sequential",
@@ -30,6 +31,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from fitprune.analysis import analyze as analyze
     from fitprune.batches import make_batches as make_batches
     from fitprune.calibration import load_samples as load_samples
     from fitprune.evaluation import evaluate as evaluate

@@ -170,6 +170,27 @@ def _report(args: argparse.Namespace) -> None:
     print(args.output)
 
 
+def _analyze(args: argparse.Namespace) -> None:
+    from fitprune.analysis import analyze
+    from fitprune.analysis_figures import draw_analysis
+    from fitprune.analysis_files import NAME, findings, save
+    from fitprune.figures import require_matplotlib
+    from fitprune.stats import AttentionStats
+
+    files.require_writable(Path(args.output) / NAME)
+    if not args.no_pictures:
+        require_matplotlib("use --no-pictures")
+    if len({Path(name).stem for name in args.stats}) < len(args.stats):
+        raise ValueError(f"STATS {' '.join(args.stats)}: two files have the same name; rename one")
+    stats = {Path(name).stem: AttentionStats.load(name) for name in args.stats}
+    analysis = analyze(stats, budgets=args.flops_reduction, resamples=args.resamples, seed=args.seed)
+    written = save(analysis, args.output)
+    if not args.no_pictures:
+        written += draw_analysis(analysis, args.output)
+    print(findings(analysis))
+    print(f"{args.output}: {len(written)} files, of which {NAME} holds all figures")
+
+
 def _demo(args: argparse.Namespace) -> None:
     from fitprune.demo import demo
 
@@ -337,6 +358,19 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("results", metavar="RESULTS", help="file made by 'fitprune evaluate'")
     made.add_argument("-o", "--output", required=True, help="HTML file to write")
+
+    made = command(
+        "analyze", _analyze, "analyse attention statistics and the stability of the recipes that they give",
+        "fitprune analyze stats.safetensors -o analysis/",
+    )  # fmt: skip
+    made.add_argument("stats", metavar="STATS", nargs="+", help="files made by 'fitprune measure', of one model")
+    made.add_argument("-o", "--output", required=True, help="folder for JSON, CSV tables and pictures")
+    made.add_argument(
+        "--flops-reduction", type=float, nargs="+", default=[0.4, 0.6, 0.8], help="budgets (default: 0.4 0.6 0.8)"
+    )
+    made.add_argument("--resamples", type=_positive, default=30, help="draws for each calibration size (default: 30)")
+    made.add_argument("--seed", type=int, default=0, help="seed of draws and halves")
+    made.add_argument("--no-pictures", action="store_true", help="JSON and tables alone; needs no matplotlib")
 
     made = command(
         "demo", _demo, "measure, fit and evaluate the embedded model: the whole way in one command",

@@ -12,6 +12,7 @@ from fitprune.adapters import adapt, visual_mask
 from fitprune.batches import make_batches
 from fitprune.calibration import Sample, load_samples
 from fitprune.evaluation import evaluate
+from fitprune.figures import draw_keep_curves, draw_kept_tokens, require_matplotlib
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.measurement import measure
 from fitprune.pruning import kept_positions
@@ -38,7 +39,7 @@ def demo(output: Path, *, quick: bool = False) -> None:
 
     files.require_writable(output / "stats.safetensors")
     if not quick:
-        _require_matplotlib()
+        require_matplotlib("use --quick")
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
 
@@ -81,8 +82,6 @@ def _draw(
     output: Path, model: object, processor: object, test: list[Sample], recipes: dict[str, PruningRecipe]
 ) -> None:
     """Draw the keep curves, and on four test images the tokens that stay at 60%."""
-    from fitprune.figures import draw_keep_curves, draw_kept_tokens
-
     draw_keep_curves(recipes, output / "keep_curves.png")
     adapted = adapt(model)
     examples = []
@@ -94,13 +93,3 @@ def _draw(
         examples.append((sample.load_image(), f"{sample.text} {sample.answers[0]}", present))
     layers = range(1, adapted.shape.decoder.layers)
     draw_kept_tokens(examples, layers, output / "kept_tokens.png")
-
-
-def _require_matplotlib() -> None:
-    """Find out before the work, not after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            "the demo's pictures need matplotlib: pip install 'fitprune[figures]', or use --quick"
-        ) from None

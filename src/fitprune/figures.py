@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import textwrap
@@ -33,7 +34,7 @@ def draw_keep_curves(recipes: Mapping[str, PruningRecipe], path: str | os.PathLi
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(title="recipe", frameon=False)
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_kept_tokens(
@@ -64,7 +65,7 @@ def draw_kept_tokens(
             axes.set_title(f"enter layer {layer}: {int(kept.sum())}", fontsize=8)
         for axes in row:
             axes.axis("off")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _shade(image: Image.Image, kept: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -78,16 +79,48 @@ def _shade(image: Image.Image, kept: torch.Tensor) -> np.ndarray[Any, Any]:
     return dimmed
 
 
-def canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """Make a figure of so many inches, with its axes; the user's pyplot state stays alone."""
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """Make a figure of `width` x `height` inches, drawn to files only, and its axes; `options` go to `subplots`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns)
+    FigureCanvasAgg(figure)  # draws to files only; the user's pyplot state stays alone
+    return figure, figure.subplots(rows, columns, **options)
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with files.replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write PNG or SVG, by the name's ending, whole or not at all; the same figure gives the same bytes.
+
+    Raises:
+        OSError: `path` cannot be written.
+    """
+    with files.replacing(path) as temporary:
+        if Path(path).suffix.lower() == ".svg":
+            temporary.write_text(svg_text(figure), encoding="utf-8")
+        else:
+            figure.savefig(temporary, format="png", dpi=150)
+
+
+def svg_text(figure: Any) -> str:
+    """Draw as SVG, text as text; the same figure gives the same characters."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    # An SVG would hold the time of its making, and ids drawn at random.
+    with matplotlib.rc_context({"svg.hashsalt": "fitprune", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def require_matplotlib(remedy: str) -> None:
+    """Find out before the work, not after it.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message ends with `remedy`.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError(f"pictures need matplotlib: pip install 'fitprune[figures]', or {remedy}") from None

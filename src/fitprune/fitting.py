@@ -7,6 +7,8 @@ that meets the budget; what the last step overshoots is given back token by toke
 
 from __future__ import annotations
 
+import bisect
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -110,7 +112,23 @@ class Fitter:
         self.stats = stats
         self.visual_tokens = visual_tokens or stats.usual_visual_tokens
         self._simulation = _Simulation(stats)
+        self._drawn: torch.Tensor | None = None  # all samples, each once
         self._tried: dict[float, list[float]] = {}
+
+    def resampled(self, samples: Sequence[int]) -> Fitter:
+        """Make a fitter of a draw of the samples, by index and as often as drawn.
+
+        Walks of all samples are shared by all fitters; a draw of fewer than half walks its own samples alone. So a
+        thousand draws cost little more than one fit.
+
+        Raises:
+            ValueError: `samples` is empty.
+        """
+        if not samples:
+            raise ValueError("samples is empty: draw at least one")
+        other = copy.copy(self)
+        other._drawn, other._tried = torch.tensor(samples), {}
+        return other
 
     def fit(self, budget: Budget) -> PruningRecipe:
         """Fit one budget; see `fit`."""
@@ -127,9 +145,9 @@ class Fitter:
 
         feasible = infeasible = 0.0
         if not meets(0.0):
-            known = sorted({0.0, 1.0, *self._tried})  # other budgets' trials narrow the search
-            feasible = next(at for at in known if meets(at))
-            infeasible = max(at for at in known if at < feasible)
+            known = sorted({0.0, 1.0, *self._simulation.walks, *self._tried})  # what was tried narrows the search
+            first = bisect.bisect_left(known, True, key=meets)
+            infeasible, feasible = known[first - 1], known[first]
             while feasible - infeasible > TOLERANCE_STEP:
                 middle = _next_tolerance(infeasible, feasible, measured, budget.value)
                 if meets(middle):
@@ -142,8 +160,19 @@ class Fitter:
     def kept_fractions(self, tolerance: float) -> list[float]:
         """Mean over samples of the fraction of visual tokens left after each layer, at a tolerance."""
         if tolerance not in self._tried:
-            self._tried[tolerance] = self._simulation.kept_fractions(tolerance)
+            walks, drawn = self._simulation.walks, self._drawn
+            if drawn is None:
+                kept = self.kept_by_sample(tolerance)
+            elif tolerance in walks or 2 * len(drawn) >= len(self.stats):
+                kept = self.kept_by_sample(tolerance)[drawn]
+            else:
+                kept = self._simulation.walk(tolerance, drawn)
+            self._tried[tolerance] = kept.mean(0).tolist()
         return self._tried[tolerance]
+
+    def kept_by_sample(self, tolerance: float) -> torch.Tensor:
+        """[samples, layers] fp64, fraction of each sample's visual tokens left after each layer; of all samples."""
+        return self._simulation.kept_by_sample(tolerance)
 
     def _whole(self, tolerance: float) -> list[int]:
         return tokens.kept_counts(self.kept_fractions(tolerance), self.visual_tokens)
@@ -153,7 +182,7 @@ class Fitter:
             "source": "fitprune.fit",
             "budget": {budget.kind: budget.value},
             "tolerance": tolerance,
-            "samples": len(self.stats),
+            "samples": len(self.stats if self._drawn is None else self._drawn),
             "measured": dict(self.stats.provenance),
         }
         if budget.kind != "tolerance":
@@ -177,17 +206,21 @@ class _Simulation:
             value.masked_fill_(value.isinf(), 0)
             sides.append((value, order, value.sum(2)))
         self.sides = sides
+        self.walks: dict[float, torch.Tensor] = {}
 
-    def kept_fractions(self, tolerance: float) -> list[float]:
-        """Mean over samples of the fraction left after each layer."""
-        total = torch.zeros(len(self.sides[0][0]), dtype=torch.float64)
-        for start in range(0, len(self.counts), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            total += self._chunk(rows, tolerance)
-        return (total / len(self.counts)).tolist()
+    def kept_by_sample(self, tolerance: float) -> torch.Tensor:
+        """[samples, layers] fp64, the fraction left after each layer. Each tolerance is walked once."""
+        if tolerance not in self.walks:
+            starts = range(0, len(self.counts), _CHUNK)
+            self.walks[tolerance] = torch.cat([self._chunk(slice(s, s + _CHUNK), tolerance) for s in starts])
+        return self.walks[tolerance]
 
-    def _chunk(self, rows: slice, tolerance: float) -> torch.Tensor:
-        """Sum over the chunk's samples of the fraction left after each layer; the rule is `lowest_in_both`'s.
+    def walk(self, tolerance: float, samples: torch.Tensor) -> torch.Tensor:
+        """The same for some samples, by index, and not remembered."""
+        return torch.cat([self._chunk(rows, tolerance) for rows in torch.split(samples, _CHUNK)])
+
+    def _chunk(self, rows: slice | torch.Tensor, tolerance: float) -> torch.Tensor:
+        """[chunk's samples, layers], the fraction left after each layer; the rule is `lowest_in_both`'s.
 
         Orders are sorted once for all tolerances, so a layer costs gathers and running sums only.
         """
@@ -204,8 +237,8 @@ class _Simulation:
                 removable = running <= slack[:, None]
                 leaving = leaving & torch.empty_like(removable).scatter_(1, order, removable)
             present &= ~leaving
-            fractions.append((present.sum(1) / original).sum())
-        return torch.stack(fractions)
+            fractions.append(present.sum(1) / original)
+        return torch.stack(fractions, 1)
 
 
 def _between(

@@ -6,7 +6,6 @@ Knows results only: no model, no data. Needs matplotlib (extra `figures`).
 from __future__ import annotations
 
 import html
-import io
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fitprune import files
-from fitprune.figures import canvas
+from fitprune.figures import canvas, svg_text
 from fitprune.results import DENSE, Results, Row, label, percent, verdict
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too; a second round is dashed.
@@ -194,7 +193,7 @@ def _curves(rows: Sequence[Row]) -> str:
     axes.set(xlabel="visual-token FLOPs removed, %", ylabel=what)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def _height(row: Row) -> tuple[float, tuple[float, float]]:
@@ -241,7 +240,7 @@ def _keep_curves(results: Results) -> str:
         axes.grid(alpha=0.25)
     grid[0].set_ylabel("visual tokens that enter, %")
     grid[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
@@ -289,14 +288,3 @@ def _veil(kept: Sequence[bool], side: int) -> str:
         f"<rect x={i % side} y={i // side} width=1.02 height=1.02 />" for i, stays in enumerate(kept) if not stays
     )
     return f"<svg viewBox='0 0 {side} {side}' fill='#222' fill-opacity='.82' shape-rendering='crispEdges'>{cells}</svg>"
-
-
-def _svg(figure: Any) -> str:
-    """Draw as SVG text, the same on every run."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "fitprune", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fitprune import files
+from fitprune.tables import aligned
 
 SCHEMA = 2
 DENSE = "dense"
@@ -259,12 +260,3 @@ def kind_table(results: Results, task: str | None = None) -> str:
 def percent(value: float | None) -> str:
     """Format a fraction as percent."""
     return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    """Line up columns: the first to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *row[1:]]).rstrip() for line, row in zip(lines, rows, strict=True)
-    )
