@@ -3,8 +3,8 @@
     python benchmarks/lmms_table.py --out lmms-table --batch-size 8
     python benchmarks/lmms_table.py --out try --model digit-scenes --recipe recipe.json --benchmark digit_scenes
 
-Each cell is one lmms-eval run, in a folder of its own under --out. A finished cell is not run again, so the same command
-goes on where it was stopped. Needs lmms-eval (pip install 'fitprune[lmms-eval]'), its data sets from the hub,
+Each cell is one lmms-eval run, in a folder of its own under --out. A finished cell is not run again, so the same
+command goes on where it was stopped. Needs lmms-eval (pip install 'fitprune[lmms-eval]'), its data sets from the hub,
 and for LLaVA-1.5-7B a GPU. Prints one JSON document last. docs/lmms-eval.md says what the figures can be compared with.
 """
 
@@ -96,8 +96,8 @@ def finished(args: argparse.Namespace, recipe: str | None, benchmark: Benchmark,
 
 def cell(args: argparse.Namespace, recipe: str | None, name: str, benchmark: Benchmark) -> float | None:
     """Run one cell unless it is finished; None if it failed. lmms-eval exits with 0 in any case: its file decides."""
-    row = Path(recipe).stem if recipe else "dense"
-    out = Path(args.out) / row.replace(":", "-") / benchmark.task
+    row = "dense" if recipe is None else Path(recipe).name.removesuffix(".json").replace(":", "-")
+    out = Path(args.out) / row / benchmark.task
     value = finished(args, recipe, benchmark, out)
     if value is None:
         out.mkdir(parents=True, exist_ok=True)
@@ -138,10 +138,7 @@ def main() -> int:
     chosen = {name: {**BENCHMARKS, **TRIAL}[name] for name in args.benchmark}
     unjudged = [name for name, one in chosen.items() if one.judged and not os.environ.get("OPENAI_API_KEY")]
     for name in unjudged:
-        print(
-            f"{name}: left out: a judge scores it, which needs OPENAI_API_KEY; without, all is scored 0",
-            file=sys.stderr,
-        )
+        print(f"{name}: left out: its judge needs OPENAI_API_KEY, without which all answers score 0", file=sys.stderr)
         del chosen[name]
     rows: dict[str, dict[str, float | None]] = {}
     for recipe in [None, *args.recipe]:
