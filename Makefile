@@ -1,14 +1,19 @@
-# make demo: the whole way on the embedded model. make test: lint, types and tests. Both work on a fresh clone.
+# make demo: the whole way on the embedded model. make test: lint, types and tests. make test-integrations: the lmms-eval
+# plug-in, in an environment of its own. All work on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
+INTEGRATIONS := .venv-integrations/bin
 
-.PHONY: demo test lint train data clean
+.PHONY: demo test test-integrations lint train data clean
 
 demo: .venv/installed
 	$(BIN)/fitprune demo
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest --durations=10
+
+test-integrations: .venv-integrations/installed
+	$(INTEGRATIONS)/python -m pytest tests/integrations --durations=5
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -21,6 +26,13 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Apart from .venv, because lmms-eval needs torchvision, whose torch brings gigabytes of CUDA libraries.
+.venv-integrations/installed: pyproject.toml constraints-integrations.txt
+	$(PYTHON) -m venv .venv-integrations
+	$(INTEGRATIONS)/python -m pip install --quiet --disable-pip-version-check -c constraints-integrations.txt \
+		-e '.[lmms-eval]' pytest
+	touch $@
+
 # Trains the embedded model again (about 45 minutes on two cores) and renders its data again.
 train: .venv/installed
 	$(BIN)/python training/train.py --out training/run
@@ -28,4 +40,4 @@ data: .venv/installed
 	$(BIN)/python training/render.py --out src/fitprune/data
 
 clean:
-	rm -rf .venv build dist demo-output src/*.egg-info
+	rm -rf .venv .venv-integrations build dist demo-output src/*.egg-info

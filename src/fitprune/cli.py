@@ -199,13 +199,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _recipe(name: str) -> PruningRecipe:
     """Load a recipe file, or a published one by `model:percent`."""
-    if not Path(name).exists() and (parts := name.split(":"))[0] in PruningRecipe.published_names() and len(parts) == 2:
-        return PruningRecipe.published(parts[0], int(parts[1]) if parts[1].isdigit() else parts[1])  # type: ignore[arg-type]
-    if name in PruningRecipe.published_names():
-        raise ValueError(
-            f"{name}: say which of its recipes, such as {name}:60; {PruningRecipe.published_names()[name]}"
-        )
-    return PruningRecipe.load(name)
+    return PruningRecipe.named(name)
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -221,6 +221,22 @@ class PruningRecipe:
         keep = tokens.keep_fractions(entry["removals"][str(percent)], entry["visual_tokens"])
         return cls(keep, ModelShape(model_type, decoder, vision), entry["visual_tokens"], provenance)
 
+    @classmethod
+    def named(cls, name: str) -> PruningRecipe:
+        """Load a recipe file, or take a published recipe by "model:percent".
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: as `load` and `published`, or the percent is missing.
+        """
+        published = cls.published_names()
+        model, *percent = name.split(":")
+        if not Path(name).exists() and model in published and len(percent) == 1:
+            return cls.published(model, int(percent[0]) if percent[0].isdigit() else percent[0])  # type: ignore[arg-type]
+        if name in published:
+            raise ValueError(f"{name}: say which of its recipes, such as {name}:60; {published[name]}")
+        return cls.load(name)
+
     @staticmethod
     def published_names() -> dict[str, list[int]]:
         """List the published recipes: model name -> nominal percents."""

@@ -1,0 +1,15 @@
+"""Bridges to other programs, each in a file of its own that needs that program. This file needs none of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def lmms_eval_manifest() -> Any:
+    """Tell lmms-eval where its model "fitprune" is; the entry point `lmms_eval.models` calls this.
+
+    It stands here because lmms-eval loads every entry point on every start, and the model's own file loads torch.
+    """
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="fitprune", chat_class_path="fitprune.integrations.lmms_eval.FitPrune")

@@ -1,0 +1,305 @@
+"""The model "fitprune" of lmms-eval: any of its tasks on a LLaVA, dense or pruned.
+
+    lmms-eval --model fitprune --model_args pretrained=MODEL,recipe=RECIPE --tasks TASK --batch_size 8
+
+Only the step from messages to answers is here; tasks, prompts, metrics and files are lmms-eval's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from lmms_eval.utils import Collator
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from fitprune import adapters, embedded
+from fitprune.baselines import Method, make_method, parse_name
+from fitprune.batches import make_batches
+from fitprune.calibration import load_samples
+from fitprune.fitting import Fitter, checked_budget
+from fitprune.measurement import measure, to_model
+from fitprune.pruning import prune
+from fitprune.recipe import PruningRecipe
+from fitprune.stats import AttentionStats
+
+logger = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 1024  # where a task states none: what lmms-eval's own LLaVA models take
+_SAMPLING = ("temperature", "top_p", "top_k")
+# `until` is left out, as in lmms-eval's own LLaVA models: these models end their answers themselves, and the default of
+# `until`, the blank line between few-shot examples, would cut long answers. `image_aspect_ratio` is LLaVA's own code's.
+_NOT_OURS = ("until", "image_aspect_ratio")
+
+
+class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
+    """A LLaVA of transformers, dense or pruned by a recipe.
+
+    One recipe is stated by `recipe`, or fitted to `flops_reduction` from `stats` or `calibration`; without either the
+    model is dense.
+
+    Args:
+        pretrained: folder or hub name; "digit-scenes" is the embedded model.
+        recipe: recipe file, or a published one such as llava-1.5-7b:60.
+        flops_reduction: budget to fit a recipe to, as a fraction.
+        stats: statistics to fit from, made by `fitprune measure`.
+        calibration: data to measure now instead, as for `fitprune measure --data`.
+        calibration_samples: draw so many of them; all by default.
+        image_folder: where the calibration images' names begin; beside the data by default.
+        method: what is solved for the budget: fitprune, or a published method or control (docs/baselines.md).
+        seed: of a method that draws at random.
+        dtype: "auto" (the checkpoint's), float32, bfloat16 or float16.
+        device: for example cpu or cuda:1; by default this process' GPU, if there is one.
+        device_map: how accelerate spreads one model over devices, such as "auto"; instead of `device`.
+        attn_implementation: attention of the model; transformers' choice by default.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run the code that a hub repository brings; off.
+        batch_size: questions in a batch.
+        max_batch_size: accepted because lmms-eval hands it on; there is no automatic batch size.
+        prompt_template: used instead of the chat template: text with `{question}` and the image token, or a file that
+            holds it. `\\n` stands for a line break. The image token is repeated for each image of a question.
+
+    Raises:
+        ValueError: arguments that contradict each other or miss their partner, a value that is out of range, a recipe
+            of another model, or a model family that is not supported.
+        OSError: a file or model is not there.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        recipe: str | None = None,
+        flops_reduction: float | None = None,
+        stats: str | None = None,
+        calibration: str | None = None,
+        calibration_samples: int | None = None,
+        image_folder: str | None = None,
+        method: str = "fitprune",
+        seed: int = 0,
+        dtype: str = "auto",
+        device: str | None = None,
+        device_map: str | None = None,
+        attn_implementation: str | None = None,
+        revision: str = "main",
+        trust_remote_code: bool = False,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        prompt_template: str | None = None,
+    ) -> None:
+        super().__init__()
+        _require_one_way(recipe, flops_reduction, stats, calibration)
+        self.batch_size = _positive(batch_size)
+        if parse_name(method)[0] != "fitprune" and flops_reduction is None:
+            raise ValueError(f"method={method}: is solved for a budget; state flops_reduction=0.6 too")
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
+        # What can be read without the model is read before it: a wrong path is found in a second.
+        used = Method(PruningRecipe.named(recipe)) if recipe is not None else None
+        measured = AttentionStats.load(stats) if stats is not None else None
+        samples = None
+        if calibration is not None:
+            samples = load_samples(embedded.resolve(calibration), image_folder, samples=calibration_samples)
+
+        self.accelerator = Accelerator()
+        if device_map is not None and (device is not None or self.accelerator.num_processes > 1):
+            raise ValueError(
+                f"device_map={device_map!r}: spreads one model over devices in one process; "
+                "drop it, or drop device and run one process"
+            )
+        self.device = torch.device(device) if device is not None else self.accelerator.device
+        name = embedded.resolve(pretrained)
+        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        adapters.model_shape(AutoConfig.from_pretrained(name, **hub))  # before the weights
+        options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        if device_map is not None:
+            options["device_map"] = device_map
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        model = AutoModelForImageTextToText.from_pretrained(name, **hub, **options).eval()
+        self.model = model if device_map is not None else model.to(self.device)
+        self.processor = AutoProcessor.from_pretrained(name, **hub)
+        self.processor.tokenizer.padding_side = "left"  # the dense model cannot generate behind right padding
+        self.prompt_template = _template(prompt_template, self.processor)
+
+        if samples is not None:
+            batches = make_batches(samples, self.processor, prompt_template=self.prompt_template)
+            measured = measure(self.model, batches, total=len(samples), progress=self.accelerator.is_main_process)
+        if flops_reduction is not None:
+            assert measured is not None
+            used = make_method(method, Fitter(measured), checked_budget("flops_reduction", flops_reduction), seed=seed)
+        if used is not None:
+            used.recipe.model.require_same(adapters.adapt(self.model).shape, what="recipe")
+        self.method = used
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Answer questions in batches; those that are generated alike share one.
+
+        Args:
+            requests: lmms-eval's, each with the function that makes its messages.
+
+        Returns:
+            The answers in the order of the requests.
+
+        Raises:
+            ValueError: a message has video or audio, a prompt cannot be formed, or as for `fitprune.prune`.
+        """
+        # Longest text first: what does not fit in memory is found at once, and padding stays short.
+        order = Collator(
+            [request.args for request in requests], lambda r: -len(r[0]), group_fn=lambda r: r[2], grouping=True
+        )
+        answers = []
+        used = self.method
+        pruned = contextlib.nullcontext() if used is None else prune(self.model, used.recipe, used.scorer)
+        bar = tqdm(total=len(requests), desc="fitprune", unit="question", disable=self.rank != 0)
+        with bar, pruned, torch.inference_mode():
+            for chunk in order.get_batched(n=self.batch_size):
+                messages = [make(self.task_dict[task][split][doc]) for _, make, _, doc, task, split in chunk]
+                answers += self.answer([ChatMessages(messages=one) for one in messages], chunk[0][2])
+                bar.update(len(chunk))
+        found: list[str] = order.get_original(answers)
+        return found
+
+    def answer(self, batch: Sequence[ChatMessages], generation: Mapping[str, Any]) -> list[str]:
+        """Answer one batch.
+
+        Args:
+            batch: for each question, its messages.
+            generation: the task's `generation_kwargs`.
+        """
+        prompts, images = [], []
+        for messages in batch:
+            text, shown = self.prompt(messages)
+            prompts.append(text)
+            images += shown
+        inputs = self.processor(images=images or None, text=prompts, padding=len(prompts) > 1, return_tensors="pt")
+        ids = self.model.generate(**to_model(inputs, self.model), **_generation(generation))
+        texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def prompt(self, messages: ChatMessages) -> tuple[str, list[Image.Image]]:
+        """Put messages into the form that the model was trained on.
+
+        Returns:
+            The prompt, and its images in order.
+
+        Raises:
+            ValueError: there is video or audio, the text places another number of images than there are, or there is
+                neither chat template nor `prompt_template`.
+        """
+        images, videos, audios = messages.extract_media()
+        if videos or audios:
+            raise ValueError("the question has video or audio: these models see images alone; choose an image task")
+        token = self.processor.image_token
+        parts = [part for message in messages.messages for part in message.content]
+        placed = sum(part.text.count(token) for part in parts if part.type == "text")
+        if placed not in (0, len(images)):
+            raise ValueError(f"the text places {placed} images by {token!r}, but {len(images)} are given")
+        if self.prompt_template is not None:
+            text = _filled(self.prompt_template, token, messages, placed)
+        elif not getattr(self.processor, "chat_template", None):
+            raise ValueError(
+                "the processor has no chat template; state one: prompt_template='USER: <image>\\n{question} ASSISTANT:'"
+            )
+        else:
+            turns = [
+                {
+                    "role": message.role,
+                    # Where the text places the images itself, they are not placed again.
+                    "content": [_text_or_image(part) for part in message.content if part.type == "text" or not placed],
+                }
+                for message in messages.messages
+            ]
+            text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return text, [_loaded(image) for image in images]
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Not supported: lmms-eval's rounds are prompts of their own format for each task."""
+        raise NotImplementedError("tasks of several rounds are not supported; choose a task of type generate_until")
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Not supported: lmms-eval makes such requests for models without messages alone."""
+        raise NotImplementedError(
+            "loglikelihood is not supported: lmms-eval gives it to models without messages alone; choose the task's "
+            "variant of type generate_until"
+        )
+
+
+def _require_one_way(
+    recipe: str | None, flops_reduction: float | None, stats: str | None, calibration: str | None
+) -> None:
+    """Refuse arguments that state two recipes, or a budget without anything to fit it from."""
+    if recipe is not None and flops_reduction is not None:
+        raise ValueError(f"recipe={recipe} and flops_reduction={flops_reduction}: state one, or neither for dense")
+    if flops_reduction is not None:
+        checked_budget("flops_reduction", flops_reduction)
+        if (stats is None) == (calibration is None):
+            raise ValueError(
+                f"flops_reduction={flops_reduction}: a recipe is fitted from either stats=FILE (fitprune measure) or "
+                "calibration=DATA (measured now); state one of them"
+            )
+    elif stats is not None or calibration is not None:
+        given = f"stats={stats}" if stats is not None else f"calibration={calibration}"
+        raise ValueError(f"{given}: nothing to fit from it; state flops_reduction=0.6 too, or drop it")
+
+
+def _positive(batch_size: int | str) -> int:
+    number = int(batch_size) if str(batch_size).isdecimal() else 0
+    if number < 1:
+        raise ValueError(f"batch_size={batch_size}: must be an integer of at least 1; 'auto' is not supported")
+    return number
+
+
+def _template(given: str | None, processor: Any) -> str | None:
+    """Read a prompt template from text or file, and check that it has its two places."""
+    if given is None:
+        return None
+    text = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given.strip("'\"")
+    text = text.rstrip("\n").replace("\\n", "\n")
+    for place in ("{question}", processor.image_token):
+        if place not in text:
+            raise ValueError(
+                f"prompt_template={text!r}: must contain {place!r}, "
+                "for example 'USER: <image>\\n{question} ASSISTANT:'"
+            )
+    return text
+
+
+def _filled(template: str, token: str, messages: ChatMessages, placed: int) -> str:
+    """Fill a template with one message: an image token for each image, the texts as the question."""
+    if [message.role for message in messages.messages] != ["user"]:
+        raise ValueError("the question has several messages: a prompt_template holds one; drop prompt_template")
+    content = messages.messages[0].content
+    shown = 0 if placed else sum(part.type == "image" for part in content)
+    around = template if shown else template.replace(f"{token}\n", "").replace(token, "")
+    around = around.replace(token, "\n".join([token] * shown), 1)
+    return around.replace("{question}", "\n".join(part.text for part in content if part.type == "text"))
+
+
+def _text_or_image(part: Any) -> dict[str, str]:
+    return {"type": "text", "text": part.text} if part.type == "text" else {"type": "image"}
+
+
+def _loaded(image: Any) -> Image.Image:
+    opened = image if isinstance(image, Image.Image) else Image.open(image)
+    return opened.convert("RGB")
+
+
+def _generation(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a task's `generation_kwargs` into transformers' arguments. Temperature 0 means greedy."""
+    given = {name: value for name, value in task.items() if name not in _NOT_OURS and value is not None}
+    sampled = bool(given.pop("do_sample", True)) and given.get("temperature", 0) > 0
+    if not sampled:
+        given = {name: value for name, value in given.items() if name not in _SAMPLING}
+    return {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, **given, "do_sample": sampled}
