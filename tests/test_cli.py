@@ -12,7 +12,7 @@ from PIL import Image
 from fitprune import PruningRecipe, embedded
 from fitprune.cli import main
 
-COMMANDS = ["measure", "fit", "cost", "generate", "evaluate", "analyze", "demo"]
+COMMANDS = ["measure", "fit", "cost", "generate", "evaluate", "analyze", "report", "demo"]
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +104,10 @@ def test_evaluate_writes_results_with_dense_always(made, tmp_path, capsys):
     options = ["--data", "digit-scenes/test", "--samples", "16", "--recipe", *recipes, "-o", str(out)]
     assert main(["evaluate", "digit-scenes", *options]) == 0
     results = json.loads(out.read_text())
-    assert [row["name"] for row in results["rows"]] == ["dense", "flops_reduction-0.5", "flops_reduction-0.8"]
+    assert [row["method"] for row in results["rows"]] == ["dense", "flops_reduction-0.5", "flops_reduction-0.8"]
     assert results["rows"][0]["agreement"] == 1
-    assert len(results["answers"]) == 16
+    assert len(out.with_suffix(".samples.jsonl").read_text().splitlines()) == 1 + 16
+    assert out.with_suffix(".timings.json").exists()
     assert "agreement" in capsys.readouterr().out
 
 

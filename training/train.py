@@ -182,14 +182,16 @@ class Batches:
         ids = self.processor.tokenizer("USER: <image>", add_special_tokens=False).input_ids
         return ids[: ids.index(self.image_id)]
 
-    def questions(self, batch: list[scenes.Scene], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def questions(
+        self, batch: list[scenes.Scene], rng: np.random.Generator, turn: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed questions: ids and labels [batch, questions, SLOT]."""
         ids, labels = [], []
         for scene in batch:
             names, shares, ask = (
                 (scenes.KINDS, scenes.TRAINING_SHARES, scenes.ask)
                 if scene.number is None
-                else (scenes.DETAIL_KINDS, scenes.DETAIL_SHARES, scenes.ask_detail)
+                else (scenes.DETAIL_KINDS, scenes.DETAIL_SHARES[turn], scenes.ask_detail)
             )
             kinds = rng.choice(len(names), size=self.args.questions, p=shares)
             slots = [self.slot(*ask(scene, names[k], rng)) for k in kinds]
@@ -395,13 +397,16 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
         answers, encode = torch.compile(answers, dynamic=False), torch.compile(encode)
     started = time.time()
     log: dict[str, float] = {}
-    for step in range(first, args.steps + args.detail_steps):
+    ends = [args.steps, *(args.steps + sum(args.detail_steps[: n + 1]) for n in range(len(args.detail_steps)))]
+    for step in range(first, ends[-1]):
         details = step >= args.steps
+        turn = max(0, sum(step >= end for end in ends) - 1)
         if step == args.steps:
             parameters, optimizer = begin(True)
         for group in optimizer.param_groups:
             if details:
-                group["lr"] = args.detail_lr * schedule(step - args.steps, args.detail_steps, 50, decay=0.5)
+                rate = schedule(step - ends[turn], args.detail_steps[turn], 50, decay=0.5)
+                group["lr"] = args.detail_lr * rate
             else:
                 group["lr"] = args.lr * schedule(step, args.steps, 100)
         # Binding is found among two digits ten times sooner than among six: scenes grow during the first steps.
@@ -411,7 +416,7 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
             if details
             else batches.scenes(step, args.batch, fewest=min(3, most - 1), most=most)
         )
-        ids, labels = batches.questions(batch, rng)
+        ids, labels = batches.questions(batch, rng, turn)
         pooled = step < args.pooled_steps
         _PREFIX = len(coarse if pooled else every)
         # The hidden state one place before each answer token predicts it. Padded to a fixed count for the compiler.
@@ -466,7 +471,9 @@ def main() -> None:
     parser.add_argument("--tower-lr", type=float, default=1e-3)
     parser.add_argument("--align-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=1700)
-    parser.add_argument("--detail-steps", type=int, default=700, help="steps with small digits, after --steps")
+    parser.add_argument(
+        "--detail-steps", type=int, nargs="+", default=[700, 450], help="rounds of steps with small digits, at the end"
+    )
     parser.add_argument("--detail-lr", type=float, default=8e-4)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--questions", type=int, default=10, help="questions packed behind each image")
@@ -500,11 +507,12 @@ def main() -> None:
     save(model, processor, args.out)
 
     trained = LlavaForConditionalGeneration.from_pretrained(args.out).eval()
-    dense = evaluate(trained, processor, load_samples(embedded.folder("test")), {}, batch_size=32).rows[0]
+    tasks = {name: load_samples(embedded.folder("test", name)) for name in ("digit-scenes", "digit-details")}
+    dense = evaluate(trained, processor, tasks, {}, batch_size=32, timed_batches=0).rows
     options = {k: v for k, v in vars(args).items() if k != "out"}
     facts = {
-        "accuracy": dense.accuracy,
-        "accuracy_by_kind": dense.accuracy_by_kind,
+        "accuracy": {row.task: row.accuracy for row in dense},
+        "accuracy_by_kind": {row.task: row.accuracy_by_kind for row in dense},
         "decoder_minutes": round(seconds / 60, 1),
         "torch": torch.__version__,
         "options": options,

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fitprune.adapters import adapt
 from fitprune.diversity import dpp_order, least_similar_order, max_min_order
 from fitprune.fitting import Budget, Fitter, give_back
+from fitprune.flops import ModelShape
+from fitprune.measurement import to_model
+from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
 from fitprune.scoring import SCORERS, Scorer
 from fitprune.views import LayerView
@@ -40,11 +44,27 @@ class Method:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a method is solved for, where no statistics are at hand.
+
+    Attributes:
+        model: the model's type and sizes.
+        visual_tokens: image size that the budget is met for.
+    """
+
+    model: ModelShape
+    visual_tokens: int
+
+
+Target = Fitter | Sizes
+
+
+@dataclasses.dataclass(frozen=True)
 class Baseline:
     """A method before its budget is known.
 
     Attributes:
-        schedule: (fitter, budget, **parameters) -> counts, and the parameters that were used.
+        schedule: (target, budget, **parameters) -> counts, and the parameters that were used.
         scorer: seed -> scorer.
         source: where it was published.
         parameters: those that a user may set, with their meaning.
@@ -58,13 +78,13 @@ class Baseline:
     seeded: bool = False
 
 
-def make_method(name: str, fitter: Fitter, budget: Budget, *, seed: int = 0) -> Method:
+def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> Method:
     """Solve a method for a budget.
 
     Args:
         name: one of `BASELINES`, with parameters as in "fastv:k=1" or "pyramiddrop:shift=-1".
-        fitter: statistics of the model; FitPrune's own recipe comes from them, other methods take sizes only.
-        budget: met to within one token, for images of `fitter.visual_tokens`.
+        target: sizes of the model and its images; FitPrune's own counts need a Fitter, which has statistics too.
+        budget: met to within one token, for images of `target.visual_tokens`.
         seed: of methods that draw at random; others ignore it.
 
     Raises:
@@ -72,8 +92,8 @@ def make_method(name: str, fitter: Fitter, budget: Budget, *, seed: int = 0) -> 
     """
     base, given = parse_name(name)
     baseline = BASELINES[base]
-    (entering, kept), used = baseline.schedule(fitter, budget, **given)
-    n, model = fitter.visual_tokens, fitter.stats.model
+    (entering, kept), used = baseline.schedule(target, budget, **given)
+    n, model = target.visual_tokens, target.model
     provenance = {
         "source": baseline.source,
         "method": name,
@@ -113,6 +133,50 @@ def parse_name(name: str) -> tuple[str, dict[str, int]]:
     return base, given
 
 
+def search_vtw(model: Any, batches: Iterable[Mapping[str, Any]], *, threshold: float = 0.003, first: int = 1) -> int:
+    """Find VTW's layer: the first that may run without any visual token.
+
+    Args:
+        model: a supported `...ForConditionalGeneration` model.
+        batches: a few samples as the processor makes them; rows padded on the left, if at all.
+        threshold: largest mean divergence, in nats, of the first answer token's distribution from the dense model's.
+        first: the first layer to try, from 1; the authors begin at 5 of 32.
+
+    Returns:
+        The layer k: `make_method("vtw", ...)` states its own as `k` in the recipe's provenance.
+
+    Raises:
+        ValueError: there is no batch, or no layer stays below the threshold.
+
+    Source: VTW (arXiv:2405.05803) and its authors' search (20 samples of ScienceQA; 0.003 for LLaVA-1.5-7B). Differs
+    from it: the image's place is known for each sample, not taken to be 35 to 611.
+    """
+    adapted = adapt(model)
+    layers = adapted.shape.decoder.layers
+    if not 1 <= first < layers:
+        raise ValueError(f"first={first}: must be from 1 to {layers - 1}, a layer of the {layers}")
+    total, samples = np.zeros(layers), 0
+    for batch in batches:
+        inputs = to_model(batch, model)
+        with torch.inference_mode():
+            dense = model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+        samples += len(dense)
+        for k in range(first, layers):
+            recipe = PruningRecipe((1.0,) * (k - 1) + (0.0,) * (layers - k + 1), adapted.shape, 1)
+            with torch.inference_mode(), prune(model, recipe, Scorer(by_place, query_aware=False)):
+                cut = model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+            total[k] += float((cut.exp() * (cut - dense)).nansum())
+    if not samples:
+        raise ValueError("batches is empty: there must be at least one")
+    for k in range(first, layers):
+        if total[k] / samples <= threshold:
+            return k
+    raise ValueError(
+        f"threshold={threshold}: no layer from {first} on stays below it, the last reaches "
+        f"{total[-1] / samples:.4f}; state a larger one"
+    )
+
+
 def _largest(fits: Callable[[int], bool], most: int) -> int | None:
     """Find the largest count up to `most` that fits; None if not even 0 does. Fewer always fit too."""
     if not fits(0):
@@ -124,9 +188,9 @@ def _largest(fits: Callable[[int], bool], most: int) -> int | None:
     return low
 
 
-def _solve(fitter: Fitter, budget: Budget, counts: Callable[[int], Counts], what: str) -> Counts:
+def _solve(target: Target, budget: Budget, counts: Callable[[int], Counts], what: str) -> Counts:
     """Keep as many tokens as the budget lets, in a schedule that has one count to choose."""
-    decoder, n = fitter.stats.model.decoder, fitter.visual_tokens
+    decoder, n = target.model.decoder, target.visual_tokens
 
     def fits(kept: int) -> bool:
         entering, after = counts(kept)
@@ -140,16 +204,16 @@ def _solve(fitter: Fitter, budget: Budget, counts: Callable[[int], Counts], what
     return counts(best)
 
 
-def _inside(fitter: Fitter, layer: int, count: int) -> Counts:
+def _inside(target: Target, layer: int, count: int) -> Counts:
     """All tokens up to a layer's attention, `count` from its MLP on."""
-    layers, n = fitter.stats.model.decoder.layers, fitter.visual_tokens
+    layers, n = target.model.decoder.layers, target.visual_tokens
     kept = [n] * layer + [count] * (layers - layer)
     return [n, *kept[:-1]], kept
 
 
-def _possible(fitter: Fitter, budget: Budget, counts: Callable[[int, int], Counts], first: int, last: int) -> int:
+def _possible(target: Target, budget: Budget, counts: Callable[[int, int], Counts], first: int, last: int) -> int:
     """The largest layer up to `first`, at least `last`, at which removing everything meets the budget; else `last`."""
-    decoder, n = fitter.stats.model.decoder, fitter.visual_tokens
+    decoder, n = target.model.decoder, target.visual_tokens
     for layer in range(first, last, -1):
         entering, kept = counts(layer, 0)
         if budget.met_by(budget.measured(decoder, n, kept, entering)):
@@ -157,16 +221,19 @@ def _possible(fitter: Fitter, budget: Budget, counts: Callable[[int, int], Count
     return last
 
 
-def _fitted(fitter: Fitter, budget: Budget) -> tuple[Counts, dict[str, Any]]:
-    n = fitter.visual_tokens
-    recipe = fitter.fit(budget)
+def _fitted(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+    """FitPrune's own counts."""
+    if not isinstance(target, Fitter):
+        raise ValueError("FitPrune's counts are fitted from statistics: measure the model, and pass a Fitter of them")
+    n = target.visual_tokens
+    recipe = target.fit(budget)
     kept = recipe.kept(n)
     return ([n, *kept[:-1]], kept), {"tolerance": recipe.provenance["tolerance"]}
 
 
-def _uniform(fitter: Fitter, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def _uniform(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
     """The same number leaves at every layer, as long as there are any."""
-    decoder, n = fitter.stats.model.decoder, fitter.visual_tokens
+    decoder, n = target.model.decoder, target.visual_tokens
 
     def kept(rate: float) -> list[int]:
         return [max(0, round(n - (layer + 1) * rate)) for layer in range(decoder.layers)]
@@ -184,52 +251,52 @@ def _uniform(fitter: Fitter, budget: Budget) -> tuple[Counts, dict[str, Any]]:
     return ([n, *counts[:-1]], counts), {"removed_per_layer": round(high, 2)}
 
 
-def _last_layers(fitter: Fitter, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def _last_layers(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
     """Everything leaves, as late as the budget lets: in layer k, but for what still fits in one layer more."""
-    layers, n = fitter.stats.model.decoder.layers, fitter.visual_tokens
-    k = _possible(fitter, budget, functools.partial(_inside, fitter), layers - 1, 0)
+    layers, n = target.model.decoder.layers, target.visual_tokens
+    k = _possible(target, budget, functools.partial(_inside, target), layers - 1, 0)
 
     def counts(count: int) -> Counts:
         kept = [n] * k + [count] + [0] * (layers - k - 1)
         return [n, *kept[:-1]], kept
 
-    return _solve(fitter, budget, counts, "removing everything inside layer 0"), {"k": k + 1}
+    return _solve(target, budget, counts, "removing everything inside layer 0"), {"k": k + 1}
 
 
-def _fastv(fitter: Fitter, budget: Budget, *, k: int | None = None) -> tuple[Counts, dict[str, Any]]:
+def _fastv(target: Target, budget: Budget, *, k: int | None = None) -> tuple[Counts, dict[str, Any]]:
     """One removal, by layer k - 1's attention and inside it: kept tokens have the values of the authors' code."""
-    _require_layer("fastv", k, 1, fitter)
-    at = _possible(fitter, budget, functools.partial(_inside, fitter), 1, 0) if k is None else k - 1
-    counts = _solve(fitter, budget, functools.partial(_inside, fitter, at), f"fastv with k={at + 1}")
-    return counts, {"k": at + 1, "r": round(1 - counts[1][-1] / fitter.visual_tokens, 4)}
+    _require_layer("fastv", k, 1, target)
+    at = _possible(target, budget, functools.partial(_inside, target), 1, 0) if k is None else k - 1
+    counts = _solve(target, budget, functools.partial(_inside, target, at), f"fastv with k={at + 1}")
+    return counts, {"k": at + 1, "r": round(1 - counts[1][-1] / target.visual_tokens, 4)}
 
 
-def _before(fitter: Fitter, layer: int, count: int) -> Counts:
+def _before(target: Target, layer: int, count: int) -> Counts:
     """All tokens up to the end of the layer before, `count` from this layer on."""
-    layers, n = fitter.stats.model.decoder.layers, fitter.visual_tokens
+    layers, n = target.model.decoder.layers, target.visual_tokens
     counts = [n] * layer + [count] * (layers - layer)
     return counts, counts
 
 
-def _embeddings(name: str, fitter: Fitter, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def _embeddings(name: str, target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
     """One removal, before the first layer."""
-    counts = _solve(fitter, budget, functools.partial(_before, fitter, 0), name)
+    counts = _solve(target, budget, functools.partial(_before, target, 0), name)
     return counts, {"kept": counts[0][0]}
 
 
-def _dart(fitter: Fitter, budget: Budget, *, k: int | None = None) -> tuple[Counts, dict[str, Any]]:
+def _dart(target: Target, budget: Budget, *, k: int | None = None) -> tuple[Counts, dict[str, Any]]:
     """One removal before layer k, which needs the keys of the layer before it."""
-    _require_layer("dart", k, 1, fitter)
-    at = _possible(fitter, budget, functools.partial(_before, fitter), 2, 1) if k is None else k
-    return _solve(fitter, budget, functools.partial(_before, fitter, at), f"dart with k={at}"), {"k": at}
+    _require_layer("dart", k, 1, target)
+    at = _possible(target, budget, functools.partial(_before, target), 2, 1) if k is None else k
+    return _solve(target, budget, functools.partial(_before, target, at), f"dart with k={at}"), {"k": at}
 
 
-def _pyramid(fitter: Fitter, budget: Budget, *, shift: int | None = None) -> tuple[Counts, dict[str, Any]]:
+def _pyramid(target: Target, budget: Budget, *, shift: int | None = None) -> tuple[Counts, dict[str, Any]]:
     """Three removals, before the layers at 1/4, 2/4 and 3/4 of the depth, each to the same share of what is there.
 
     The share meets the budget; the stages move together, earlier or later, to where it is nearest to the authors' 0.5.
     """
-    decoder, n = fitter.stats.model.decoder, fitter.visual_tokens
+    decoder, n = target.model.decoder, target.visual_tokens
     authors = [round(decoder.layers * part / 4) for part in (1, 2, 3)]
     shifts = [shift] if shift is not None else range(-authors[0], decoder.layers - authors[-1])
 
@@ -262,8 +329,8 @@ def _pyramid(fitter: Fitter, budget: Budget, *, shift: int | None = None) -> tup
     return counts(stages, share, last), {"stages": stages, "share": round(share, 4), "shift": moved}
 
 
-def _require_layer(name: str, k: int | None, least: int, fitter: Fitter) -> None:
-    layers = fitter.stats.model.decoder.layers
+def _require_layer(name: str, k: int | None, least: int, target: Target) -> None:
+    layers = target.model.decoder.layers
     if k is not None and not least <= k < layers:
         raise ValueError(f"{name}:k={k}: must be from {least} to {layers - 1}, a layer of the {layers}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -215,12 +216,17 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         device = torch.device(args.device)
     except RuntimeError:
         raise ValueError(f"--device {args.device}: unknown; for example cpu, cuda or cuda:1") from None
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes: each has a GPU of its own
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: this torch sees no CUDA device; use --device cpu")
     name = embedded.resolve(args.model)
     adapters.model_shape(AutoConfig.from_pretrained(name))  # before the weights: the wrong family is found in a second
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
+    model.name_or_path = (
+        args.model
+    )  # what results say of it: the embedded model's folder differs from machine to machine
     return model, AutoProcessor.from_pretrained(name)
 
 

@@ -48,6 +48,7 @@ def demo(output: Path, *, quick: bool = False) -> None:
 
     source = embedded.folder("model")
     model = AutoModelForImageTextToText.from_pretrained(source).eval()
+    model.name_or_path = embedded.MODEL
     processor = AutoProcessor.from_pretrained(source)
     shape = adapt(model).shape.decoder
     say(f"model: {model.config.model_type}, {shape.layers} decoder layers of width {shape.hidden}")

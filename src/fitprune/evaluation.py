@@ -111,6 +111,8 @@ def evaluate(
     adapted = adapt(model)
     _require_sound(tasks, entries, adapted.shape)
     processes = Processes()
+    if processes.count > 1 and journal is None:
+        raise ValueError(f"{processes.count} processes gather their answers through a journal: state one")
     run = _run_of(model, tasks, entries, batch_size, max_new_tokens, prompt_template)
     book = Journal(journal, run, processes.rank) if journal is not None else None
     records = book.done() if book else {}

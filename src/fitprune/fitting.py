@@ -110,6 +110,7 @@ class Fitter:
         if visual_tokens is not None and visual_tokens < 1:
             raise ValueError(f"visual_tokens={visual_tokens}: must be at least 1")
         self.stats = stats
+        self.model = stats.model
         self.visual_tokens = visual_tokens or stats.usual_visual_tokens
         self._simulation = _Simulation(stats)
         self._drawn: torch.Tensor | None = None  # all samples, each once

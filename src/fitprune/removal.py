@@ -31,7 +31,7 @@ from fitprune.hooks import tap_attention
 from fitprune.packing import Forward, Plan, rows_at
 from fitprune.selection import images_of
 from fitprune.views import Attention, Prompt
-from fitprune.vision import Tower, cls_attention, watching
+from fitprune.vision import Tower, watching
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Remover:
             raise ValueError(
                 "the scorer reads [CLS] attention without saying so: make it Scorer(..., reads_vision=True)"
             )
-        return cls_attention(self.tower, self.adapted, given, visual)
+        return self.tower.deal(given["mm_encoder_outputs"]["image"].pooler_output, visual)
 
     def after_model(self) -> None:
         """Forget this thread's innermost forward, which has ended or died."""

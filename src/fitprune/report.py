@@ -51,8 +51,7 @@ def _page(results: Results) -> Iterator[str]:
     yield "<!doctype html><html lang=en><head><meta charset=utf-8>"
     yield "<meta name=viewport content='width=device-width,initial-scale=1'>"
     yield f"<title>fitprune: evaluation</title><style>{_STYLE}</style></head><body>"
-    kinds = html.escape(str(results.provenance.get("model_type", "model")))
-    yield f"<h1>Visual-token pruning of a {kinds} model, against the dense model</h1>"
+    yield "<h1>Visual-token pruning against the dense model</h1>"
     yield (
         "<p>Every method runs in one engine and is solved to the same budget: the fraction of the visual tokens' "
         "decoder FLOPs that it removes. Intervals are 95% bootstrap intervals over samples, and over seeds where a "
@@ -171,29 +170,40 @@ def _curves(rows: Sequence[Row]) -> str:
     dense = next(row for row in rows if row.method == DENSE)
     value = _height(dense)[0]
     axes.axhline(value, color="#000", linewidth=1, linestyle=":", label=f"dense {value:.1f}")
-    for number, name in enumerate(dict.fromkeys(row.method for row in rows if row.method != DENSE)):
+    names = _names(rows)
+    for number, name in enumerate(names):
         points = sorted((100 * row.flops_reduction, *_height(row)) for row in rows if row.method == name)
         ours = name == "fitprune"
-        colour = "#000" if ours else _COLOURS[number % len(_COLOURS)]
+        aside = 0.25 * (number - len(names) / 2)  # so that intervals at one budget can be told apart
         axes.errorbar(
-            [x for x, _, _ in points],
+            [x + aside for x, _, _ in points],
             [y for _, y, _ in points],
             yerr=[[s[0] for *_, s in points], [s[1] for *_, s in points]],
-            color=colour,
-            linestyle="--" if number >= len(_COLOURS) else "-",
-            linewidth=2.4 if ours else 1.1,
+            **_look(name, names),
             marker="o",
             markersize=4 if ours else 3,
             capsize=2,
             elinewidth=0.6,
             label=name,
-            zorder=3 if ours else 2,
         )
     what = "agreement with dense, %" if dense.accuracy is None else "accuracy, %"
     axes.set(xlabel="visual-token FLOPs removed, %", ylabel=what)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return svg_text(figure)
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """The methods, in the order of the results."""
+    return list(dict.fromkeys(row.method for row in rows if row.method != DENSE))
+
+
+def _look(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """How a method's line looks, the same in every picture of the page."""
+    if name == "fitprune":
+        return {"color": "#000", "linestyle": "-", "linewidth": 2.4, "zorder": 3}
+    turn, number = divmod([other for other in names if other != "fitprune"].index(name), len(_COLOURS))
+    return {"color": _COLOURS[number], "linestyle": ("-", "--", ":")[turn % 3], "linewidth": 1.2, "zorder": 2}
 
 
 def _height(row: Row) -> tuple[float, tuple[float, float]]:
@@ -216,13 +226,10 @@ def _keep_curves(results: Results) -> str:
     columns = len(shown)
     figure, axes = canvas(3.6 * columns + 1.4, 3.4, 1, columns)
     grid = list(axes) if columns > 1 else [axes]
-    names = list(
-        dict.fromkeys(r.method for r in results.rows if r.method != DENSE and not r.method.startswith("random"))
-    )
+    names = _names(results.rows)
     for axes, budget in zip(grid, shown, strict=True):
-        for number, name in enumerate(names):
-            key = label(name, budget)
-            recipe = results.recipes.get(key)
+        for name in names:
+            recipe = results.recipes.get(label(name, budget))
             if recipe is None:
                 continue
             entering = _entering(recipe)
@@ -230,9 +237,7 @@ def _keep_curves(results: Results) -> str:
                 range(len(entering)),
                 [100 * share for share in entering],
                 where="mid",
-                color="#000" if name == "fitprune" else _COLOURS[number % len(_COLOURS)],
-                linestyle="--" if number >= len(_COLOURS) else "-",
-                linewidth=2.2 if name == "fitprune" else 1.1,
+                **_look(name, names),
                 label=name,
             )
         axes.set(xlabel="decoder layer", ylim=(-3, 103), title=f"{100 * budget:g}% cut" if budget is not None else "")
@@ -248,6 +253,11 @@ def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
     accepted = {answer.strip().lower() for answer in example["accepted"]}
     facts = f"{example['task']}, {example['kind'] or 'question'}, accepted: {' / '.join(example['accepted']) or '-'}"
     yield f"<h3>{html.escape(example['question'])} <span class=low>{html.escape(facts)}</span></h3>"
+    dense = example["said"][DENSE]
+    mark = "right" if dense.lower() in accepted or not accepted else "wrong"
+    yield f"<div class=strip><div style='width:9em;text-align:left'><b>dense</b><br>&ldquo;<span class={mark}>"
+    yield f"{html.escape(dense)}</span>&rdquo;</div><div><div class=image><img alt='' src='{example['picture']}'></div>"
+    yield "all layers</div></div>"
     shown = _pictured(example)
     layers = len(next(iter(results.recipes.values()))["keep"]) if results.recipes else 0
     chosen = sorted({1, layers // 4, layers // 2, layers - 1} & set(range(1, max(layers, 1))))

@@ -1,7 +1,7 @@
 """The attention that a vision tower's [CLS] token pays to each patch, for scorers that rank by it.
 
-The tower may run long before the prefill (generate encodes images ahead), so what was seen is kept for the last few
-images and found again by the tower's output.
+The images may be encoded long before the prefill (generate does it ahead), so what was seen is kept for the last few
+calls of the image encoder, and found again by an image's features.
 
 Shapes: C crops (images, or parts of one), T tokens of the tower with [CLS] first, d its width, B batch, Q columns of
 the prompt.
@@ -10,7 +10,8 @@ the prompt.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ from torch import nn
 
 from fitprune.adapters import AdaptedModel
 
-KEPT = 4  # tower runs remembered
+KEPT = 4  # calls of the image encoder remembered
 
 
 class Tower:
-    """Watches a vision tower, and remembers its last outputs with the [CLS] attention of each crop."""
+    """Watches a model's image encoder, and remembers its last features with the [CLS] attention of their tokens."""
 
-    def __init__(self) -> None:
-        self._weights: torch.Tensor | None = None
-        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # output [C, T, d], attention [C, T - 1]
+    def __init__(self, base: Any) -> None:
+        self._base = base
+        self._weights: torch.Tensor | None = None  # [C, T - 1] of the call that is running
+        self._seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # by call: each image's features and weights
 
     def at_attention(self, attention: Any, hidden: torch.Tensor) -> None:
         """Compute, beside the tower's own attention, the row of [CLS]: the mean over heads."""
@@ -37,39 +39,57 @@ class Tower:
             weights = ((query @ key) * attention.scale).float().softmax(-1)
         self._weights = weights[:, :, 0, 1:].mean(1)
 
-    def after_tower(self, output: Any) -> None:
-        """Keep what was seen with the output that it belongs to."""
+    def encoded(self, features: Sequence[torch.Tensor], sizes: torch.Tensor | None) -> None:
+        """Remember each image's features [tokens, width] with the weights of its tokens."""
         if self._weights is not None:
-            self._seen = [*self._seen[1 - KEPT :], (output.last_hidden_state, self._weights)]
+            weights = self._by_token(self._weights, sizes)
+            self._seen = [*self._seen[1 - KEPT :], list(zip(features, weights, strict=True))]
             self._weights = None
 
-    def of(self, output: torch.Tensor) -> torch.Tensor:
-        """Find the attention of these outputs [C, T, d], repeated or in another order, as [C, T - 1].
+    def _by_token(self, weights: torch.Tensor, sizes: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        """Deal patches' weights to tokens, by image; LLaVA-NeXT's newline tokens, which are no patch, get 0."""
+        if not hasattr(self._base, "pack_image_features"):
+            return list(weights)
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = self._base.config
+        grid, side = config.image_grid_pinpoints, config.vision_config.image_size
+        assert sizes is not None
+        crops = [image_size_to_num_patches(size, grid, side) for size in sizes]
+        parts = torch.split(weights[..., None], crops)
+        packed, _ = self._base.pack_image_features(parts, sizes, "default", image_newline=weights.new_zeros(1))
+        return [part[:, 0] for part in packed]
+
+    def deal(self, features: Sequence[torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
+        """Give each visual token [B, Q] its weight, in the order of the images' features; 0 for text.
 
         Raises:
-            ValueError: the tower did not make them inside the block.
+            ValueError: an image was not encoded inside the block.
         """
-        rows = [row for outputs, weights in self._seen for row in zip(outputs, weights, strict=True)]
+        known = [image for call in self._seen for image in call]
         found = []
-        for crop in output:
-            match = next((weights for seen, weights in rows if torch.equal(seen, crop.to(seen.device))), None)
-            if match is None:
+        for image in features:
+            own = next((w for seen, w in known if seen.shape == image.shape and torch.equal(seen, image)), None)
+            if own is None:
                 raise ValueError(
                     "the scorer reads the vision tower's [CLS] attention, and these image features were not made "
                     "inside the prune block: pass pixel_values, or encode the images inside it"
                 )
-            found.append(match)
-        return torch.stack(found)
+            found.append(own)
+        weights = torch.cat(found)
+        values = torch.zeros(visual.shape, device=weights.device)
+        return values.masked_scatter(visual.to(weights.device), weights)
 
 
 @contextlib.contextmanager
 def watching(adapted: AdaptedModel) -> Iterator[Tower]:
-    """Watch the vision tower of a model, until the block ends.
+    """Watch the image encoder of a model, until the block ends.
 
     Raises:
         ValueError: the tower has no [CLS] token that the model leaves out, or its features come of several layers.
     """
-    module, config = adapted.model.base_model.vision_tower, adapted.model.config
+    base, config = adapted.model.base_model, adapted.model.config
+    module = base.vision_tower
     layers = getattr(getattr(module, "encoder", None), "layers", None)
     has_cls = hasattr(getattr(module, "embeddings", None), "class_embedding")
     number = getattr(config, "vision_feature_layer", None)
@@ -83,52 +103,25 @@ def watching(adapted: AdaptedModel) -> Iterator[Tower]:
             f"the vision tower ({type(module).__name__}, features of layer {number!r}) has no [CLS] token whose "
             "attention could rank the visual tokens: use another method"
         )
-    tower = Tower()
+    tower = Tower(base)
+    encode = base.get_image_features
+
+    @functools.wraps(encode)
+    def encode_watched(*args: Any, **kwargs: Any) -> Any:
+        outputs = encode(*args, **kwargs)
+        sizes = kwargs.get("image_sizes", args[1] if len(args) > 1 else None)
+        tower.encoded(outputs.pooler_output, sizes)
+        return outputs
+
     # Hidden state -1 is what the last layer made, -2 the one before it: the attention that the features went through.
     attention: Any = layers[len(layers) + number if number < 0 else number - 1].self_attn
-    handles = [
-        attention.register_forward_pre_hook(
-            lambda own, args, kwargs: tower.at_attention(own, args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        ),
-        module.register_forward_hook(lambda _, __, output: tower.after_tower(output)),
-    ]
+    handle = attention.register_forward_pre_hook(
+        lambda own, args, kwargs: tower.at_attention(own, args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    base.get_image_features = encode_watched
     try:
         yield tower
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def cls_attention(tower: Tower, adapted: AdaptedModel, given: Mapping[str, Any], visual: torch.Tensor) -> torch.Tensor:
-    """Deal the [CLS] attention of a call's images to its visual tokens.
-
-    Args:
-        tower: what was watched.
-        adapted: the model.
-        given: the arguments of the call, with `mm_encoder_outputs`.
-        visual: [B, Q] bool, the visual tokens.
-
-    Returns:
-        [B, Q] fp32, 0 for text. LLaVA-NeXT's newline tokens, which are no patch, get 0.
-
-    Raises:
-        ValueError: the tower did not make these features inside the block.
-    """
-    outputs = given["mm_encoder_outputs"]["image"]
-    weights = tower.of(outputs.last_hidden_state)
-    model = adapted.model.base_model
-    if (sizes := given.get("image_sizes")) is not None and hasattr(model, "pack_image_features"):
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-        config = model.config
-        crops = [
-            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-            for size in sizes
-        ]
-        packed, _ = model.pack_image_features(
-            torch.split(weights[..., None], crops), sizes, "default", image_newline=weights.new_zeros(1)
-        )
-        weights = torch.cat(packed)
-    values = torch.zeros(visual.shape, device=weights.device)
-    return values.masked_scatter(visual.to(weights.device), weights.flatten())
+        del base.get_image_features  # the class's own is seen again
+        handle.remove()

@@ -1,0 +1,280 @@
+"""Evaluation: figures as counted by hand; the same bytes every time, killed and continued, in one process or two."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from fitprune import AttentionStats, PruningRecipe, embedded, evaluate, evaluation, load_samples
+from fitprune.adapters import adapt
+from fitprune.baselines import Method
+from fitprune.cli import main
+from fitprune.evaluation import Entry, entries_for
+from fitprune.fitting import Fitter
+from fitprune.journal import Journal
+from fitprune.results import Bootstrap, Results, interval, table, verdict
+
+OPTIONS = ["--methods", "fitprune", "random", "dart", "--flops-reduction", "0.6", "0.9", "--seeds", "0", "1"]
+DATA = ["--data", "digit-scenes/test", "digit-details/test", "--samples", "12", "--batch-size", "5"]
+
+
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("made") / "stats.safetensors")
+    options = ["--data", "digit-scenes/calibration", "digit-details/calibration", "--samples", "8", "--batch-size", "8"]
+    assert main(["measure", "digit-scenes", *options, "-o", path]) == 0
+    return path
+
+
+def command(stats, out, *more):
+    options = [*OPTIONS, "--stats", stats, "--examples", "3", "--timed-batches", "0"]  # of an option the last counts
+    return ["evaluate", "digit-scenes", *DATA, *options, *more, "-o", str(out)]
+
+
+@pytest.fixture(scope="module")
+def done(stats, tmp_path_factory):
+    """One whole run."""
+    out = tmp_path_factory.mktemp("run") / "results.json"
+    assert main(command(stats, out)) == 0
+    return out
+
+
+def records(out):
+    return [json.loads(line) for line in out.with_suffix(".samples.jsonl").read_text().splitlines()[1:]]
+
+
+def test_every_figure_is_what_counting_gives(done):
+    results, said = Results.load(done), records(done)
+    assert len(said) == 24
+    assert [row.label for row in results.rows[:6]] == [
+        "dense", "fitprune 60%", "fitprune 90%", "random 60%", "random 90%", "dart 60%",
+    ]  # fmt: skip
+    assert results.row("random 60%").seeds == 2
+    for row in results.rows:
+        own = [r for r in said if r["task"] == row.task]
+        labels = [f"{row.label} seed {s}" for s in (0, 1)] if row.seeds == 2 else [row.label]
+        right = [r["said"][name].lower() in [a.lower() for a in r["accepted"]] for name in labels for r in own]
+        same = [r["said"][name] == r["said"]["dense"] for name in labels for r in own]
+        assert row.accuracy == pytest.approx(np.mean(right), abs=1e-6)
+        assert row.agreement == pytest.approx(np.mean(same), abs=1e-6)
+        assert row.divergence == pytest.approx(np.mean([r["divergence"][n] for n in labels for r in own]), abs=1e-6)
+        assert row.accuracy_interval[0] <= row.accuracy <= row.accuracy_interval[1]
+        by_kind = {r["kind"] for r in own}
+        assert set(row.accuracy_by_kind) == by_kind
+    dense, pruned = results.row("dense"), results.row("fitprune 60%")
+    assert (dense.agreement, dense.divergence, dense.flops_reduction, dense.prefill_flops_ratio) == (1, 0, 0, 1)
+    assert 0.6 <= pruned.flops_reduction < 0.61
+    assert pruned.kv_bytes < dense.kv_bytes
+    assert results.row("dense", "digit-details/test").samples == 12
+    assert [(s["method"], s["budget"]) for s in results.skipped] == [("dart", 0.9)]
+
+
+def test_the_table_says_where_fitprune_is_not_the_best(done):
+    results = Results.load(done)
+    text = table(results)
+    assert "dart 90%: left out" in text
+    for best in results.best:
+        rows = [r for r in results.rows if r.task == best.task and r.budget == best.budget]
+        assert best.lead == pytest.approx(
+            max(r.accuracy for r in rows) - next(r.accuracy for r in rows if r.method == "fitprune"), abs=2e-6
+        )
+        assert ("NOT the best" in verdict(best)) == (best.lead > 0)
+        assert verdict(best) in text
+
+
+def test_two_runs_give_the_same_bytes(done, stats, tmp_path):
+    out = tmp_path / "results.json"
+    assert main(command(stats, out, "--timed-batches", "1")) == 0
+    assert out.read_bytes() == done.read_bytes()
+    assert out.with_suffix(".samples.jsonl").read_bytes() == done.with_suffix(".samples.jsonl").read_bytes()
+    timings = json.loads(out.with_suffix(".timings.json").read_text())
+    assert [row["method"] for row in timings["rows"]][:2] == ["dense", "fitprune"]
+    assert timings["rows"][0]["prefill_ratio"] == timings["rows"][0]["decode_ratio"] == 1
+    assert "decode" in table(Results.load(out))
+
+
+@pytest.mark.parametrize("whole_lines", [True, False])
+def test_a_run_killed_at_half_goes_on_and_gives_the_same_bytes(whole_lines, done, stats, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results.json"
+    journal = out.with_suffix(".samples.jsonl")
+    answer, answered = evaluation._answer, []
+
+    def dies_at_the_third_batch(*args):
+        if len(answered) == 2:
+            raise KeyboardInterrupt
+        answered.append(1)
+        return answer(*args)
+
+    monkeypatch.setattr(evaluation, "_answer", dies_at_the_third_batch)
+    assert main(command(stats, out)) == 1
+    assert "run the same command again to go on" in capsys.readouterr().err
+    assert not out.exists()
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 10
+    if not whole_lines:  # killed in the middle of a write
+        journal.write_bytes(b"".join(lines[:-2]) + lines[-2][:37])
+    monkeypatch.setattr(evaluation, "_answer", lambda *args: answered.append(2) or answer(*args))
+    assert main(command(stats, out)) == 0
+    assert answered.count(2) == (4 if whole_lines else 5)  # 6 batches: those that were whole are not done again
+    assert out.read_bytes() == done.read_bytes()
+    assert journal.read_bytes() == done.with_suffix(".samples.jsonl").read_bytes()
+    monkeypatch.setattr(evaluation, "_answer", None)  # a finished run has nothing left to answer
+    assert main(command(stats, out)) == 0
+    assert out.read_bytes() == done.read_bytes()
+
+
+def test_two_processes_give_the_same_bytes(done, stats, tmp_path):
+    out = tmp_path / "results.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = [*launcher, "-m", "fitprune.cli", *command(stats, out)]
+    ended = subprocess.run(run, capture_output=True, text=True, check=False, env=environment)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.count("digit-scenes/test, 12 questions") == 1  # one process speaks
+    assert json.loads(out.read_text()) == json.loads(done.read_text())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "results.samples.jsonl"]
+
+
+def test_a_journal_of_another_run_is_refused_and_kept(done, stats, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    before = done.with_suffix(".samples.jsonl").read_bytes()
+    out.with_suffix(".samples.jsonl").write_bytes(before)
+    assert main(command(stats, out, "--max-new-tokens", "3")) == 2
+    assert "holds results of another run (other max_new_tokens)" in capsys.readouterr().err
+    assert out.with_suffix(".samples.jsonl").read_bytes() == before
+    out.with_suffix(".samples.jsonl").write_text("something else\n")
+    assert main(command(stats, out)) == 2
+    assert "is no journal of an evaluation" in capsys.readouterr().err
+
+
+def test_a_journal_counts_whole_lines_only(tmp_path):
+    book = Journal(tmp_path / "j", {"a": 1})
+    assert book.done() == {}
+    book.open()
+    book.append([{"place": 0, "x": "ä"}, {"place": 1, "x": 2}])
+    other = Journal(tmp_path / "j", {"a": 1}, rank=1)
+    other.open()
+    other.append([{"place": 2, "x": 3}])
+    with (tmp_path / "j").open("a") as file:
+        file.write('{"place": 3')
+    assert sorted(Journal(tmp_path / "j", {"a": 1}).done()) == [0, 1, 2]
+    book.open()
+    book.append([{"place": 3, "x": 4}])
+    found = book.done()
+    book.finish([found[place] for place in range(4)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["j"]
+    assert [r["x"] for r in Journal(tmp_path / "j", {"a": 1}).done().values()] == ["ä", 2, 3, 4]
+    with pytest.raises(ValueError, match=r"another run \(other a\)"):
+        Journal(tmp_path / "j", {"a": 2}).done()
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        hits = (rng.random((1, 200)) < 0.8).astype(np.float32)
+        low, high = interval(Bootstrap(200, seed=trial).means(hits))
+        covered += low <= 0.8 <= high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_seeds_widen_the_interval():
+    sure = np.ones((3, 100), dtype=np.float32)
+    sure[:, :20] = 0
+    split = sure.copy()
+    split[0], split[1] = 1, 0.6
+    narrow, wide = (interval(Bootstrap(100).means(hits)) for hits in (sure, split))
+    assert wide[1] - wide[0] > narrow[1] - narrow[0]
+    assert interval(Bootstrap(100).means(np.ones((3, 100)))) == (1, 1)
+
+
+def test_methods_without_answers_or_with_wrong_names(stats, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    base = ["evaluate", "digit-scenes", "--data", "digit-scenes/test", "--samples", "2", "-o", str(out)]
+    cases = [
+        (["--methods", "fitprune"], "--flops-reduction is missing"),
+        (["--flops-reduction", "0.5"], "--stats is missing"),
+        (["--methods", "best", "--flops-reduction", "0.5", "--stats", stats], "method 'best': must be one of"),
+        (["--methods", "fastv", "fastv", "--flops-reduction", "0.5", "--stats", stats], "one stands twice"),
+        (["--flops-reduction", "50", "--stats", stats], "a fraction, not percent"),
+        (["--flops-reduction", "0.5", "--stats", stats, "--data", "digit-scenes/test", "digit-scenes/test"], "twice"),
+    ]
+    for more, message in cases:
+        assert main([*base, *more]) == 2, more
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_evaluate_refuses_what_makes_no_sense():
+    with pytest.raises(ValueError, match="samples is empty"):
+        evaluate(*loaded(), [], {})
+    model, processor = loaded()
+    samples = load_samples(embedded.folder("test"), samples=2)
+
+    keeps = PruningRecipe.dense(adapt(model).shape, 144)
+    with pytest.raises(ValueError, match="'dense' twice"):
+        evaluate(model, processor, samples, {"dense": keeps})
+    with pytest.raises(ValueError, match="'a' twice"):
+        evaluate(model, processor, samples, [Entry("a", Method(keeps)), Entry("a", Method(keeps))])
+    with pytest.raises(ValueError, match="is of another model"):
+        evaluate(model, processor, samples, {"other": PruningRecipe.published("llava-1.5-7b", 60)})
+    with pytest.raises(ValueError, match="batch_size=0"):
+        evaluate(model, processor, samples, {}, batch_size=0)
+
+
+def loaded():
+
+    source = embedded.folder("model")
+    return AutoModelForImageTextToText.from_pretrained(source).eval(), AutoProcessor.from_pretrained(source)
+
+
+def test_data_without_answers_has_agreement_and_no_accuracy(tmp_path):
+
+    model, processor = loaded()
+    samples = [dataclasses.replace(s, answers=()) for s in load_samples(embedded.folder("test"), samples=3)]
+    recipe = PruningRecipe((0.3,) * 8, adapt(model).shape, 144)
+    results = evaluate(model, processor, samples, {"a": recipe}, timed_batches=0)
+    row = results.row("a")
+    assert (row.accuracy, row.accuracy_interval, row.relative_accuracy, row.accuracy_by_kind) == (None, None, None, {})
+    assert row.agreement is not None
+    results.save(tmp_path / "r.json")
+    assert Results.load(tmp_path / "r.json").rows == results.rows
+    assert "-" in table(results)
+
+
+def test_results_of_another_version_are_refused(tmp_path):
+    for text in ("{}", '{"schema": 1}', "no json", '{"schema": 2}', "[]"):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(ValueError, match=r"r\.json: not readable as results"):
+            Results.load(tmp_path / "r.json")
+
+
+def test_entries_state_what_was_left_out(stats):
+
+    entries, skipped = entries_for(["dart", "random"], Fitter(AttentionStats.load(stats)), [0.5, 0.95], seeds=(3, 4))
+    assert [entry.label for entry in entries] == [
+        "dart 50%", "random 50% seed 3", "random 50% seed 4", "random 95% seed 3", "random 95% seed 4",
+    ]  # fmt: skip
+    assert skipped == [{"method": "dart", "budget": 0.95, "reason": skipped[0]["reason"]}]
+    assert "at most" in skipped[0]["reason"]
+
+
+def test_the_report_needs_nothing_else_and_tells_everything(done, tmp_path):
+    out = tmp_path / "report.html"
+    assert main(["report", str(done), "-o", str(out)]) == 0
+    page, results = out.read_text(), Results.load(done)
+    for outside in ("src='http", 'src="http', "<script", "@import", "<link"):
+        assert outside not in page
+    for best in results.best:
+        assert verdict(best) in page
+    assert page.count("data:image/png;base64,") >= 3
+    assert "dart 90%" in page
+    assert results.provenance["weights"] in page
+    assert "NaN" not in page
+    assert main(["report", str(done), "-o", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == page
