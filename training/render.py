@@ -50,10 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--calibration", type=int, default=64, help="calibration images of each family")
     args = parser.parse_args()
     for name, tests in (("scenes", 640), ("details", 600)):
         folder = args.out / f"digit_{name}"
-        render("calibration", 64, folder / "calibration", args.seed, details=name == "details")
+        render("calibration", args.calibration, folder / "calibration", args.seed, details=name == "details")
         render("test", tests, folder / "test", args.seed, details=name == "details")
 
 
