@@ -379,16 +379,16 @@ def by_max_min(view: LayerView) -> torch.Tensor:
 def by_dpp(view: LayerView) -> torch.Tensor:
     """Score tokens by when CDPruner picks them, the first highest, [B, m].
 
-    Relevance is the cosine between a visual token and the question's embeddings, scaled to 0..1 within the image.
+    Relevance is the negated cosine between a visual token and the question's embeddings, scaled to 0..1 in the image.
 
-    Source: CDPruner (arXiv:2506.10967). Differs from the authors' code: their relevance is the negated cosine in CLIP's
-    joint space, which needs a text tower that LLaVA models in transformers do not hold.
+    Source: CDPruner (arXiv:2506.10967). Differs from the authors' code: their (negated) cosine is in CLIP's joint space,
+    which needs a text tower that LLaVA models in transformers do not hold; here it is in the decoder's input space.
     """
 
     def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
         unit = F.normalize(view.hidden[b, rows].float(), dim=1)
         words = F.normalize(view.hidden[b, view.question[b]].float(), dim=1)
-        relevance = (unit @ words.T).mean(1)
+        relevance = -(unit @ words.T).mean(1)
         relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min()).clamp(min=1e-6)
         return dpp_order(relevance[:, None] * (unit @ unit.T) * relevance[None], count)
 
