@@ -381,7 +381,7 @@ def by_dpp(view: LayerView) -> torch.Tensor:
 
     Relevance is the negated cosine between a visual token and the question's embeddings, scaled to 0..1 in the image.
 
-    Source: CDPruner (arXiv:2506.10967). Differs from the authors' code: their (negated) cosine is in CLIP's joint space,
+    Source: CDPruner (arXiv:2506.10967). Differs from the authors' code: their negated cosine is in CLIP's joint space,
     which needs a text tower that LLaVA models in transformers do not hold; here it is in the decoder's input space.
     """
 

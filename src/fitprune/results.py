@@ -234,16 +234,41 @@ def table(results: Results) -> str:
                 )
             )
         parts.append(f"{task}, {next(r.samples for r in results.rows if r.task == task)} questions\n{aligned(lines)}")
+    parts += [matrix(results, task) for task in dict.fromkeys(best.task for best in results.best)]
     notes = [verdict(best) for best in results.best]
     notes += [f"{label(s['method'], s['budget'])}: left out, {s['reason']}" for s in results.skipped]
-    return "\n\n".join(parts) + ("\n\n" + "\n".join(notes) if notes else "")
+    return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
+
+
+def matrix(results: Results, task: str) -> str:
+    """Format accuracy in percent on one task, methods down and budgets across, `*` at the best of each budget.
+
+    Behind each figure stands half the width of its 95% interval.
+    """
+    rows = {(row.method, row.budget): row for row in results.rows if row.task == task}
+    budgets = sorted({budget for _, budget in rows if budget is not None})
+    best = {budget: max(row.accuracy or 0 for (_, at), row in rows.items() if at == budget) for budget in budgets}
+
+    def cell(row: Row | None, most: float | None) -> str:
+        if row is None or row.accuracy is None or row.accuracy_interval is None:
+            return "-  "
+        half = 50 * (row.accuracy_interval[1] - row.accuracy_interval[0])
+        return f"{100 * row.accuracy:.1f} \u00b1{half:.1f}{'*' if row.accuracy == most else ' '}"
+
+    lines = [(f"{task}, dense {cell(rows[DENSE, None], None)}", *(f"-{100 * budget:g}% FLOPs" for budget in budgets))]
+    for method in dict.fromkeys(method for method, budget in rows if budget is not None):
+        lines.append((method, *(cell(rows.get((method, budget)), best[budget]) for budget in budgets)))
+    return aligned(lines)
 
 
 def verdict(best: Best) -> str:
-    """Say plainly which method is best at a budget, and whether FitPrune is."""
+    """Say plainly which method is best at a budget, and whether FitPrune is.
+
+    The best of many methods is lucky too: the interval is that of one comparison, not of the best of all.
+    """
     where = f"{best.task} at {100 * best.budget:g}%"
     if best.method == "fitprune":
-        return f"{where}: fitprune is the most accurate"
+        return f"{where}: no method is more accurate than fitprune"
     points = f"{100 * best.lead:.1f} points ({100 * best.interval[0]:.1f}..{100 * best.interval[1]:.1f})"
     sure = "more accurate" if best.interval[0] > 0 else "not told apart from fitprune by these samples"
     return f"{where}: fitprune is NOT the best: {best.method} is ahead by {points}, {sure}"
