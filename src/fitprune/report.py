@@ -55,7 +55,8 @@ def _page(results: Results) -> Iterator[str]:
     yield (
         "<p>Every method runs in one engine and is solved to the same budget: the fraction of the visual tokens' "
         "decoder FLOPs that it removes. Intervals are 95% bootstrap intervals over samples, and over seeds where a "
-        "method draws at random. The best of many methods is lucky too: a lead's interval is that of one comparison.</p>"
+        "method draws at random. The best of many methods is lucky too: a lead's interval is that of one "
+        "comparison.</p>"
     )
     yield from _verdicts(results)
     for task in tasks:
