@@ -1,6 +1,7 @@
 """Every method against its definition, computed anew from full attention maps; and every method at the same budget."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -376,6 +377,30 @@ def test_scorers_that_miss_what_they_read_say_so(model, fitter):
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
     with prune(model, used.recipe, used.scorer), pytest.raises(ValueError, match="pass input_ids"):
         model(**rest, inputs_embeds=embeds)
+
+
+def test_watching_the_tower_leaves_nothing_and_serves_threads(fitter):
+    model = tiny_model(layers=LAYERS)
+    used = method("visionzip", fitter, 0.5)
+    samples = prompts(model, [[3, 6], [5, 4], [2, 9], [4, 4]])
+    alone = []
+    for sample in samples:
+        with prune(model, used.recipe, used.scorer), torch.no_grad():
+            alone.append(model(**sample).logits)
+    with prune(model, used.recipe, used.scorer):
+        with pytest.raises(ValueError, match="in use by fitprune"), prune(model, used.recipe, used.scorer):
+            pass
+
+        def call(number):
+            with torch.no_grad():
+                return [model(**samples[number]).logits for _ in range(5)]
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(call, range(4)))
+    for logits, expected in zip(found, alone, strict=True):
+        assert all(torch.equal(one, expected) for one in logits)
+    assert "get_image_features" not in vars(model.model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_fitprunes_scores_work_before_the_first_layer_too(model, fitter):

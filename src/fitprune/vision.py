@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,8 +23,11 @@ from fitprune.adapters import AdaptedModel
 KEPT = 4  # calls of the image encoder remembered
 
 
-class Tower:
-    """Watches a model's image encoder, and remembers its last features with the [CLS] attention of their tokens."""
+class Tower(threading.local):
+    """Watches a model's image encoder, and remembers its last features with the [CLS] attention of their tokens.
+
+    What it remembers belongs to the thread that encoded.
+    """
 
     def __init__(self, base: Any) -> None:
         self._base = base
@@ -104,7 +108,7 @@ def watching(adapted: AdaptedModel) -> Iterator[Tower]:
             "attention could rank the visual tokens: use another method"
         )
     tower = Tower(base)
-    encode = base.get_image_features
+    encode, own = base.get_image_features, vars(base).get("get_image_features")
 
     @functools.wraps(encode)
     def encode_watched(*args: Any, **kwargs: Any) -> Any:
@@ -123,5 +127,7 @@ def watching(adapted: AdaptedModel) -> Iterator[Tower]:
     try:
         yield tower
     finally:
-        del base.get_image_features  # the class's own is seen again
         handle.remove()
+        del base.get_image_features  # the class's own is seen again
+        if own is not None:
+            base.get_image_features = own
