@@ -33,7 +33,7 @@ lint: .venv/installed
 		-e '.[lmms-eval]' pytest
 	touch $@
 
-# Trains the embedded model again (about 45 minutes on two cores) and renders its data again.
+# Trains the embedded model again (about 80 minutes on two cores) and renders its data again.
 train: .venv/installed
 	$(BIN)/python training/train.py --out training/run
 data: .venv/installed

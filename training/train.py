@@ -1,6 +1,6 @@
 """Train the embedded model: a small but genuine LLaVA that answers questions about digit scenes.
 
-    python training/train.py --out DIR            # about 45 minutes on two cores
+    python training/train.py --out DIR            # about 80 minutes on two cores
 
 First the vision tower learns to name each patch (digit, colour, left neighbour, cell), then it is frozen and the
 projector and the decoder learn to answer; at last the whole model learns small digits beside large ones. Seeded; the
