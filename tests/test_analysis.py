@@ -274,6 +274,15 @@ def test_several_data_are_joined_and_compared_by_name(ragged):
     assert "different weights" in notes
 
 
+def test_a_sample_is_shared_once_however_many_statistics_hold_it(ragged):
+    repeated = dataclasses.replace(ragged.select(range(3)), digests=("x", "x", "y"))  # twice in one file: not shared
+    apart = analyze({"one": ragged, "two": repeated}, budgets=[0.5], resamples=2)
+    assert len(apart.stats) == 20
+    assert not any("stand in several" in note for note in apart.notes)
+    third = analyze({"one": ragged, "two": ragged.select([0]), "three": ragged.select([0])}, budgets=[0.5], resamples=2)
+    assert "data: 1 samples stand in several of the statistics, which are then not independent" in third.notes
+
+
 def test_the_same_statistics_give_the_same_bytes(ragged, found, tmp_path):
     for folder, analysis in (("a", found), ("b", analyze(ragged, resamples=4))):
         written = save(analysis, tmp_path / folder) + draw_analysis(analysis, tmp_path / folder)

@@ -489,8 +489,8 @@ def _over_data(
     """Compare the data, or two halves of it; with notes."""
     notes = []
     if len(sources) > 1:
-        shared = sum(map(len, sources.values())) - len(fitter.stats)
-        if shared:
+        held_by = Counter(digest for part in sources.values() for digest in set(part.digests))
+        if shared := sum(times > 1 for times in held_by.values()):
             notes.append(f"data: {shared} samples stand in several of the statistics, which are then not independent")
         if len({str(part.provenance.get("weights")) for part in sources.values()}) > 1:
             notes.append("data: the statistics are of different weights; differences are not of the data alone")
