@@ -121,10 +121,11 @@ def evaluate(
         book.open()
     plan = _batches(tasks, batch_size)
     todo = [batch for batch in plan if not all(place in records for place, _, _ in batch)]
-    total = sum(map(len, plan))
-    with tqdm(total=total, desc="evaluate", unit="question", disable=not progress or processes.rank > 0) as bar:
-        bar.update(total - sum(map(len, todo)))
-        for batch in todo[processes.rank :: processes.count]:
+    total, own = sum(map(len, plan)), todo[processes.rank :: processes.count]
+    before = total - sum(map(len, todo))
+    shown = {"initial": before, "total": before + sum(map(len, own)), "unit": "question"}  # of several, the first's share
+    with tqdm(desc="evaluate", disable=not progress or processes.rank > 0, **shown) as bar:
+        for batch in own:
             said = _answer(model, processor, batch, entries, max_new_tokens, prompt_template)
             records.update({record["place"]: record for record in said})
             if book:
