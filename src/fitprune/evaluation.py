@@ -123,8 +123,9 @@ def evaluate(
     todo = [batch for batch in plan if not all(place in records for place, _, _ in batch)]
     total, own = sum(map(len, plan)), todo[processes.rank :: processes.count]
     before = total - sum(map(len, todo))
-    shown = {"initial": before, "total": before + sum(map(len, own)), "unit": "question"}  # of several, the first's share
-    with tqdm(desc="evaluate", disable=not progress or processes.rank > 0, **shown) as bar:
+    mine = before + sum(map(len, own))  # of several processes, the bar shows the first's share
+    quiet = not progress or processes.rank > 0
+    with tqdm(desc="evaluate", initial=before, total=mine, unit="question", disable=quiet) as bar:
         for batch in own:
             said = _answer(model, processor, batch, entries, max_new_tokens, prompt_template)
             records.update({record["place"]: record for record in said})
