@@ -12,7 +12,7 @@ from fitprune import PruningRecipe, measure, prune
 from fitprune.adapters import adapt
 from fitprune.baselines import BASELINES, Sizes, make_method, search_vtw
 from fitprune.diversity import dpp_order, least_similar_order, max_min_order
-from fitprune.fitting import Fitter, checked_budget
+from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.pruning import kept_positions
 from fitprune.scoring import Scorer
 
@@ -101,7 +101,7 @@ def test_a_budget_out_of_reach_is_refused_with_the_reason(fitter):
         method("fastv:k=3", fitter, 0.9)
     with pytest.raises(ValueError, match="dart with k=1 reaches"):
         method("dart", fitter, 0.95)
-    with pytest.raises(ValueError, match="pyramiddrop cannot meet"):
+    with pytest.raises(OutOfReach, match="pyramiddrop cannot meet"):
         method("pyramiddrop:shift=0", fitter, 0.9)
 
 
@@ -113,7 +113,8 @@ def test_a_budget_out_of_reach_is_refused_with_the_reason(fitter):
         ("fastv:k=x", "k='x' must be an integer"),
         ("fastv:k=0", "must be from 1 to 7"),
         ("dart:k=8", "must be from 1 to 7"),
-        ("random:k=1", "no parameter 'k'"),
+        ("random:k=1", "no parameter 'k'; random takes none"),
+        ("pyramiddrop:shift=5", "shift=5: must be from -2 to 1"),
     ],
 )
 def test_wrong_names_say_what_is_right(name, message, fitter):
@@ -180,7 +181,10 @@ def test_the_search_for_vtws_layer_takes_the_first_below_the_threshold(model):
         mean[k] = np.mean(distances)
     for threshold in (min(mean.values()) * 1.001, mean[4], max(mean.values())):
         first = next(k for k in mean if mean[k] <= threshold * 1.0001)
-        assert search_vtw(model, batches, threshold=threshold * 1.0001) == first
+        found = search_vtw(model, batches, threshold=threshold * 1.0001)
+        assert found.recipe.provenance["k"] == first
+        kept = entering(model, found, batches[0])
+        assert [len(layer) for layer in kept] == [16] * first + [0] * (LAYERS - first)
     with pytest.raises(ValueError, match="no layer from 1 on stays below"):
         search_vtw(model, batches, threshold=min(mean.values()) / 2)
     with pytest.raises(ValueError, match="first=8: must be from 1 to 7"):
@@ -196,6 +200,8 @@ def test_random_depends_on_seed_and_prompt_alone(model, fitter):
     }
     assert len({tuple(v) for v in drawn.values()}) == 4
     assert drawn[0, 0] == entering(model, method("random", fitter, 0.5, 0), inputs[0])[-1]
+    with pytest.raises(ValueError, match="seed=-1: must be at least 0"):
+        method("random", fitter, 0.5, -1)
     counts = np.zeros(16)
     for seed in range(300):
         counts[entering(model, method("random-input", fitter, 0.5, seed), inputs[0])[0]] += 1

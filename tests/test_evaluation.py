@@ -8,16 +8,20 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from conftest import batch_of, prompts, tiny_model
 from fitprune import AttentionStats, PruningRecipe, embedded, evaluate, evaluation, load_samples
-from fitprune.adapters import adapt
-from fitprune.baselines import Method
+from fitprune.adapters import adapt, crops_of
+from fitprune.baselines import Method, Sizes, make_method
 from fitprune.cli import main
 from fitprune.evaluation import Entry, entries_for
-from fitprune.fitting import Fitter
+from fitprune.fitting import Fitter, checked_budget
 from fitprune.journal import Journal
-from fitprune.results import Bootstrap, Results, interval, table, verdict
+from fitprune.report import write_report
+from fitprune.results import Bootstrap, Results, beside, interval, table, verdict
+from fitprune.scoring import SCORERS
 
 OPTIONS = ["--methods", "fitprune", "random", "dart", "--flops-reduction", "0.6", "0.9", "--seeds", "0", "1"]
 DATA = ["--data", "digit-scenes/test", "digit-details/test", "--samples", "12", "--batch-size", "5"]
@@ -140,6 +144,81 @@ def test_two_processes_give_the_same_bytes(done, stats, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "results.samples.jsonl"]
 
 
+def test_damaged_records_are_made_again(done, stats, tmp_path):
+    out = tmp_path / "results.json"
+    lines = done.with_suffix(".samples.jsonl").read_text().splitlines()
+    record = json.loads(lines[4])
+    del record["said"]["dense"]
+    lines[4] = json.dumps(record)
+    lines[7] = "garbage"
+    out.with_suffix(".samples.jsonl").write_text("\n".join(lines) + "\n")
+    assert main(command(stats, out)) == 0
+    assert out.read_bytes() == done.read_bytes()
+
+
+def test_answers_belong_to_their_images_and_scorers(tmp_path):
+    model, processor = loaded()
+    samples = load_samples(embedded.folder("test"), samples=2)
+    keeps = PruningRecipe((0.3,) * 8, adapt(model).shape, 144)
+    options = {"journal": tmp_path / "j", "timed_batches": 0}
+    evaluate(model, processor, samples, [Entry("a", Method(keeps))], **options)
+    with pytest.raises(ValueError, match="other entries"):
+        evaluate(model, processor, samples, [Entry("a", Method(keeps, SCORERS["self"]))], **options)
+    other = [dataclasses.replace(samples[0], image=samples[1].image), samples[1]]
+    with pytest.raises(ValueError, match="other tasks"):
+        evaluate(model, processor, other, [Entry("a", Method(keeps))], **options)
+    missing = [samples[0], dataclasses.replace(samples[1], image=tmp_path / "none.jpg")]
+    with pytest.raises(ValueError, match="does not exist"):  # before the first answer
+        evaluate(model, processor, missing, [], timed_batches=0)
+
+
+def test_the_padding_side_of_the_tokenizer_changes_nothing():
+    model, processor = loaded()
+    samples = load_samples(embedded.folder("test"), samples=6)
+    rows = []
+    for side in ("left", "right"):
+        processor.tokenizer.padding_side = side
+        rows.append(evaluate(model, processor, samples, {}, batch_size=6, timed_batches=0).rows)
+    assert rows[0] == rows[1]
+
+
+def test_random_draws_anew_for_each_sample_of_one_question():
+    model, processor = loaded()
+    samples = [load_samples(embedded.folder("test"))[0]] * 4
+    used = make_method("random-input", Sizes(adapt(model).shape, 144), checked_budget("flops_reduction", 0.5))
+    results = evaluate(
+        model, processor, samples, [Entry("r", used, 0.5, seed) for seed in (0, 1)], timed_batches=0, examples=4
+    )
+    kept = [tuple(example["layers_entered"]["r 50% seed 0"]) for example in results.examples]
+    assert len(set(kept)) == 4
+
+
+def test_logits_that_are_nan_are_told():
+    model, processor = loaded()
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"dense: logits of sample \S+ are NaN in torch.float32"):
+        evaluate(model, processor, load_samples(embedded.folder("test"), samples=1), {}, timed_batches=0)
+
+
+def test_times_of_an_older_run_are_not_shown(done, tmp_path):
+    results = dataclasses.replace(Results.load(done), timings={"rows": []})
+    results.save(tmp_path / "a-0.6.json")
+    assert {p.name for p in tmp_path.iterdir()} == {"a-0.6.json", "a-0.6.timings.json"}
+    assert Results.load(tmp_path / "a-0.6.json").timings == {"rows": []}
+    dataclasses.replace(results, skipped=(), timings={}).save(tmp_path / "a-0.6.json")
+    assert Results.load(tmp_path / "a-0.6.json").timings == {}
+    assert beside("run-0.6", "x") != beside("run-0.7", "x")
+
+
+def test_llava_next_counts_each_images_own_crops():
+    model = tiny_model("llava_next")
+    batch = batch_of(prompts(model, [[3, 6], [3, 5], [2, 9], [2, 4]]))
+    crops = crops_of(adapt(model), batch["image_sizes"], 4)
+    assert [size[3] for size in evaluation._sizes(adapt(model), batch)] == crops
+    assert len(set(crops)) > 1
+
+
 def test_a_journal_of_another_run_is_refused_and_kept(done, stats, tmp_path, capsys):
     out = tmp_path / "results.json"
     before = done.with_suffix(".samples.jsonl").read_bytes()
@@ -152,7 +231,7 @@ def test_a_journal_of_another_run_is_refused_and_kept(done, stats, tmp_path, cap
     assert "is no journal of an evaluation" in capsys.readouterr().err
 
 
-def test_a_journal_counts_whole_lines_only(tmp_path):
+def test_a_journal_counts_whole_lines_only(tmp_path, caplog):
     book = Journal(tmp_path / "j", {"a": 1})
     assert book.done() == {}
     book.open()
@@ -169,6 +248,14 @@ def test_a_journal_counts_whole_lines_only(tmp_path):
     book.finish([found[place] for place in range(4)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["j"]
     assert [r["x"] for r in Journal(tmp_path / "j", {"a": 1}).done().values()] == ["ä", 2, 3, 4]
+    lines = (tmp_path / "j").read_bytes().splitlines()
+    damaged = [lines[0], b"{}", b"[1]", b"3", b"", b"\0\0", b'{"place": true}', lines[2], b'{"place": 9', lines[4]]
+    (tmp_path / "j").write_bytes(b"\n".join(damaged) + b"\n")
+    book = Journal(tmp_path / "j", {"a": 1}, lambda record: "x" in record)
+    assert sorted(book.done()) == [1, 3]
+    assert "j:2: damaged, left out" in caplog.text
+    book.open()
+    assert sorted(book.done()) == [1, 3]
     with pytest.raises(ValueError, match=r"another run \(other a\)"):
         Journal(tmp_path / "j", {"a": 2}).done()
 
@@ -202,6 +289,9 @@ def test_methods_without_answers_or_with_wrong_names(stats, tmp_path, capsys):
         (["--methods", "best", "--flops-reduction", "0.5", "--stats", stats], "method 'best': must be one of"),
         (["--methods", "fastv", "fastv", "--flops-reduction", "0.5", "--stats", stats], "one stands twice"),
         (["--flops-reduction", "50", "--stats", stats], "a fraction, not percent"),
+        (["--methods", "fastv:k=99", "--flops-reduction", "0.5", "--stats", stats], "must be from 1 to 7"),
+        (["--flops-reduction", "0.5", "--stats", stats, "--seeds", "-1"], "at least 0"),
+        (["--timed-batches", "-3"], "timed_batches=-3: must be at least 0"),
         (["--flops-reduction", "0.5", "--stats", stats, "--data", "digit-scenes/test", "digit-scenes/test"], "twice"),
     ]
     for more, message in cases:
@@ -248,7 +338,7 @@ def test_data_without_answers_has_agreement_and_no_accuracy(tmp_path):
 
 
 def test_results_of_another_version_are_refused(tmp_path):
-    for text in ("{}", '{"schema": 1}', "no json", '{"schema": 2}', "[]"):
+    for text in ('{"schema": 2, "rows": ["x"], "best": []}', "{}", '{"schema": 1}', "no json", '{"schema": 2}', "[]"):
         (tmp_path / "r.json").write_text(text)
         with pytest.raises(ValueError, match=r"r\.json: not readable as results"):
             Results.load(tmp_path / "r.json")
@@ -278,3 +368,9 @@ def test_the_report_needs_nothing_else_and_tells_everything(done, tmp_path):
     assert "NaN" not in page
     assert main(["report", str(done), "-o", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text() == page
+    for damage in ({"rows": results.rows[1:2]}, {"recipes": []}, {"examples": ({},)}):
+        with pytest.raises(ValueError, match="the results are damaged"):
+            write_report(dataclasses.replace(results, **damage), out)
+    assert out.read_text() == page
+    odd = dataclasses.replace(results.rows[1], method=r"a$\foo_{$")
+    write_report(dataclasses.replace(results, rows=(*results.rows, odd)), out)

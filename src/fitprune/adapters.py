@@ -107,6 +107,23 @@ def visual_mask(
     return (inputs_embeds == embedding).all(-1)
 
 
+def crops_of(adapted: AdaptedModel, sizes: torch.Tensor | None, images: int) -> list[int]:
+    """Count the crops that the vision tower sees of each image.
+
+    Args:
+        adapted: the model.
+        sizes: [images, 2], height and width of each image, where the processor gives them; None for one crop each.
+        images: how many there are.
+    """
+    if sizes is None:
+        return [1] * images
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    config = adapted.model.config
+    grid, side = config.image_grid_pinpoints, config.vision_config.image_size
+    return [image_size_to_num_patches(size, grid, side) for size in sizes]
+
+
 def encode_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
     """Find out how many visual tokens each image has; encode the images for it, unless that is done already.
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from fitprune.adapters import adapt
 from fitprune.diversity import dpp_order, least_similar_order, max_min_order
-from fitprune.fitting import Budget, Fitter, give_back
+from fitprune.fitting import Budget, Fitter, OutOfReach, give_back
 from fitprune.flops import ModelShape
 from fitprune.measurement import to_model
 from fitprune.pruning import prune
@@ -125,7 +125,8 @@ def parse_name(name: str) -> tuple[str, dict[str, int]]:
     for part in rest.split(",") if rest else []:
         key, _, value = part.partition("=")
         if key not in known:
-            raise ValueError(f"method {name!r}: no parameter {key!r}; must be one of {sorted(known)} as in {base}:k=1")
+            allowed = f"must be one of {sorted(known)}" if known else f"{base} takes none"
+            raise ValueError(f"method {name!r}: no parameter {key!r}; {allowed}")
         try:
             given[key] = int(value)
         except ValueError:
@@ -133,8 +134,8 @@ def parse_name(name: str) -> tuple[str, dict[str, int]]:
     return base, given
 
 
-def search_vtw(model: Any, batches: Iterable[Mapping[str, Any]], *, threshold: float = 0.003, first: int = 1) -> int:
-    """Find VTW's layer: the first that may run without any visual token.
+def search_vtw(model: Any, batches: Iterable[Mapping[str, Any]], *, threshold: float = 0.003, first: int = 1) -> Method:
+    """Find VTW's layer, the first that may run without any visual token, as its authors do: by no budget.
 
     Args:
         model: a supported `...ForConditionalGeneration` model.
@@ -143,7 +144,7 @@ def search_vtw(model: Any, batches: Iterable[Mapping[str, Any]], *, threshold: f
         first: the first layer to try, from 1; the authors begin at 5 of 32.
 
     Returns:
-        The layer k: `make_method("vtw", ...)` states its own as `k` in the recipe's provenance.
+        The method; its layer is `k` in the recipe's provenance.
 
     Raises:
         ValueError: there is no batch, or no layer stays below the threshold.
@@ -162,19 +163,26 @@ def search_vtw(model: Any, batches: Iterable[Mapping[str, Any]], *, threshold: f
             dense = model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
         samples += len(dense)
         for k in range(first, layers):
-            recipe = PruningRecipe((1.0,) * (k - 1) + (0.0,) * (layers - k + 1), adapted.shape, 1)
-            with torch.inference_mode(), prune(model, recipe, Scorer(by_place, query_aware=False)):
+            tried = _without_from(k, adapted.shape)
+            with torch.inference_mode(), prune(model, tried.recipe, tried.scorer):
                 cut = model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
             total[k] += float((cut.exp() * (cut - dense)).nansum())
     if not samples:
         raise ValueError("batches is empty: there must be at least one")
     for k in range(first, layers):
         if total[k] / samples <= threshold:
-            return k
+            return _without_from(k, adapted.shape)
     raise ValueError(
         f"threshold={threshold}: no layer from {first} on stays below it, the last reaches "
         f"{total[-1] / samples:.4f}; state a larger one"
     )
+
+
+def _without_from(k: int, model: ModelShape) -> Method:
+    """No visual token from layer k on: they leave inside the layer before, after its attention."""
+    keep = (1.0,) * (k - 1) + (0.0,) * (model.decoder.layers - k + 1)
+    provenance = {"source": BASELINES["vtw"].source, "method": "vtw", "k": k}
+    return Method(PruningRecipe(keep, model, 1, provenance), BASELINES["vtw"].scorer(0))
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int | None:
@@ -200,7 +208,7 @@ def _solve(target: Target, budget: Budget, counts: Callable[[int], Counts], what
     if best is None:
         entering, after = counts(0)
         reached = budget.measured(decoder, n, after, entering)
-        raise ValueError(f"{what} reaches {budget.kind}={reached:.4f} at most, not {budget.value}: ask for less")
+        raise OutOfReach(f"{what} reaches {budget.kind}={reached:.4f} at most, not {budget.value}: ask for less")
     return counts(best)
 
 
@@ -243,7 +251,7 @@ def _uniform(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
 
     low, high = 0.0, float(n)
     if not fits(high):
-        raise ValueError(f"uniform cannot meet {budget.kind}={budget.value}: ask for less")
+        raise OutOfReach(f"uniform cannot meet {budget.kind}={budget.value}: ask for less")
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
@@ -298,7 +306,10 @@ def _pyramid(target: Target, budget: Budget, *, shift: int | None = None) -> tup
     """
     decoder, n = target.model.decoder, target.visual_tokens
     authors = [round(decoder.layers * part / 4) for part in (1, 2, 3)]
-    shifts = [shift] if shift is not None else range(-authors[0], decoder.layers - authors[-1])
+    possible = range(-authors[0], decoder.layers - authors[-1])
+    if shift is not None and shift not in possible:
+        raise ValueError(f"pyramiddrop:shift={shift}: must be from {possible[0]} to {possible[-1]}")
+    shifts = possible if shift is None else [shift]
 
     def counts(stages: Sequence[int], share: float, last: int = 0) -> Counts:
         left = [int(n * share ** sum(layer >= stage for stage in stages)) for layer in range(decoder.layers)]
@@ -311,7 +322,7 @@ def _pyramid(target: Target, budget: Budget, *, shift: int | None = None) -> tup
     found = []
     for moved in shifts:
         stages = [stage + moved for stage in authors]
-        if stages[0] < 0 or stages[-1] >= decoder.layers or stages[0] == stages[1] or not fits(counts(stages, 0.0)):
+        if not fits(counts(stages, 0.0)):
             continue
         low, high = 0.0, 1.0
         for _ in range(40):
@@ -319,9 +330,9 @@ def _pyramid(target: Target, budget: Budget, *, shift: int | None = None) -> tup
             low, high = (middle, high) if fits(counts(stages, middle)) else (low, middle)
         found.append((abs(low - 0.5), moved, stages, low))
     if not found:
-        raise ValueError(
+        raise OutOfReach(
             f"pyramiddrop cannot meet {budget.kind}={budget.value} with stages before layers "
-            f"{[s + (shift or 0) for s in authors]} of {decoder.layers}: ask for less, or move them by shift=-1"
+            f"{[s + (shift or 0) for s in authors]} of {decoder.layers}: ask for less, or for an earlier shift"
         )
     _, moved, stages, share = min(found)
     room = counts(stages, share)[0][stages[-1] - 1] - counts(stages, share)[0][-1]
@@ -335,16 +346,26 @@ def _require_layer(name: str, k: int | None, least: int, target: Target) -> None
         raise ValueError(f"{name}:k={k}: must be from {least} to {layers - 1}, a layer of the {layers}")
 
 
-def random_scorer(seed: int) -> Scorer:
-    """Rank tokens by chance, anew for each prompt; a token's rank is the same at every layer.
+def random_scorer(seed: int, samples: Sequence[int] | None = None) -> Scorer:
+    """Rank tokens by chance; a token's rank is the same at every layer.
 
-    The draw depends on the seed and the prompt's ids alone, so a row of a batch gives what its sample gives alone.
+    Args:
+        seed: of the draws, 0 or more.
+        samples: a number for each row of the batch that is to be pruned, which its draw depends on. Without them the
+            draw depends on the prompt's ids: a row of a batch gives what its sample gives alone, but one question about
+            two images draws the same places.
+
+    Raises:
+        ValueError: `seed` is negative.
     """
+    if seed < 0:
+        raise ValueError(f"seed={seed}: must be at least 0")
 
     def score(view: LayerView) -> torch.Tensor:
         longest = int(view.place.max()) + 1
+        numbers = view.prompt.numbers if samples is None else samples
         # numpy: its streams begin alike whatever their length, so padding changes nothing.
-        drawn = np.stack([np.random.default_rng([seed, number]).random(longest) for number in view.prompt.numbers])
+        drawn = np.stack([np.random.default_rng([seed, number]).random(longest) for number in numbers])
         return torch.from_numpy(drawn).to(view.place.device).gather(1, view.place)
 
     return Scorer(score, query_aware=False)

@@ -53,7 +53,7 @@ def make_batches(
     batch_size: int = 1,
     prompt_template: str | None = None,
 ) -> Iterator[Mapping[str, Any]]:
-    """Turn samples into the processor's batches, padded, in order.
+    """Turn samples into the processor's batches, padded on the left, in order.
 
     Args:
         samples: what to load.
@@ -74,6 +74,7 @@ def make_batches(
             images=[sample.load_image() for sample in chunk],
             text=[format_prompt(processor, sample.text, prompt_template) for sample in chunk],
             padding=len(chunk) > 1,
+            padding_side="left",  # whatever the tokenizer's own: a dense model cannot generate behind right padding
             return_tensors="pt",
         )
         for chunk in _chunks(samples, batch_size)

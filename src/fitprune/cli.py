@@ -158,6 +158,8 @@ def _solved(args: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
         missing = "--flops-reduction" if not args.flops_reduction else "--stats"
         raise ValueError(f"--methods are solved for budgets from statistics: {missing} is missing")
     names = [n for name in args.methods or ["fitprune"] for n in (BASELINES if name == "all" else [name])]
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: must be different and at least 0")
     if len(set(names)) < len(names) or len(set(args.flops_reduction)) < len(args.flops_reduction):
         raise ValueError(f"--methods {' '.join(names)} --flops-reduction {args.flops_reduction}: one stands twice")
     return entries_for(names, Fitter(AttentionStats.load(args.stats)), args.flops_reduction, args.seeds)

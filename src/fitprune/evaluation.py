@@ -24,12 +24,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from fitprune import results as figures
-from fitprune.adapters import adapt, visual_mask
-from fitprune.baselines import BASELINES, Method, make_method, parse_name
+from fitprune.adapters import adapt, crops_of, visual_mask
+from fitprune.baselines import BASELINES, Method, make_method, parse_name, random_scorer
 from fitprune.batches import make_batches
 from fitprune.benchmark import decode_seconds, prefill_seconds, time_ratios
 from fitprune.calibration import Sample
-from fitprune.fitting import Fitter, checked_budget
+from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.flops import ModelShape
 from fitprune.journal import Journal, Record
 from fitprune.measurement import provenance_of, to_model
@@ -37,7 +37,9 @@ from fitprune.processes import Processes
 from fitprune.pruning import kept_positions, prune
 from fitprune.recipe import Cost, PruningRecipe
 from fitprune.results import DENSE, Best, Bootstrap, Results, Row, interval
+from fitprune.scoring import Scorer
 
+MOST_DIVERGENCE = 1e6  # nats; stands for an infinite one, which JSON cannot hold
 PICTURE = 288  # longest side of an example's picture, pixels
 
 
@@ -102,8 +104,11 @@ def evaluate(
 
     Raises:
         ValueError: there is no sample, a method is called "dense" or stands twice or is of another model, the journal
-            is of another run, or an image is bad.
+            is of another run, an image is bad (all are looked at before the first answer), or logits are NaN.
     """
+    for name, value in (("timed_batches", timed_batches), ("examples", examples)):
+        if value < 0:
+            raise ValueError(f"{name}={value}: must be at least 0")
     tasks = dict(samples) if isinstance(samples, Mapping) else {"questions": samples}
     entries = (
         [Entry(name, Method(recipe)) for name, recipe in methods.items()] if isinstance(methods, Mapping) else methods
@@ -113,13 +118,15 @@ def evaluate(
     processes = Processes()
     if processes.count > 1 and journal is None:
         raise ValueError(f"{processes.count} processes gather their answers through a journal: state one")
-    run = _run_of(model, tasks, entries, batch_size, max_new_tokens, prompt_template)
-    book = Journal(journal, run, processes.rank) if journal is not None else None
+    plan = _batches(tasks, batch_size)
+    run = _run_of(model, processor, tasks, entries, batch_size, max_new_tokens, prompt_template)
+    book = None
+    if journal is not None:
+        book = Journal(journal, run, functools.partial(_sound, labels=_labels(entries)), processes.rank)
     records = book.done() if book else {}
     processes.wait()  # all have read before any writes
     if book:
         book.open()
-    plan = _batches(tasks, batch_size)
     todo = [batch for batch in plan if not all(place in records for place, _, _ in batch)]
     total, own = sum(map(len, plan)), todo[processes.rank :: processes.count]
     before = total - sum(map(len, todo))
@@ -144,7 +151,10 @@ def evaluate(
         rows=tuple(_rows(adapted.shape, tasks, entries, ordered, model.dtype.itemsize)),
         best=tuple(_best(tasks, entries, ordered)),
         skipped=tuple(dict(entry) for entry in skipped),
-        recipes={entry.label: json.loads(entry.method.recipe.to_json()) for entry in entries if not entry.seed},
+        recipes={
+            figures.label(name, budget): json.loads(group[0].method.recipe.to_json())
+            for name, budget, group in _grouped(entries)
+        },
         examples=tuple(_examples(model, processor, tasks, entries, ordered, examples, prompt_template)),
         provenance={name: value for name, value in run.items() if name != "entries"},
         answers=tuple(ordered),
@@ -179,7 +189,7 @@ def entries_for(
                 for seed in seeds if seeded else (0,):
                     method = make_method(name, fitter, stated, seed=seed)
                     entries.append(Entry(name, method, budget, seed if seeded else None))
-            except ValueError as error:
+            except OutOfReach as error:
                 skipped.append({"method": name, "budget": budget, "reason": str(error)})
     return entries, skipped
 
@@ -189,15 +199,34 @@ def _require_sound(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entr
     if not tasks or not all(tasks.values()):
         empty = [name for name, samples in tasks.items() if not samples]
         raise ValueError(f"samples is empty ({', '.join(empty) or 'no task'}): there must be at least one question")
-    labels = [DENSE, *(entry.label for entry in entries)]
+    labels = _labels(entries)
     if twice := sorted({name for name in labels if labels.count(name) > 1}):
         raise ValueError(f"methods has {twice[0]!r} twice ({DENSE!r} is the model without pruning): rename one")
     for entry in entries:
         entry.method.recipe.model.require_same(shape, what=f"recipe {entry.label!r}")
 
 
+def _labels(entries: Sequence[Entry]) -> list[str]:
+    return [DENSE, *(entry.label for entry in entries)]
+
+
+def _sound(record: Record, labels: Sequence[str]) -> bool:
+    """Whether a journal's record holds all that figures are made of."""
+    said, divergence, sizes = record.get("said"), record.get("divergence"), record.get("sizes")
+    return (
+        isinstance(said, dict)
+        and isinstance(divergence, dict)
+        and all(isinstance(said.get(name), str) and isinstance(divergence.get(name), float) for name in labels)
+        and isinstance(sizes, list)
+        and len(sizes) == 4
+        and all(isinstance(record.get(name), str) for name in ("task", "id", "kind", "question"))
+        and isinstance(record.get("accepted"), list)
+    )
+
+
 def _run_of(
     model: Any,
+    processor: Any,
     tasks: Mapping[str, Sequence[Sample]],
     entries: Sequence[Entry],
     batch_size: int,
@@ -207,16 +236,27 @@ def _run_of(
     """All that the answers depend on, as plain data."""
 
     def digest(samples: Sequence[Sample]) -> str:
-        lines = [json.dumps([s.id, s.text, list(s.answers), s.kind]) for s in samples]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        found = hashlib.sha256()
+        for s in samples:  # decoded, so that a bad image is found now and not when its batch comes
+            found.update(json.dumps([s.id, s.text, list(s.answers), s.kind]).encode())
+            found.update(s.load_image().tobytes())
+        return found.hexdigest()[:16]
 
+    def named(entry: Entry) -> list[Any]:
+        recipe, scorer = entry.method.recipe, entry.method.scorer
+        score = scorer.score
+        name = f"{score.__module__}.{getattr(score, '__qualname__', type(score).__name__)}"
+        return [entry.label, list(recipe.entering), list(recipe.keep), name]
+
+    template = prompt_template or getattr(processor, "chat_template", None)
     return {
         **provenance_of(model),
+        "attention": str(getattr(model.config, "_attn_implementation", "")),
         "tasks": {name: {"samples": len(samples), "digest": digest(samples)} for name, samples in tasks.items()},
-        "entries": [[e.label, list(e.method.recipe.entering), list(e.method.recipe.keep)] for e in entries],
+        "entries": [named(entry) for entry in entries],
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
-        "prompt_template": prompt_template,
+        "prompt_template": template,
     }
 
 
@@ -238,9 +278,16 @@ def _inputs(model: Any, processor: Any, samples: Sequence[Sample], template: str
     return to_model(batch, model)
 
 
-def _pruned(model: Any, entry: Entry | None) -> contextlib.AbstractContextManager[Any]:
-    """The block in which an entry's method works; None is the dense model."""
-    return contextlib.nullcontext() if entry is None else prune(model, entry.method.recipe, entry.method.scorer)
+def _pruned(model: Any, entry: Entry | None, places: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
+    """The block in which an entry's method works on the samples at these places; None is the dense model."""
+    if entry is None:
+        return contextlib.nullcontext()
+    return prune(model, entry.method.recipe, _scorer(entry, places))
+
+
+def _scorer(entry: Entry, places: Sequence[int]) -> Scorer:
+    """The entry's scorer; one that draws at random draws anew for every sample, also of one question asked twice."""
+    return entry.method.scorer if entry.seed is None else random_scorer(entry.seed, places)
 
 
 def _answer(
@@ -270,7 +317,7 @@ def _answer(
     ]
     dense: torch.Tensor | None = None
     for entry in [None, *entries]:
-        with torch.inference_mode(), _pruned(model, entry):
+        with torch.inference_mode(), _pruned(model, entry, [place for place, _, _ in batch]):
             made = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -281,7 +328,14 @@ def _answer(
             )
         first = made.logits[0].float().log_softmax(-1)
         dense = first if dense is None else dense
-        divergence = (dense.exp() * (dense - first)).nansum(-1).clamp(min=0).tolist()
+        if bool((broken := first.isnan().any(1)).any()):
+            sample, name = batch[int(broken.int().argmax())][2], "dense" if entry is None else entry.label
+            raise ValueError(
+                f"{name}: logits of sample {sample.id} are NaN in {model.dtype}: use another dtype, such as bfloat16"
+            )
+        # Where the dense probability is 0 the term is 0, whatever the other says.
+        terms = torch.where(dense.exp() > 0, dense.exp() * (dense - first), 0)
+        divergence = terms.sum(-1).clamp(0, MOST_DIVERGENCE).tolist()
         texts = processor.batch_decode(made.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         name = DENSE if entry is None else entry.label
         for record, text, distance in zip(records, texts, divergence, strict=True):
@@ -292,13 +346,13 @@ def _answer(
 
 def _sizes(adapted: Any, inputs: Mapping[str, Any]) -> list[list[int]]:
     """For each sample: visual tokens, text tokens before the image, all text tokens, and image crops."""
-    ids, mask, pixels = inputs["input_ids"], inputs.get("attention_mask"), inputs["pixel_values"]
-    crops = pixels.shape[1] if pixels.ndim == 5 else 1
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    crops = crops_of(adapted, inputs.get("image_sizes"), len(ids))
     sizes = []
     for row, visual in enumerate(visual_mask(adapted, ids)):
         own = visual if mask is None else visual[mask[row].bool()]
         where = torch.nonzero(own)[:, 0]
-        sizes.append([len(where), int(where[0]) if len(where) else 0, len(own) - len(where), crops])
+        sizes.append([len(where), int(where[0]) if len(where) else 0, len(own) - len(where), crops[row]])
     return sizes
 
 
@@ -323,6 +377,11 @@ def _grouped(entries: Sequence[Entry]) -> Iterator[tuple[str, float | None, list
         yield name, budget, group
 
 
+def _firsts(entries: Sequence[Entry]) -> list[Entry]:
+    """Of each method and budget the first seed."""
+    return [group[0] for _, _, group in _grouped(entries)]
+
+
 def _rows(
     shape: ModelShape,
     tasks: Mapping[str, Sequence[Sample]],
@@ -336,15 +395,16 @@ def _rows(
         scored = [record for record in own if record["accepted"]]
         boot = Bootstrap(len(scored)) if scored else None
         dense = _hits(own, DENSE)
+        base = None if boot is None else boot.means(dense[None])
         groups: list[tuple[str, float | None, list[Entry]]] = [(DENSE, None, []), *_grouped(entries)]
         for name, budget, group in groups:
             labels = [entry.label for entry in group] or [DENSE]
             priced = group[0].method.recipe if group else PruningRecipe.dense(shape, own[0]["sizes"][0] or 1)
             costs = _costs(priced, own, value_bytes)
             accuracy = spread = relative = relative_spread = None
-            if boot is not None:
+            if boot is not None and base is not None:
                 hits = np.stack([_hits(own, each) for each in labels])
-                draws, base = boot.means(hits), boot.means(dense[None])
+                draws = boot.means(hits)
                 accuracy, spread = _rounded(hits.mean()), interval(draws)
                 if dense.mean() > 0:
                     relative = _rounded(hits.mean() / dense.mean())
@@ -436,10 +496,10 @@ def _examples(
         inputs = _inputs(model, processor, [sample], template)
         visual = torch.nonzero(visual_mask(adapted, inputs["input_ids"])[0])[:, 0]
         entered = {}
-        for entry in entries:
-            if not entry.seed:
-                layers = kept_positions(model, entry.method.recipe, inputs, entry.method.scorer)
-                entered[entry.label] = sum(torch.isin(visual, columns[0]).long() for columns in layers).tolist()  # type: ignore[union-attr]
+        for entry in _firsts(entries):
+            layers = kept_positions(model, entry.method.recipe, inputs, _scorer(entry, [place]))
+            stays = torch.stack([torch.isin(visual, columns[0]) for columns in layers])
+            entered[entry.label] = stays.sum(0).tolist()
         picture = sample.load_image()
         picture.thumbnail((PICTURE, PICTURE))
         yield {**record, "picture": _data_uri(picture), "layers_entered": entered}
@@ -473,13 +533,14 @@ def _timings(
     """Time prefill and decoding of each method in turn, on the first batches of each task."""
     if not timed_batches:
         return {}
-    used = [entry for entry in entries if not entry.seed]
-    blocks = [functools.partial(_pruned, model, entry) for entry in [None, *used]]
-    prefill: list[list[float]] = [[] for _ in blocks]
-    decode: list[list[float]] = [[] for _ in blocks]
+    used = _firsts(entries)
+    prefill: list[list[float]] = [[] for _ in [None, *used]]
+    decode: list[list[float]] = [[] for _ in prefill]
     for samples in tasks.values():
         for start in range(0, min(timed_batches * batch_size, len(samples)), batch_size):
             inputs = _inputs(model, processor, samples[start : start + batch_size], template)
+            places = range(len(inputs["input_ids"]))
+            blocks = [functools.partial(_pruned, model, entry, places) for entry in [None, *used]]
             for kept, seconds in ((prefill, prefill_seconds), (decode, decode_seconds)):
                 for row, new in zip(kept, seconds(model, inputs, blocks), strict=True):
                     row += new

@@ -25,6 +25,10 @@ TOLERANCE_STEP = 1e-3  # the search ends when feasible and infeasible tolerance 
 _CHUNK = 32  # samples simulated at a time: their working set stays in the processor's cache
 
 
+class OutOfReach(ValueError):
+    """A budget that the method cannot meet, whatever it removes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Budget:
     """What the user asks for: a kind that `measured` can evaluate, and its value."""
@@ -332,7 +336,7 @@ def _require_possible(budget: Budget, decoder: flops.DecoderShape, visual_tokens
             bound = f"at least {math.ceil(best * 1e4) / 1e4:.4f}"
         else:
             bound = f"at most {math.floor(best * 1e4) / 1e4:.4f}"
-        raise ValueError(
+        raise OutOfReach(
             f"{budget.kind}={budget.value}: cannot be met even with all visual tokens removed after layer 0; "
             f"ask for {bound}"
         )

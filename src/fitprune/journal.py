@@ -1,18 +1,22 @@
 """A journal: results a line at a time, so that a killed run goes on where it stopped, alone or in several processes.
 
 The first line says what run it is; every other is one record with a place. Only whole batches count: what a killed
-process left of one is done again, so that a record never comes from a smaller batch than in an unbroken run.
+process left of one is done again, so that a record never comes from a smaller batch than in an unbroken run. A damaged
+line is left out, with a warning, and its record is made again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fitprune import files
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -23,6 +27,7 @@ class Journal:
     Args:
         path: the journal; process 0 writes it, process r the same name with `.r` behind it.
         run: what the run is; all that its results depend on.
+        sound: whether a record is whole.
         rank: number of this process.
 
     Raises:
@@ -30,8 +35,15 @@ class Journal:
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any], rank: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        run: Mapping[str, Any],
+        sound: Callable[[Record], bool] = bool,
+        rank: int = 0,
+    ) -> None:
         self.path = Path(path)
+        self.sound = sound
         self.run = json.loads(json.dumps(run))
         self.own = self.path if rank == 0 else self.path.with_name(f"{self.path.name}.{rank}")
 
@@ -39,18 +51,12 @@ class Journal:
         """Read what all processes have written: place -> record."""
         found: dict[int, Record] = {}
         for part in self._parts():
-            found.update({record["place"]: record for record in self._read(part)[0]})
+            found.update({record["place"]: record for record in self._read(part)})
         return found
 
     def open(self) -> None:
-        """Make this process's file ready to append to: its header written, a half line at its end cut off."""
-        if self.own.exists():
-            whole = self._read(self.own)[1]
-            os.truncate(self.own, whole)
-            if whole:
-                return
-        files.require_writable(self.own)
-        self.own.write_text(json.dumps({"run": self.run}) + "\n", encoding="utf-8")
+        """Make this process's file ready to append to: its header written, what is damaged left out."""
+        self._write(self.own, self._read(self.own) if self.own.exists() else [])
 
     def append(self, records: Sequence[Record]) -> None:
         """Write the records of one batch."""
@@ -59,9 +65,7 @@ class Journal:
 
     def finish(self, records: Sequence[Record]) -> None:
         """Write all records in order as the journal, whole or not at all, and remove the other processes' files."""
-        lines = [json.dumps({"run": self.run}), *(json.dumps(record) for record in records)]
-        with files.replacing(self.path) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._write(self.path, records)
         for part in self._parts():
             if part != self.path:
                 part.unlink()
@@ -73,22 +77,38 @@ class Journal:
         ]
         return [part for part in [self.path, *sorted(others)] if part.exists()]
 
-    def _read(self, part: Path) -> tuple[list[Record], int]:
-        """The records of a file, and the bytes up to the end of its last whole line."""
-        data = part.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if not whole:
-            return [], 0
-        try:
-            header, *records = [json.loads(line) for line in data[:whole].decode().splitlines()]
-            theirs = header["run"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{part}: is no journal of an evaluation; choose another output, or delete it") from None
-        if theirs != self.run:
-            names = sorted({*theirs, *self.run}) if isinstance(theirs, dict) else []
-            differing = [name for name in names if theirs.get(name) != self.run.get(name)]
+    def _write(self, part: Path, records: Sequence[Record]) -> None:
+        lines = [json.dumps({"run": self.run}), *(json.dumps(record) for record in records)]
+        with files.replacing(part) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _read(self, part: Path) -> list[Record]:
+        """The sound records of a file; a line without its end is what a killed process left."""
+        lines = part.read_bytes().split(b"\n")[:-1]
+        if not lines:
+            return []
+        theirs = _parsed(lines[0])
+        if not isinstance(theirs, dict) or not isinstance(theirs.get("run"), dict):
+            raise ValueError(f"{part}: is no journal of an evaluation; choose another output, or delete it")
+        if theirs["run"] != self.run:
+            names = sorted({*theirs["run"], *self.run})
+            differing = [name for name in names if theirs["run"].get(name) != self.run.get(name)]
             raise ValueError(
-                f"{part}: holds results of another run (other {', '.join(differing) or 'header'}); "
-                "delete it to start anew, or choose another output"
+                f"{part}: holds results of another run (other {', '.join(differing)}); "
+                "choose another output, or delete it to start anew"
             )
-        return records, whole
+        records = []
+        for number, line in enumerate(lines[1:], 2):
+            record = _parsed(line)
+            if isinstance(record, dict) and type(record.get("place")) is int and self.sound(record):
+                records.append(record)
+            else:
+                logger.warning("%s:%d: damaged, left out; its record is made again", part, number)
+        return records
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -38,10 +38,14 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> None:
     """Write the page, whole or not at all.
 
     Raises:
+        ValueError: the results are damaged.
         OSError: `path` cannot be written.
         ImportError: matplotlib is not installed.
     """
-    page = "\n".join(_page(results))
+    try:
+        page = "\n".join(_page(results))
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration, RuntimeError) as error:
+        raise ValueError(f"the results are damaged ({type(error).__name__}: {error}); evaluate again") from None
     with files.replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -185,7 +189,7 @@ def _curves(rows: Sequence[Row]) -> str:
             markersize=4 if ours else 3,
             capsize=2,
             elinewidth=0.6,
-            label=name,
+            label=name.replace("$", r"\$"),
         )
     what = "agreement with dense, %" if dense.accuracy is None else "accuracy, %"
     axes.set(xlabel="visual-token FLOPs removed, %", ylabel=what)
@@ -239,7 +243,7 @@ def _keep_curves(results: Results) -> str:
                 [100 * share for share in entering],
                 where="mid",
                 **_look(name, names),
-                label=name,
+                label=name.replace("$", r"\$"),
             )
         axes.set(xlabel="decoder layer", ylim=(-3, 103), title=f"{100 * budget:g}% cut" if budget is not None else "")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -257,7 +261,8 @@ def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
     dense = example["said"][DENSE]
     mark = "right" if dense.lower() in accepted or not accepted else "wrong"
     yield f"<div class=strip><div style='width:9em;text-align:left'><b>dense</b><br>&ldquo;<span class={mark}>"
-    yield f"{html.escape(dense)}</span>&rdquo;</div><div><div class=image><img alt='' src='{example['picture']}'></div>"
+    picture = html.escape(example["picture"])
+    yield f"{html.escape(dense)}</span>&rdquo;</div><div><div class=image><img alt='' src='{picture}'></div>"
     yield "all layers</div></div>"
     shown = _pictured(example)
     layers = len(next(iter(results.recipes.values()))["keep"]) if results.recipes else 0
@@ -275,7 +280,7 @@ def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
             continue
         for layer in chosen:
             kept = [count > layer for count in entered]
-            yield f"<div><div class=image><img alt='' src='{example['picture']}'>{_veil(kept, side)}</div>"
+            yield f"<div><div class=image><img alt='' src='{picture}'>{_veil(kept, side)}</div>"
             yield f"layer {layer}: {sum(kept)}</div>"
         yield "</div>"
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -137,12 +138,13 @@ class Results:
         with files.replacing(path) as temporary:
             temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         if self.timings:
+            timed = {"results": _digest(path), **self.timings}
             with files.replacing(beside(path, "timings.json")) as temporary:
-                temporary.write_text(json.dumps(self.timings, indent=1) + "\n", encoding="utf-8")
+                temporary.write_text(json.dumps(timed, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Results:
-        """Read what `save` wrote, and the times beside it if they are there.
+        """Read what `save` wrote, and the times beside it if they are there and were saved with it.
 
         Raises:
             OSError: the file cannot be read.
@@ -158,8 +160,10 @@ class Results:
             rest |= {name: tuple(rest[name]) for name in ("skipped", "examples")}
             timed = beside(path, "timings.json")
             timings = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else {}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not readable as results ({error})") from None
+            if timings.pop("results", None) != _digest(path):
+                timings = {}  # of an older run
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not readable as results ({error}); evaluate again") from None
         return cls(rows=rows, best=best, timings=timings, **rest)
 
 
@@ -168,7 +172,11 @@ _SAVED = ("provenance", "rows", "best", "skipped", "recipes", "examples")
 
 def beside(path: str | os.PathLike[str], ending: str) -> Path:
     """Name a file beside results: "results.json" and "timings.json" give "results.timings.json"."""
-    return Path(path).with_suffix(f".{ending}")
+    return Path(path).with_name(f"{Path(path).name.removesuffix('.json')}.{ending}")
+
+
+def _digest(path: str | os.PathLike[str]) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def label(method: str, budget: float | None) -> str:

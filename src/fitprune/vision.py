@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fitprune.adapters import AdaptedModel
+from fitprune.adapters import AdaptedModel, crops_of
 
 KEPT = 4  # calls of the image encoder remembered
 
@@ -29,8 +29,9 @@ class Tower(threading.local):
     What it remembers belongs to the thread that encoded.
     """
 
-    def __init__(self, base: Any) -> None:
-        self._base = base
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self._adapted = adapted
+        self._base = adapted.model.base_model
         self._weights: torch.Tensor | None = None  # [C, T - 1] of the call that is running
         self._seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # by call: each image's features and weights
 
@@ -54,13 +55,8 @@ class Tower(threading.local):
         """Deal patches' weights to tokens, by image; LLaVA-NeXT's newline tokens, which are no patch, get 0."""
         if not hasattr(self._base, "pack_image_features"):
             return list(weights)
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-        config = self._base.config
-        grid, side = config.image_grid_pinpoints, config.vision_config.image_size
         assert sizes is not None
-        crops = [image_size_to_num_patches(size, grid, side) for size in sizes]
-        parts = torch.split(weights[..., None], crops)
+        parts = torch.split(weights[..., None], crops_of(self._adapted, sizes, len(sizes)))
         packed, _ = self._base.pack_image_features(parts, sizes, "default", image_newline=weights.new_zeros(1))
         return [part[:, 0] for part in packed]
 
@@ -107,7 +103,7 @@ def watching(adapted: AdaptedModel) -> Iterator[Tower]:
             f"the vision tower ({type(module).__name__}, features of layer {number!r}) has no [CLS] token whose "
             "attention could rank the visual tokens: use another method"
         )
-    tower = Tower(base)
+    tower = Tower(adapted)
     encode, own = base.get_image_features, vars(base).get("get_image_features")
 
     @functools.wraps(encode)
