@@ -16,12 +16,13 @@ from fitprune import AttentionStats, PruningRecipe, embedded, evaluate, evaluati
 from fitprune.adapters import adapt, crops_of
 from fitprune.baselines import Method, Sizes, make_method
 from fitprune.cli import main
-from fitprune.evaluation import Entry, entries_for
+from fitprune.evaluation import entries_for
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.journal import Journal
 from fitprune.report import write_report
 from fitprune.results import Bootstrap, Results, beside, interval, table, verdict
 from fitprune.scoring import SCORERS
+from fitprune.summary import Entry
 
 OPTIONS = ["--methods", "fitprune", "random", "dart", "--flops-reduction", "0.6", "0.9", "--seeds", "0", "1"]
 DATA = ["--data", "digit-scenes/test", "digit-details/test", "--samples", "12", "--batch-size", "5"]

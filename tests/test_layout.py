@@ -16,7 +16,8 @@ LAYERS = [
     {"removal", "analysis_files"},
     {"pruning", "sequential"},
     {"baselines", "benchmark", "figures"},
-    {"evaluation", "analysis_figures"},
+    {"summary", "analysis_figures"},
+    {"evaluation"},
     {"demo", "report"},
     {"cli", "integrations", "__init__"},
 ]

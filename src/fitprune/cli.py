@@ -41,9 +41,8 @@ def _measure(args: argparse.Namespace) -> None:
     from fitprune.measurement import forget_parts, measure
 
     files.require_writable(args.output)
-    samples = [
-        sample for task in _samples(args).values() for sample in task
-    ]  # before the model: bad data is found soon
+    # Before the model: bad data is found in seconds.
+    samples = [sample for task in _samples(args).values() for sample in task]
     model, processor = _load(args)
     stats = measure(
         model,
@@ -81,7 +80,7 @@ def _fit(args: argparse.Namespace) -> None:
 
 
 def _cost(args: argparse.Namespace) -> None:
-    recipe = _recipe(args.recipe)
+    recipe = PruningRecipe.named(args.recipe)
     cost = recipe.cost(
         visual_tokens=args.visual_tokens, text_tokens=args.text_tokens, crops=args.crops, value_bytes=args.value_bytes
     )
@@ -103,7 +102,7 @@ def _generate(args: argparse.Namespace) -> None:
     from fitprune.measurement import to_model
     from fitprune.pruning import prune
 
-    recipe = _recipe(args.recipe)
+    recipe = PruningRecipe.named(args.recipe)
     sample = Sample("0", args.question, Path(args.image), where="--image")
     sample.load_image()
     model, processor = _load(args)
@@ -115,11 +114,14 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from fitprune.baselines import Method
-    from fitprune.evaluation import Entry, evaluate
+    from fitprune.evaluation import evaluate
     from fitprune.results import beside, table
+    from fitprune.summary import Entry
 
     files.require_writable(args.output)
-    recipes = {Path(name).stem if Path(name).exists() else name: _recipe(name) for name in args.recipe or []}
+    recipes = {
+        Path(name).stem if Path(name).exists() else name: PruningRecipe.named(name) for name in args.recipe or []
+    }
     if len(recipes) < len(args.recipe or []):
         raise ValueError(f"--recipe {' '.join(args.recipe)}: two files have the same name; rename one")
     solved, skipped = _solved(args)
@@ -200,11 +202,6 @@ def _demo(args: argparse.Namespace) -> None:
     demo(Path(args.output), quick=args.quick)
 
 
-def _recipe(name: str) -> PruningRecipe:
-    """Load a recipe file, or a published one by `model:percent`."""
-    return PruningRecipe.named(name)
-
-
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """Load model and processor from a folder or by hub name."""
     import torch
@@ -226,9 +223,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     adapters.model_shape(AutoConfig.from_pretrained(name))  # before the weights: the wrong family is found in a second
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
-    model.name_or_path = (
-        args.model
-    )  # what results say of it: the embedded model's folder differs from machine to machine
+    # What results say of it: the embedded model's folder differs from machine to machine.
+    model.name_or_path = args.model
     return model, AutoProcessor.from_pretrained(name)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import io
@@ -18,7 +17,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -35,34 +33,13 @@ from fitprune.journal import Journal, Record
 from fitprune.measurement import provenance_of, to_model
 from fitprune.processes import Processes
 from fitprune.pruning import kept_positions, prune
-from fitprune.recipe import Cost, PruningRecipe
-from fitprune.results import DENSE, Best, Bootstrap, Results, Row, interval
+from fitprune.recipe import PruningRecipe
+from fitprune.results import DENSE, Results
 from fitprune.scoring import Scorer
+from fitprune.summary import Entry, best_of, firsts, grouped, rows_of
 
 MOST_DIVERGENCE = 1e6  # nats; stands for an infinite one, which JSON cannot hold
 PICTURE = 288  # longest side of an example's picture, pixels
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One column of an evaluation.
-
-    Attributes:
-        name: the method's name, the same for all its budgets and seeds.
-        method: recipe and scorer.
-        budget: what was asked for; None for a recipe given as such.
-        seed: of a method that draws at random; None for others.
-    """
-
-    name: str
-    method: Method
-    budget: float | None = None
-    seed: int | None = None
-
-    @property
-    def label(self) -> str:
-        """Name, budget and seed in one."""
-        return figures.label(self.name, self.budget) + ("" if self.seed is None else f" seed {self.seed}")
 
 
 def evaluate(
@@ -148,12 +125,12 @@ def evaluate(
     ordered = [records[place] for place in range(total)]
     timings = _timings(model, processor, tasks, entries, batch_size, prompt_template, timed_batches)
     return Results(
-        rows=tuple(_rows(adapted.shape, tasks, entries, ordered, model.dtype.itemsize)),
-        best=tuple(_best(tasks, entries, ordered)),
+        rows=tuple(rows_of(adapted.shape, tasks, entries, ordered, model.dtype.itemsize)),
+        best=tuple(best_of(tasks, entries, ordered)),
         skipped=tuple(dict(entry) for entry in skipped),
         recipes={
             figures.label(name, budget): json.loads(group[0].method.recipe.to_json())
-            for name, budget, group in _grouped(entries)
+            for name, budget, group in grouped(entries)
         },
         examples=tuple(_examples(model, processor, tasks, entries, ordered, examples, prompt_template)),
         provenance={name: value for name, value in run.items() if name != "entries"},
@@ -356,128 +333,6 @@ def _sizes(adapted: Any, inputs: Mapping[str, Any]) -> list[list[int]]:
     return sizes
 
 
-def _hits(records: Sequence[Record], name: str) -> np.ndarray[Any, Any]:
-    """1 where a sample with answers is answered right, 0 where wrong: [samples with answers]."""
-    return np.array(
-        [
-            record["said"][name].lower() in {answer.strip().lower() for answer in record["accepted"]}
-            for record in records
-            if record["accepted"]
-        ],
-        dtype=np.float32,
-    )
-
-
-def _grouped(entries: Sequence[Entry]) -> Iterator[tuple[str, float | None, list[Entry]]]:
-    """Gather the seeds of each method and budget."""
-    groups: dict[tuple[str, float | None], list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault((entry.name, entry.budget), []).append(entry)
-    for (name, budget), group in groups.items():
-        yield name, budget, group
-
-
-def _firsts(entries: Sequence[Entry]) -> list[Entry]:
-    """Of each method and budget the first seed."""
-    return [group[0] for _, _, group in _grouped(entries)]
-
-
-def _rows(
-    shape: ModelShape,
-    tasks: Mapping[str, Sequence[Sample]],
-    entries: Sequence[Entry],
-    records: Sequence[Record],
-    value_bytes: int,
-) -> Iterator[Row]:
-    """Make the figures of each task: dense, then every method at every budget."""
-    for task in tasks:
-        own = [record for record in records if record["task"] == task]
-        scored = [record for record in own if record["accepted"]]
-        boot = Bootstrap(len(scored)) if scored else None
-        dense = _hits(own, DENSE)
-        base = None if boot is None else boot.means(dense[None])
-        groups: list[tuple[str, float | None, list[Entry]]] = [(DENSE, None, []), *_grouped(entries)]
-        for name, budget, group in groups:
-            labels = [entry.label for entry in group] or [DENSE]
-            priced = group[0].method.recipe if group else PruningRecipe.dense(shape, own[0]["sizes"][0] or 1)
-            costs = _costs(priced, own, value_bytes)
-            accuracy = spread = relative = relative_spread = None
-            if boot is not None and base is not None:
-                hits = np.stack([_hits(own, each) for each in labels])
-                draws = boot.means(hits)
-                accuracy, spread = _rounded(hits.mean()), interval(draws)
-                if dense.mean() > 0:
-                    relative = _rounded(hits.mean() / dense.mean())
-                    relative_spread = interval(draws / np.maximum(base, 1 / len(dense)))
-            same = [record["said"][each] == record["said"][DENSE] for each in labels for record in own]
-            kinds = sorted({record["kind"] for record in scored} - {""})
-            of_kind = {kind: [record for record in scored if record["kind"] == kind] for kind in kinds}
-            yield Row(
-                task=task,
-                method=name,
-                budget=budget,
-                seeds=len(labels),
-                samples=len(own),
-                accuracy=accuracy,
-                accuracy_interval=spread,
-                relative_accuracy=relative,
-                relative_interval=relative_spread,
-                agreement=_rounded(np.mean(same)),
-                divergence=_rounded(np.mean([record["divergence"][each] for each in labels for record in own])),
-                accuracy_by_kind={
-                    kind: _rounded(np.mean([_hits(part, each).mean() for each in labels]))
-                    for kind, part in of_kind.items()
-                },
-                **costs,
-            )
-
-
-def _costs(recipe: PruningRecipe, records: Sequence[Record], value_bytes: int) -> dict[str, float]:
-    """Average what a recipe costs over the samples."""
-
-    @functools.cache
-    def cost(visual: int, before: int, text: int, crops: int) -> Cost:
-        return recipe.cost(
-            visual_tokens=visual, text_before=before, text_tokens=text, crops=crops, value_bytes=value_bytes
-        )
-
-    found = [cost(*record["sizes"]) for record in records if record["sizes"][0]]
-
-    def mean(values: list[float]) -> float:
-        return _rounded(np.mean(values)) if values else 0.0
-
-    return {
-        "flops_reduction": mean([c.flops_reduction for c in found]),
-        "prefill_flops_ratio": mean([c.prefill_flops / c.dense_prefill_flops for c in found]),
-        "mean_visual_tokens": mean([c.mean_visual_tokens for c in found]),
-        "visual_tokens_left": mean([c.kept[-1] for c in found]),
-        "kv_bytes": mean([c.kv_bytes for c in found]),
-    }
-
-
-def _best(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entry], records: Sequence[Record]) -> Iterator[Best]:
-    """Find, at each budget, the most accurate method, and how sure its lead over FitPrune is."""
-    groups = [group for group in _grouped(entries) if group[1] is not None]
-    for task in tasks:
-        own = [record for record in records if record["task"] == task]
-        if not any(record["accepted"] for record in own):
-            continue
-        for budget in dict.fromkeys(budget for _, budget, _ in groups):
-            hits = {
-                name: np.stack([_hits(own, entry.label) for entry in group])
-                for name, at, group in groups
-                if at == budget
-            }
-            if "fitprune" not in hits or budget is None:
-                continue
-            means = {name: _rounded(values.mean()) for name, values in hits.items()}
-            # FitPrune comes first among equals, so that a tie is no defeat.
-            best = max(means, key=lambda name: (means[name], name == "fitprune"))
-            boot = Bootstrap(hits[best].shape[1])
-            lead = boot.means(hits[best]) - boot.means(hits["fitprune"])
-            yield Best(task, budget, best, _rounded(means[best] - means["fitprune"]), interval(lead))
-
-
 def _examples(
     model: Any,
     processor: Any,
@@ -496,7 +351,7 @@ def _examples(
         inputs = _inputs(model, processor, [sample], template)
         visual = torch.nonzero(visual_mask(adapted, inputs["input_ids"])[0])[:, 0]
         entered = {}
-        for entry in _firsts(entries):
+        for entry in firsts(entries):
             layers = kept_positions(model, entry.method.recipe, inputs, _scorer(entry, [place]))
             stays = torch.stack([torch.isin(visual, columns[0]) for columns in layers])
             entered[entry.label] = stays.sum(0).tolist()
@@ -533,7 +388,7 @@ def _timings(
     """Time prefill and decoding of each method in turn, on the first batches of each task."""
     if not timed_batches:
         return {}
-    used = _firsts(entries)
+    used = firsts(entries)
     prefill: list[list[float]] = [[] for _ in [None, *used]]
     decode: list[list[float]] = [[] for _ in prefill]
     for samples in tasks.values():
@@ -557,8 +412,3 @@ def _timings(
             for (name, budget), p, d in ratios
         ],
     }
-
-
-def _rounded(value: Any) -> float:
-    """Six digits: what is behind them is rounding noise of sums."""
-    return round(float(value), 6)

@@ -121,6 +121,6 @@ def require_matplotlib(remedy: str) -> None:
         ImportError: matplotlib is not installed; the message ends with `remedy`.
     """
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # only whether it is there
     except ImportError:
         raise ImportError(f"pictures need matplotlib: pip install 'fitprune[figures]', or {remedy}") from None

@@ -55,6 +55,7 @@ class Budget:
             return 1 - sum(entering) / len(entering) / visual_tokens
         removed = [a - b for a, b in zip(entering, kept, strict=True)]
         between = [a - b for a, b in zip(before, entering, strict=True)]
+        # Counts are fractional while a tolerance is searched; the arithmetic is the same as for whole ones.
         return flops.visual_flops_reduction(decoder, visual_tokens, removed, between)  # type: ignore[arg-type]
 
     def met_by(self, measured: float) -> bool:

@@ -232,6 +232,7 @@ class PruningRecipe:
         published = cls.published_names()
         model, *percent = name.split(":")
         if not Path(name).exists() and model in published and len(percent) == 1:
+            # What is no number goes on as it is, for `published` to name it in its error.
             return cls.published(model, int(percent[0]) if percent[0].isdigit() else percent[0])  # type: ignore[arg-type]
         if name in published:
             raise ValueError(f"{name}: say which of its recipes, such as {name}:60; {published[name]}")

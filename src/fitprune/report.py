@@ -260,9 +260,10 @@ def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
     yield f"<h3>{html.escape(example['question'])} <span class=low>{html.escape(facts)}</span></h3>"
     dense = example["said"][DENSE]
     mark = "right" if dense.lower() in accepted or not accepted else "wrong"
-    yield f"<div class=strip><div style='width:9em;text-align:left'><b>dense</b><br>&ldquo;<span class={mark}>"
     picture = html.escape(example["picture"])
-    yield f"{html.escape(dense)}</span>&rdquo;</div><div><div class=image><img alt='' src='{picture}'></div>"
+    yield "<div class=strip><div style='width:9em;text-align:left'><b>dense</b><br>"
+    yield f"&ldquo;<span class={mark}>{html.escape(dense)}</span>&rdquo;</div>"
+    yield f"<div><div class=image><img alt='' src='{picture}'></div>"
     yield "all layers</div></div>"
     shown = _pictured(example)
     layers = len(next(iter(results.recipes.values()))["keep"]) if results.recipes else 0
