@@ -21,7 +21,7 @@ from fitprune.fitting import Fitter, checked_budget
 from fitprune.journal import Journal
 from fitprune.report import write_report
 from fitprune.results import Bootstrap, Results, beside, interval, table, verdict
-from fitprune.scoring import SCORERS
+from fitprune.scoring import get_scorer
 from fitprune.summary import Entry
 
 OPTIONS = ["--methods", "fitprune", "random", "dart", "--flops-reduction", "0.6", "0.9", "--seeds", "0", "1"]
@@ -164,7 +164,7 @@ def test_answers_belong_to_their_images_and_scorers(tmp_path):
     options = {"journal": tmp_path / "j", "timed_batches": 0}
     evaluate(model, processor, samples, [Entry("a", Method(keeps))], **options)
     with pytest.raises(ValueError, match="other entries"):
-        evaluate(model, processor, samples, [Entry("a", Method(keeps, SCORERS["self"]))], **options)
+        evaluate(model, processor, samples, [Entry("a", Method(keeps, get_scorer("self")))], **options)
     other = [dataclasses.replace(samples[0], image=samples[1].image), samples[1]]
     with pytest.raises(ValueError, match="other tasks"):
         evaluate(model, processor, other, [Entry("a", Method(keeps))], **options)

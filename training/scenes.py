@@ -246,15 +246,22 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str]:
     raise ValueError(f"kind={kind!r}: must be one of {KINDS}")
 
 
-def patch_labels(scene: Scene, patch: int) -> dict[str, np.ndarray]:
+def patch_labels(scene: Scene, patch: int, size: int = SIZE) -> dict[str, np.ndarray]:
     """Label each patch with the digit that covers most of it, for the vision tower's pretraining.
 
+    Args:
+        scene: the scene.
+        patch: side of a patch, pixels.
+        size: side of the image that the model sees, pixels; the scene is scaled to it.
+
     Returns:
-        Arrays [(SIZE / patch) ** 2]: "digit" and "colour" (-1 where no ink), "left" (digit in the cell to the
+        Arrays [(size / patch) ** 2]: "digit" and "colour" (-1 where no ink), "left" (digit in the cell to the
         left, 10 for none, -1 where no ink) and "cell" (which of GRID x GRID the patch's ink is in, -1 where none).
     """
-    side, grid = SIZE // patch, len(scene.digits)
-    blocks = scene.ink.reshape(side, patch, side, patch).transpose(0, 2, 1, 3).reshape(side * side, patch * patch)
+    side, grid = size // patch, len(scene.digits)
+    nearest = np.arange(size) * SIZE // size
+    ink = scene.ink[nearest[:, None], nearest[None]]
+    blocks = ink.reshape(side, patch, side, patch).transpose(0, 2, 1, 3).reshape(side * side, patch * patch)
     votes = np.stack([(blocks == cell).sum(1) for cell in range(grid * grid)], 1)
     cell = np.where(votes.max(1) >= 3, votes.argmax(1), -1)
     none = cell < 0

@@ -37,7 +37,6 @@ import scenes
 from fitprune import embedded, evaluate, load_samples
 
 PATCH = 8
-VISUAL_TOKENS = (scenes.SIZE // PATCH) ** 2
 SLOT = 15  # tokens of one packed question with its answer
 TEMPLATE = "USER: <image>\n{question} ASSISTANT: {answer}</s>"
 CHAT_TEMPLATE = (
@@ -52,8 +51,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_processor() -> LlavaProcessor:
-    """Build the processor: a byte-level BPE learnt from the questions, and CLIP's image steps at 96 px."""
+def visual_tokens(args: argparse.Namespace) -> int:
+    """Visual tokens of an image, which are its patches."""
+    return int(args.image_size // PATCH) ** 2
+
+
+def make_processor(size: int = scenes.SIZE) -> LlavaProcessor:
+    """Build the processor: a byte-level BPE learnt from the questions, and CLIP's image steps at `size` pixels."""
     rng = np.random.default_rng(0)
     bank = scenes.GlyphBank({d: s[:1] for d, s in scenes.split_scans()["train"].items()}, variants=1, rng=rng)
     texts = []
@@ -79,8 +83,8 @@ def make_processor() -> LlavaProcessor:
         model_max_length=2048,
     )
     image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": scenes.SIZE},
-        crop_size={"height": scenes.SIZE, "width": scenes.SIZE},
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
         image_mean=[0.2, 0.2, 0.2],
         image_std=[0.25, 0.25, 0.25],
     )
@@ -105,7 +109,7 @@ def make_model(processor: LlavaProcessor, args: argparse.Namespace) -> LlavaForC
             intermediate_size=512,
             num_hidden_layers=4,
             num_attention_heads=4,
-            image_size=scenes.SIZE,
+            image_size=args.image_size,
             patch_size=PATCH,
         ),
         text_config=LlamaConfig(
@@ -124,7 +128,7 @@ def make_model(processor: LlavaProcessor, args: argparse.Namespace) -> LlavaForC
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-        image_seq_length=VISUAL_TOKENS,
+        image_seq_length=visual_tokens(args),
     )
     return LlavaForConditionalGeneration(config)
 
@@ -158,8 +162,11 @@ class Batches:
         return small + large, rng
 
     def pixels(self, batch: list[scenes.Scene]) -> torch.Tensor:
-        """The image processor's arithmetic for images already of the right size: [batch, 3, SIZE, SIZE]."""
+        """The image processor's arithmetic, but for rounding after scaling: [batch, 3, size, size]."""
         pixels = torch.from_numpy(np.stack([s.pixels for s in batch])).permute(0, 3, 1, 2).float() / 255
+        if (size := self.args.image_size) != scenes.SIZE:
+            # antialias gives the bicubic kernel that Pillow has.
+            pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         return (pixels - 0.2) / 0.25
 
     def slot(self, question: str, answer: str) -> tuple[list[int], list[int]]:
@@ -206,14 +213,15 @@ PATCH_CLASSES = {"digit": 10, "colour": 8, "left": 11, "cell": 10}
 class PatchHeads(nn.Module):
     """Linear heads for the tower's training; thrown away afterwards."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, size: int) -> None:
         super().__init__()
+        self.size = size
         self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in PATCH_CLASSES.items()})
         self.presence = nn.Linear(width, 10)
 
     def loss(self, hidden: torch.Tensor, batch: list[scenes.Scene]) -> tuple[torch.Tensor, dict[str, float]]:
-        """Loss and accuracy of naming each patch, from the tower's output [batch, 1 + VISUAL_TOKENS, width]."""
-        target = stacked_labels(batch)
+        """Loss and accuracy of naming each patch, from the tower's output [batch, 1 + visual tokens, width]."""
+        target = stacked_labels(batch, self.size)
         present = torch.zeros(len(batch), 10)
         for row, scene in enumerate(batch):
             present[row, scene.digits[scene.digits >= 0]] = 1
@@ -230,7 +238,7 @@ class PatchHeads(nn.Module):
 def train_tower(model: LlavaForConditionalGeneration, batches: Batches, args: argparse.Namespace) -> None:
     """Pretrain the vision tower on labels of digit, colour, left neighbour and cell for each patch."""
     tower = model.model.vision_tower
-    heads = PatchHeads(tower.config.hidden_size)
+    heads = PatchHeads(tower.config.hidden_size, args.image_size)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.tower_lr, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     forward = torch.compile(tower) if args.compile else tower
@@ -280,8 +288,8 @@ def align_projector(model: LlavaForConditionalGeneration, batches: Batches, args
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * schedule(step, args.align_steps, 50)
         batch, _ = batches.scenes(20_000_000 + step, args.tower_batch)
-        target = torch.zeros(len(batch), VISUAL_TOKENS, words.shape[1])
-        for name, labels in stacked_labels(batch).items():
+        target = torch.zeros(len(batch), visual_tokens(args), words.shape[1])
+        for name, labels in stacked_labels(batch, args.image_size).items():
             target += vectors[name][labels.clamp(min=0)] * (labels >= 0)[..., None]
         with torch.no_grad():
             features = tower(batches.pixels(batch), output_hidden_states=True).hidden_states[-1][:, 1:]
@@ -293,9 +301,9 @@ def align_projector(model: LlavaForConditionalGeneration, batches: Batches, args
             print(f"align {step} unexplained {loss.item():.3f}", flush=True)
 
 
-def stacked_labels(batch: list[scenes.Scene]) -> dict[str, torch.Tensor]:
-    """Patch labels of a batch, [batch, VISUAL_TOKENS] each; the class after the last cell says "no ink here"."""
-    labels = [scenes.patch_labels(scene, PATCH) for scene in batch]
+def stacked_labels(batch: list[scenes.Scene], size: int) -> dict[str, torch.Tensor]:
+    """Patch labels of a batch, [batch, visual tokens] each; the class after the last cell says "no ink here"."""
+    labels = [scenes.patch_labels(scene, PATCH, size) for scene in batch]
     stacked = {name: torch.from_numpy(np.stack([x[name] for x in labels])) for name in labels[0]}
     stacked["cell"] = torch.where(stacked["cell"] < 0, PATCH_CLASSES["cell"] - 1, stacked["cell"])
     return stacked
@@ -342,9 +350,9 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
     tower, projector, decoder = model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model
     prefix = torch.tensor(batches.prefix())
     before_image = len(prefix)
-    every = torch.arange(before_image + VISUAL_TOKENS)
+    every = torch.arange(before_image + visual_tokens(args))
     # Where the pooled tokens stand: at the middle patch of their block.
-    side, block = scenes.SIZE // PATCH, scenes.CELL // PATCH
+    side, block = args.image_size // PATCH, args.image_size // scenes.GRID // PATCH
     middle = torch.arange(scenes.GRID) * block + block // 2
     coarse = torch.cat([every[:before_image], before_image + (middle[:, None] * side + middle).flatten()])
     AttentionInterface.register("packed", packed_attention)
@@ -353,7 +361,7 @@ def train_decoder(model: LlavaForConditionalGeneration, batches: Batches, args: 
     model.set_attn_implementation({"text_config": "packed"})
 
     torch.manual_seed(args.seed)  # the heads are the same whether or not the run was continued
-    heads = PatchHeads(tower.config.hidden_size)
+    heads = PatchHeads(tower.config.hidden_size, args.image_size)
 
     def begin(details: bool) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
         """Say what learns in this stage, and make its optimizer."""
@@ -472,7 +480,7 @@ def main() -> None:
     parser.add_argument("--align-steps", type=int, default=200)
     parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument(
-        "--detail-steps", type=int, nargs="+", default=[700, 450], help="rounds of steps with small digits, at the end"
+        "--detail-steps", type=int, nargs="*", default=[700, 450], help="rounds of steps with small digits, at the end"
     )
     parser.add_argument("--detail-lr", type=float, default=8e-4)
     parser.add_argument("--batch", type=int, default=32)
@@ -482,6 +490,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--variants", type=int, default=12, help="drawn variants of each scan")
+    parser.add_argument("--image-size", type=int, default=scenes.SIZE, help="side of the image, a multiple of 24 pixels")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--intermediate", type=int, default=512)
@@ -490,9 +499,11 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
+    if args.image_size < 24 or args.image_size % (scenes.GRID * PATCH):
+        parser.error(f"--image-size {args.image_size}: must be a multiple of {scenes.GRID * PATCH}, whole patches a cell")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    processor = make_processor()
+    processor = make_processor(args.image_size)
     model = make_model(processor, args)
     batches = Batches(processor, args)
     tower_file = args.out / "tower.pt"

@@ -9,11 +9,13 @@ tokens; those before them, if any, are the past that a cache holds.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Iterator
 
 import torch
 
 from fitprune.flops import SCORE_BLOCK
 
+HEAD_KINDS = ("mean", "max", "last", "self")
 BLOCK_BYTES = 16 * 2**20  # of fp32 attention weights held at a time; a few such blocks live at once
 
 
@@ -85,7 +87,7 @@ def received_attention(
 
 
 @torch.no_grad()
-def last_row_attention(
+def head_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     image: torch.Tensor,
@@ -93,23 +95,43 @@ def last_row_attention(
     *,
     scaling: float,
     valid: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Compute the attention that the question's last row pays to each visual token, mean over heads: [B, Q] fp32.
+    kinds: Collection[str] = HEAD_KINDS,
+) -> dict[str, torch.Tensor]:
+    """Compute the attention that visual tokens receive from each head.
 
-    Arguments as for `received_attention`. Zero at positions that hold no visual token, and for samples without a
-    question.
+    Arguments as for `received_attention`, and:
+        kinds: which to compute. "mean" and "max" are over the question's rows, "last" is its last row, "self" the mean
+            over the visual rows of the token's own image.
+
+    Returns:
+        Kind -> [B, H, Q] fp32, zero at positions that hold no visual token, and for samples without such a row.
     """
-    batch, heads, length, width = query.shape
-    groups, keys = key.shape[1:3]
+    batch, heads, length, _ = query.shape
+    past = key.shape[2] - length
     position = torch.arange(length, device=query.device)
-    last = torch.where(question, position, -1).amax(1)
-    rows = query.gather(2, last.clamp(min=0)[:, None, None, None].expand(-1, heads, 1, width)) * scaling
-    weights = (rows.view(batch, groups, heads // groups, width) @ key.transpose(2, 3)).view(batch, heads, keys)
-    hidden = torch.arange(keys, device=query.device)[None] > (keys - length + last)[:, None]
-    if valid is not None:
-        hidden = hidden | ~valid
-    weights = weights.float().masked_fill_(hidden[:, None], torch.finfo(torch.float32).min).softmax(-1)
-    return weights.mean(1)[:, keys - length :].masked_fill((image < 0) | (last < 0)[:, None], 0)
+    last = position == torch.where(question, position, -1).amax(1, keepdim=True)
+    weight = {"mean": _mean_weights(question), "last": last.float(), "self": _own_image_weights(image)}
+    made = {kind: torch.zeros(batch, heads, length, device=query.device) for kind in kinds}
+    needed = {kind: question if kind == "max" else weight[kind] > 0 for kind in kinds}
+    wanted = torch.stack(list(needed.values())).any(0)  # [B, Q]
+    per_sample = max(1, BLOCK_BYTES // (heads * SCORE_BLOCK * key.shape[2] * 4))
+    for first in range(0, batch, per_sample):
+        rows = slice(first, first + per_sample)
+        part = None if valid is None else valid[rows]
+        for index, own, weights in _row_blocks(query[rows], key[rows], wanted[rows].any(0), scaling, part):
+            seen = weights[..., past:]
+            for kind, total in made.items():
+                if not bool(needed[kind][rows, index].any()):
+                    continue
+                into = total[rows, :, :own]
+                if kind == "max":
+                    into.copy_(torch.maximum(into, (seen * question[rows, None, index, None]).amax(2)))
+                    continue
+                share = seen * weight[kind][rows, None, index, None]
+                if kind == "self":
+                    share = share * (image[rows, None, index, None] == image[rows, None, None, :own])
+                into += share.sum(2)
+    return {kind: total.masked_fill_(image[:, None] < 0, 0) for kind, total in made.items()}
 
 
 def text_after(visual: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -147,12 +169,30 @@ def _accumulate(
     valid: torch.Tensor | None,
 ) -> None:
     """Add each needed row block's share to `received` [B, 2, Q]."""
+    past = key.shape[2] - query.shape[2]
+    several = bool((image > 0).any())
+    needed = (row_weight > 0).any(1).any(0)  # rows that some sample needs
+    for index, own, weights in _row_blocks(query, key, needed, scaling, valid):
+        strongest = weights.amax(1)[..., past:]
+        received[:, 1:, :own] += row_weight[:, 1:, index] @ strongest
+        if several:
+            strongest = strongest * (image[:, index, None] == image[:, None, :own])
+        received[:, :1, :own] += row_weight[:, :1, index] @ strongest
+
+
+def _row_blocks(
+    query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, scaling: float, valid: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
+    """Give the attention of the needed rows [Q] bool in blocks, ascending.
+
+    Yields:
+        Row numbers [r], how many of the last Q keys stand before or at the block's last row, and its attention fp32
+        [B, H, r, past + those].
+    """
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     past = key.shape[2] - length
-    several = bool((image > 0).any())
-    needed = torch.nonzero((row_weight > 0).any(1).any(0))[:, 0]  # rows that some sample needs, ascending
-    for index in torch.split(needed, SCORE_BLOCK):
+    for index in torch.split(torch.nonzero(needed)[:, 0], SCORE_BLOCK):
         own = int(index[-1]) + 1  # later keys are behind every row of the block
         keys = past + own
         contiguous = own - int(index[0]) == len(index)
@@ -163,9 +203,4 @@ def _accumulate(
         if valid is not None:
             hidden = hidden | ~valid[:, None, None, :keys]
         # The lowest finite number, not -inf: a padded row has no key of its own and must not turn into NaN.
-        weights = weights.float().masked_fill_(hidden, torch.finfo(torch.float32).min)
-        strongest = weights.softmax(-1).amax(1)[..., past:]
-        received[:, 1:, :own] += row_weight[:, 1:, index] @ strongest
-        if several:
-            strongest = strongest * (image[:, index, None] == image[:, None, :own])
-        received[:, :1, :own] += row_weight[:, :1, index] @ strongest
+        yield index, own, weights.float().masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(-1)

@@ -24,7 +24,7 @@ from fitprune.flops import ModelShape
 from fitprune.measurement import to_model
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
-from fitprune.scoring import SCORERS, Scorer
+from fitprune.scoring import Scorer, by_last_row, get_scorer
 from fitprune.views import LayerView
 
 Counts = tuple[list[int], list[int]]  # tokens that enter each layer, tokens that it keeps
@@ -36,11 +36,15 @@ class Method:
 
     Attributes:
         recipe: how many tokens leave, and where.
-        scorer: which.
+        scorer: which; by default the recipe's own.
     """
 
     recipe: PruningRecipe
-    scorer: Scorer = SCORERS["fitprune"]
+    scorer: Scorer = None  # type: ignore[assignment]  # never None once made
+
+    def __post_init__(self) -> None:
+        if self.scorer is None:
+            object.__setattr__(self, "scorer", get_scorer(self.recipe.scorer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,14 +375,6 @@ def random_scorer(seed: int, samples: Sequence[int] | None = None) -> Scorer:
     return Scorer(score, query_aware=False)
 
 
-def by_last_row(view: LayerView) -> torch.Tensor:
-    """Score tokens by the attention of the prompt's last token, mean over heads, [B, m].
-
-    Source: FastV (arXiv:2403.06764) and PyramidDrop (arXiv:2410.17247).
-    """
-    return view.last_attention
-
-
 def by_place(view: LayerView) -> torch.Tensor:
     """Score tokens by their place: the first leave first, [B, m]. For methods that do not rank."""
     return view.place.float()
@@ -460,12 +456,12 @@ def _by_order(view: LayerView, order: Callable[[int, torch.Tensor, int], torch.T
     return score
 
 
-def _fixed(scorer: Callable[[LayerView], torch.Tensor], **options: bool) -> Callable[[int], Scorer]:
+def _fixed(scorer: Callable[[LayerView], torch.Tensor], **options: Any) -> Callable[[int], Scorer]:
     return lambda _: Scorer(scorer, **options)
 
 
 def _fitprune_scorer(_: int) -> Scorer:
-    return SCORERS["fitprune"]
+    return get_scorer("fitprune")
 
 
 _K = {"k": "the first layer that sees fewer tokens, from 1; by default 2, or 1 where 2 cannot meet the budget"}

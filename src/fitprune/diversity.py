@@ -1,4 +1,4 @@
-"""Choose a set of tokens that differ from each other. Pure tensor functions, one image at a time; no model.
+"""Choose a set of tokens that differ from each other. Pure tensor functions; no model.
 
 Shapes: n tokens, d features.
 """
@@ -84,3 +84,41 @@ def least_similar_order(features: torch.Tensor, pivots: torch.Tensor, own: int, 
         take = share + (number < over)
         picked += similarity[number].topk(take, largest=False).indices.tolist()
     return torch.tensor(picked, dtype=torch.long, device=features.device)
+
+
+def relevant_and_different(
+    relevance: torch.Tensor, features: torch.Tensor, member: torch.Tensor, counts: torch.Tensor, weight: float
+) -> torch.Tensor:
+    """Pick, one after the other, the token with the best rank of relevance less its likeness to those picked.
+
+    Likeness is the largest cosine to a picked token, of features less their mean over the image, and at least 0.
+
+    Args:
+        relevance: [B, n]; only its order counts. Of equal ones the later token ranks higher.
+        features: [B, n, d].
+        member: [B, n] bool, the tokens to pick from.
+        counts: [B] int64, tokens to pick, at most as many as there are.
+        weight: of likeness; ranks run from 0 to 1.
+
+    Returns:
+        [B, n] fp32: the sample's count at the token picked first, 1 at the last, 0 elsewhere.
+
+    Source: maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998).
+    """
+    among = member.sum(1, keepdim=True)
+    rising = relevance.argsort(dim=1, stable=True)
+    rising = rising.gather(1, member.gather(1, rising).int().argsort(dim=1, stable=True))  # members last
+    number = torch.arange(1, member.shape[1] + 1, device=member.device).expand_as(rising)
+    rank = torch.empty_like(rising).scatter_(1, rising, number) - (member.shape[1] - among)
+    value = (rank / among.clamp(min=1)).masked_fill(~member, -torch.inf)
+    features = features.float() * member[..., None]
+    mean = features.sum(1, keepdim=True) / among.clamp(min=1)[..., None]
+    unit = F.normalize((features - mean) * member[..., None], dim=2)
+    likeness, picked = torch.zeros_like(value), torch.zeros_like(value)
+    rows = torch.arange(len(value), device=value.device)
+    for step in range(int(counts.max()) if len(counts) else 0):
+        token = (value - weight * likeness).argmax(1)
+        picked[rows, token] += (counts - step).clamp(min=0)  # nothing for a sample that has all it may keep
+        value[rows, token] = -torch.inf
+        likeness = torch.maximum(likeness, (unit @ unit[rows, token, :, None])[..., 0])
+    return picked

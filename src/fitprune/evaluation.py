@@ -222,6 +222,8 @@ def _run_of(
     def named(entry: Entry) -> list[Any]:
         recipe, scorer = entry.method.recipe, entry.method.scorer
         score = scorer.score
+        if scorer.spec is not None:
+            return [entry.label, list(recipe.entering), list(recipe.keep), scorer.spec]
         name = f"{score.__module__}.{getattr(score, '__qualname__', type(score).__name__)}"
         return [entry.label, list(recipe.entering), list(recipe.keep), name]
 

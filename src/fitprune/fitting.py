@@ -97,7 +97,7 @@ def fit(
     left (one measurement serves every budget; `fit_sequential` is their procedure), the last feasible tolerance is kept
     instead of the last tried, and the tolerance is searched to 0.001 instead of 0.01.
     """
-    budget = _one_budget(
+    budget = one_budget(
         flops_reduction=flops_reduction,
         kv_cache_reduction=kv_cache_reduction,
         mean_visual_tokens=mean_visual_tokens,
@@ -300,7 +300,7 @@ def _next_tolerance(low: float, high: float, measured: Callable[[float], float],
     return min(max(tried, low + nudge), high - nudge)
 
 
-def _one_budget(**given: float | None) -> Budget:
+def one_budget(**given: float | None) -> Budget:
     """Pick the one stated budget and check its range."""
     stated = {kind: value for kind, value in given.items() if value is not None}
     if len(stated) != 1:

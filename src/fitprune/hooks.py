@@ -1,7 +1,7 @@
 """Handles on a model that are always given back.
 
-`tap_attention` shows each decoder layer's queries and keys (after rotary embedding) to a function, while the model's
-own attention implementation goes on computing the output. Nothing is registered on import.
+`tap_attention` shows each decoder layer's queries, keys (after rotary embedding) and values to a function, while the
+model's own attention implementation goes on computing the output. Nothing is registered on import.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import nn
 
 from fitprune.adapters import AdaptedModel
 
-# Sees one attention call: layer number, query [B, H, Q, D], key [B, G, K, D], scaling.
-Tap = Callable[[int, torch.Tensor, torch.Tensor, float], None]
+# Sees one attention call: layer number, query [B, H, Q, D], key and value [B, G, K, D], scaling.
+Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
 
 NAME = "fitprune"  # in transformers' attention registry; only tapped attention modules name it
 
@@ -87,7 +87,7 @@ def _register(implementation: str) -> None:
                 "copy it outside of prune"
             )
         scaling = kwargs.get("scaling")
-        tapped.tap(tapped.number, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        tapped.tap(tapped.number, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
         implementation = tapped.decoder_config._attn_implementation  # asked for now: it may change inside the block
         if implementation == "eager":  # not in the registry: each modeling file has its own
             attend = sys.modules[type(module).__module__].eager_attention_forward

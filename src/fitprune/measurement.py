@@ -107,7 +107,7 @@ def _measure_batch(
             raise ValueError(f"sample {number} of the batch has no {what}: scores need an image and then a question")
     received: dict[int, ReceivedAttention] = {}
 
-    def tap(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+    def tap(layer: int, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, scaling: float) -> None:
         received[layer] = received_attention(query, key, image, question, scaling=scaling, valid=padded)
 
     with torch.no_grad(), tap_attention(adapted, tap):

@@ -37,7 +37,7 @@ class Forward:
         prompt: the whole prefill, for scorers.
         hidden: [B, m, d] input of the present layer, for scorers.
         previous: the view inside the layer before, for scorers; None once rows have left after it.
-        ahead: where queries, keys and scaling go while they are computed before their layer runs; None otherwise.
+        ahead: where queries, keys, values and scaling go while they are computed before their layer runs; else None.
         kept: [B, m] columns, within this forward, of the rows present; -1 at padding.
         image: [B, m] image number of each row present, -1 for text and padding.
         question: [B, m] rows whose attention is cross.
@@ -56,7 +56,7 @@ class Forward:
     prompt: Prompt | None = None
     hidden: torch.Tensor | None = None
     previous: LayerView | None = None
-    ahead: list[tuple[torch.Tensor, torch.Tensor, float]] | None = None
+    ahead: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]] | None = None
     kept: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     image: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     question: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.bool))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from fitprune.adapters import adapt
 from fitprune.packing import Choose, Plan
 from fitprune.recipe import PruningRecipe
 from fitprune.removal import Remover, removing
-from fitprune.scoring import Scorer, checked_scores, get_scorer
+from fitprune.scoring import Score, Scorer, checked_scores, get_scorer
 from fitprune.selection import keep_highest, tokens_of
 from fitprune.tokens import kept_counts
 from fitprune.views import LayerView
@@ -22,7 +22,7 @@ from fitprune.views import LayerView
 def prune(
     model: Any,
     recipe: PruningRecipe,
-    scorer: str | Scorer | Callable[[LayerView], torch.Tensor] = "fitprune",
+    scorer: str | Scorer | Mapping[str, Any] | Score | None = None,
     *,
     pool_images: bool = False,
 ) -> Iterator[Any]:
@@ -31,7 +31,8 @@ def prune(
     Inside the block, use the model as ever: any batch, any number of images, any decoding. At each layer that the
     recipe names, the tokens with the lowest score leave after the attention: the layer's KV cache keeps them, its MLP
     and later layers never see them. The number that leaves comes from the recipe, for each image by its own token
-    count; which ones, from this input's own attention. Kept tokens stay in order and at their original positions, and
+    count; which ones, from this input's own attention, by the
+    recipe's scorer. Kept tokens stay in order and at their original positions, and
     a row of a batch gives what its sample gives alone. Logits keep their dense shape; where a token left they are those
     of a zero hidden state.
 
@@ -48,7 +49,8 @@ def prune(
     Args:
         model: a supported `...ForConditionalGeneration` model.
         recipe: fitted for this model.
-        scorer: name in `fitprune.scoring.SCORERS`, a Scorer, or a function from LayerView to scores [B, m].
+        scorer: instead of the recipe's own: a name in `fitprune.scoring.SCORERS`, name and parameters as a recipe
+            holds them, a Scorer, or a function from LayerView to scores [B, m].
         pool_images: let the images of a sample share one count and compete for it, instead of one share each.
 
     Yields:
@@ -70,7 +72,7 @@ def kept_positions(
     model: Any,
     recipe: PruningRecipe,
     inputs: Mapping[str, Any],
-    scorer: str | Scorer | Callable[[LayerView], torch.Tensor] = "fitprune",
+    scorer: str | Scorer | Mapping[str, Any] | Score | None = None,
     *,
     pool_images: bool = False,
 ) -> list[torch.Tensor]:
@@ -96,7 +98,7 @@ def kept_positions(
 def _removing(
     model: Any,
     recipe: PruningRecipe,
-    scorer: str | Scorer | Callable[[LayerView], torch.Tensor],
+    scorer: str | Scorer | Mapping[str, Any] | Score | None,
     pool_images: bool,
 ) -> contextlib.AbstractContextManager[Remover]:
     adapted = adapt(model)
@@ -105,7 +107,7 @@ def _removing(
             f"recipe is a {type(recipe).__name__}: must be a PruningRecipe; read a file with PruningRecipe.load"
         )
     recipe.model.require_same(adapted.shape, what="recipe")
-    used = get_scorer(scorer)
+    used = get_scorer(recipe.scorer if scorer is None else scorer)
     plan = _by_recipe(recipe, used, pool_images)
     return removing(adapted, plan, needs_question=used.query_aware, reads_vision=used.reads_vision)
 
@@ -120,9 +122,12 @@ def _by_recipe(recipe: PruningRecipe, scorer: Scorer, pool_images: bool) -> Plan
         # [2 * layers + 1, B, images]: in the prompt, then into and after each layer.
         fractions = [f for pair in zip(recipe.entering, recipe.keep, strict=True) for f in pair]
         left = torch.tensor([[[n, *kept_counts(fractions, n)] for n in row] for row in original]).permute(2, 0, 1)
+        last = max((step for step in range(len(fractions)) if not torch.equal(left[step], left[step + 1])), default=-1)
 
         def choose(view: LayerView) -> torch.Tensor | None:
             step = 2 * view.layer + (0 if view.before else 1)
+            if scorer.accumulates and not view.before and step <= last:
+                view.prompt.accumulate(view)
             if torch.equal(left[step], left[step + 1]):
                 return None
             view.group = _pooled(view.image) if pool_images else view.image

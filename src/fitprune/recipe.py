@@ -70,10 +70,11 @@ class PruningRecipe:
         provenance: how it came to be (budget, tolerance, samples, source, version).
         enter: one fraction per layer, of the tokens that enter it, where some leave between layers or before the first
             (as methods other than FitPrune have it); empty where each layer gets what the one before it kept.
+        scorer: how tokens are ranked, {"name": ..., "parameters": {...}}; see `fitprune.scoring`.
 
     Raises:
         ValueError: `keep` or `enter` has another length than the model has layers, is not a number, leaves 0..1, or
-            increases; `visual_tokens` is not positive.
+            increases; `visual_tokens` is not positive; `scorer` has another form.
     """
 
     keep: tuple[float, ...]
@@ -81,6 +82,7 @@ class PruningRecipe:
     visual_tokens: int
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     enter: tuple[float, ...] = ()
+    scorer: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "fitprune"})
 
     def __post_init__(self) -> None:
         for name in ("keep", "enter"):
@@ -101,6 +103,13 @@ class PruningRecipe:
             before, named = fraction, name
         for name in ("keep", "enter"):
             object.__setattr__(self, name, tuple(float(fraction) for fraction in getattr(self, name)))
+        known = isinstance(self.scorer, Mapping) and set(self.scorer) <= {"name", "parameters"}
+        if (
+            not known
+            or not isinstance(self.scorer.get("name"), str)
+            or not isinstance(self.scorer.get("parameters", {}), Mapping)
+        ):
+            raise ValueError(f"scorer={self.scorer!r}: must be an object with a 'name' and perhaps 'parameters'")
         if type(self.visual_tokens) is not int or not 1 <= self.visual_tokens <= 10**9:
             raise ValueError(f"visual_tokens={str(self.visual_tokens)[:20]}: must be an integer from 1 to 10**9")
 
@@ -251,6 +260,7 @@ class PruningRecipe:
             "visual_tokens": self.visual_tokens,
             "keep": list(self.keep),
             **({"enter": list(self.enter)} if self.enter else {}),
+            **({"scorer": dict(self.scorer)} if self.scorer != {"name": "fitprune"} else {}),
             "provenance": dict(self.provenance),
         }
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
@@ -269,7 +279,7 @@ class PruningRecipe:
         if not isinstance(data, dict):
             raise ValueError(f"recipe is a JSON {type(data).__name__}: must be an object")
         required = {"schema", "model", "visual_tokens", "keep", "provenance"}
-        known = required | {"enter"}
+        known = required | {"enter", "scorer"}
         if type(data.get("schema")) is not int or data["schema"] != SCHEMA:
             raise ValueError(f"schema={data.get('schema')!r}: this version reads schema {SCHEMA}; is it a recipe?")
         if unknown := sorted(set(data) - known):
@@ -284,7 +294,8 @@ class PruningRecipe:
         ):
             raise ValueError("recipe's 'keep' (and 'enter') must be a list and 'provenance' an object; fit it again")
         model = ModelShape.from_dict(data["model"])
-        return cls(tuple(data["keep"]), model, data["visual_tokens"], data["provenance"], tuple(enter))
+        scorer = data.get("scorer", {"name": "fitprune"})
+        return cls(tuple(data["keep"]), model, data["visual_tokens"], data["provenance"], tuple(enter), scorer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as JSON, whole or not at all.

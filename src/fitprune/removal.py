@@ -137,6 +137,7 @@ class Remover:
             given.get("input_ids"),
             prompt_columns,
             lambda: self._cls_attention({**given, **changed}, whole),
+            image,
             self.adapted.decoder.norm,
         )
         return Forward(past, length, valid, self.plan(image), seen, kept=kept, image=image, question=question), changed
@@ -214,16 +215,18 @@ class Remover:
         try:
             with torch.no_grad():
                 layer.self_attn(hidden_states=layer.input_layernorm(hidden), **given)
-            query, key, scaling = state.ahead[0]
+            query, key, value, scaling = state.ahead[0]
         finally:
             state.ahead = None
         present = state.kept.to(hidden.device) >= 0
         if state.valid is not None:
             valid = state.valid[:, state.past :].to(hidden.device)
             present = present & valid.gather(1, state.kept.to(hidden.device).clamp(min=0))
-        return Attention(query, key, scaling, None if bool(present.all()) else present)
+        return Attention(query, key, scaling, None if bool(present.all()) else present, value)
 
-    def at_attention(self, number: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+    def at_attention(
+        self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> None:
         """Choose, from the layer's own queries and keys, the tokens that stay."""
         if not self._forwards.get(threading.get_ident()):
             raise ValueError(
@@ -234,10 +237,10 @@ class Remover:
         if state is None or state.choose is None:
             return
         if state.ahead is not None:
-            state.ahead.append((query, key, scaling))
+            state.ahead.append((query, key, value, scaling))
             return
         valid = None if state.keys_valid is None else state.keys_valid.to(query.device)
-        now = Attention(query, key, scaling, valid)
+        now = Attention(query, key, scaling, valid, value)
         state.previous = view = state.view(number, False, query.device, lambda: now)
         if (stays := state.choose(view)) is not None:
             state.leave(stays)

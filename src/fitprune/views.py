@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from fitprune.attention import ReceivedAttention, last_row_attention, received_attention
+from fitprune.attention import ReceivedAttention, head_attention, received_attention
 
 
 @dataclasses.dataclass
@@ -24,18 +24,30 @@ class Prompt:
         ids: [B, Q] int64; None where the call gave embeddings.
         valid: [B, Q] bool, False at padding, and at what is no prompt: a draft, a given answer.
         vision: gives [B, Q], the attention that the vision tower's [CLS] token pays to each visual token; 0 for text.
+        images: [B, Q] int64, number of the image that each column belongs to, -1 for text and padding.
         norm: the decoder's final norm.
+        received: [B, Q] fp32, cross attention that each token received in all layers so far, mean over heads; kept for
+            scorers that ask for it, None for others.
     """
 
     ids: torch.Tensor | None
     valid: torch.Tensor
     vision: Callable[[], torch.Tensor]
+    images: torch.Tensor
     norm: Callable[[torch.Tensor], torch.Tensor]
+    received: torch.Tensor | None = None
 
     @functools.cached_property
     def places(self) -> torch.Tensor:
         """[B, Q] place of each column in its own sample's prompt, from 0, whatever the padding."""
         return (self.valid.long().cumsum(1) - 1).clamp(min=0)
+
+    def accumulate(self, view: LayerView) -> None:
+        """Add to `received` what a layer's visual tokens receive."""
+        seen = view.by_head("mean")["mean"].mean(1)
+        if self.received is None:
+            self.received = seen.new_zeros(view.image.shape[0], self.valid.shape[1])
+        self.received = self.received.to(seen.device).scatter_add(1, view.column.clamp(min=0), seen)
 
     @functools.cached_property
     def numbers(self) -> list[int]:
@@ -64,12 +76,14 @@ class Attention:
         key: [B, G, P + m, D] after rotary embedding.
         scaling: factor on the query-key products.
         valid: [B, P + m] bool, False at keys that are padding; None where there is none.
+        value: [B, G, P + m, D].
     """
 
     query: torch.Tensor
     key: torch.Tensor
     scaling: float
     valid: torch.Tensor | None
+    value: torch.Tensor
 
 
 @dataclasses.dataclass
@@ -101,6 +115,7 @@ class LayerView:
     previous: LayerView | None = None
     group: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     left: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    _by_head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def states(self) -> Attention:
@@ -123,11 +138,27 @@ class LayerView:
         """[B, m] received cross attention; see `ReceivedAttention`."""
         return self.received.cross_attention
 
+    def by_head(self, *kinds: str) -> dict[str, torch.Tensor]:
+        """Attention that the visual tokens receive from each head: kind -> [B, H, m]; see `head_attention`."""
+        missing = [kind for kind in kinds if kind not in self._by_head]
+        if missing:
+            at = self.states
+            self._by_head |= head_attention(
+                at.query, at.key, self.image, self.question, scaling=at.scaling, valid=at.valid, kinds=missing
+            )
+        return {kind: self._by_head[kind] for kind in kinds}
+
     @functools.cached_property
     def last_attention(self) -> torch.Tensor:
         """[B, m] attention that the question's last row pays to each visual token, mean over heads."""
+        return self.by_head("last")["last"].mean(1)
+
+    @property
+    def value_norms(self) -> torch.Tensor:
+        """[B, H, m] Euclidean norm of each row's value, as each query head sees it."""
         at = self.states
-        return last_row_attention(at.query, at.key, self.image, self.question, scaling=at.scaling, valid=at.valid)
+        norms: torch.Tensor = at.value[:, :, at.value.shape[2] - self.image.shape[1] :].float().norm(dim=-1)
+        return norms.repeat_interleave(at.query.shape[1] // norms.shape[1], 1)
 
     @property
     def keys(self) -> torch.Tensor:
