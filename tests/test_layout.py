@@ -15,9 +15,9 @@ LAYERS = [
     {"scoring", "packing", "measurement", "analysis"},
     {"removal", "analysis_files"},
     {"pruning", "sequential"},
-    {"baselines", "benchmark", "figures"},
-    {"summary", "analysis_figures"},
-    {"evaluation"},
+    {"baselines", "benchmark", "divergence", "figures"},
+    {"summary", "analysis_figures", "head_choice"},
+    {"evaluation", "output_fitting"},
     {"demo", "report"},
     {"cli", "integrations", "__init__"},
 ]

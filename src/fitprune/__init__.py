@@ -21,6 +21,7 @@ _HOMES = {
     "analyze": "analysis",
     "evaluate": "evaluation",
     "fit": "fitting",
+    "fit_output": "output_fitting",
     "fit_sequential": "sequential",
     "load_samples": "calibration",
     "make_batches": "batches",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from fitprune.evaluation import evaluate as evaluate
     from fitprune.fitting import fit as fit
     from fitprune.measurement import measure as measure
+    from fitprune.output_fitting import fit_output as fit_output
     from fitprune.pruning import prune as prune
     from fitprune.recipe import PruningRecipe as PruningRecipe
     from fitprune.sequential import fit_sequential as fit_sequential

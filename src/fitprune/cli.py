@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        more = "; run the same command again to go on" if args.run in (_measure, _evaluate) else ""
+        resumed = args.run in (_measure, _evaluate) or getattr(args, "objective", "") == "output"
+        more = "; run the same command again to go on" if resumed else ""
         print(f"fitprune: interrupted{more}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -67,16 +68,71 @@ def _fit(args: argparse.Namespace) -> None:
     if len({budget.value for budget in budgets}) < len(budgets):
         raise ValueError(f"--{kind.replace('_', '-')} states a budget twice: each makes a file named by its value")
     one_file = len(budgets) == 1 and not args.output.endswith(("/", "\\")) and not Path(args.output).is_dir()
-    fitter = Fitter(AttentionStats.load(args.stats), visual_tokens=args.visual_tokens)
-    recipes = [fitter.fit(budget) for budget in budgets]  # all before the first is written
+    stats = AttentionStats.load(args.stats)
+    if args.objective == "output":
+        recipes = _fit_output(args, stats, budgets, one_file)
+    else:
+        given = [name for name in ("model", "data", "minutes", "passes") if getattr(args, name) is not None]
+        if given:
+            raise ValueError(f"--{given[0]} is for --objective output: the paper's rule needs the statistics alone")
+        fitter = Fitter(stats, visual_tokens=args.visual_tokens)
+        recipes = [fitter.fit(budget) for budget in budgets]  # all before the first is written
     for budget, recipe in zip(budgets, recipes, strict=True):
         path = Path(args.output) if one_file else Path(args.output) / f"{kind}-{budget.value}.json"
         recipe.save(path)
         cost = recipe.cost()
         print(
             f"{path}: visual FLOPs -{100 * cost.flops_reduction:.2f}%, "
-            f"{cost.mean_visual_tokens:.1f} visual tokens a layer, tolerance {recipe.provenance['tolerance']:.4f}"
+            f"{cost.mean_visual_tokens:.1f} visual tokens a layer, {_quality(recipe)}"
         )
+    if args.objective == "output":
+        _search_journal(args, one_file).unlink(missing_ok=True)
+
+
+def _quality(recipe: PruningRecipe) -> str:
+    """What the fit says of a recipe: its tolerance, or its divergence beside that of the paper's rule."""
+    if (found := recipe.provenance.get("divergence")) is None:
+        return f"tolerance {recipe.provenance['tolerance']:.4f}"
+    means = [f"{half} {of['found']:.4f} (paper's rule {of['paper']:.4f})" for half, of in found.items()]
+    kept = "" if recipe.provenance["chosen"] == "found" else ": not better, so the paper's recipe"
+    return f"divergence in nats: {', '.join(means)}{kept}"
+
+
+def _search_journal(args: argparse.Namespace, one_file: bool) -> Path:
+    return Path(f"{args.output}.search.jsonl") if one_file else Path(args.output) / "search.jsonl"
+
+
+def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], one_file: bool) -> list[PruningRecipe]:
+    """Fit on what the model says; goes on from the journal of a run that was killed."""
+    import random
+
+    from fitprune.batches import make_batches
+    from fitprune.output_fitting import OutputFitter
+
+    missing = [name for name in ("model", "data") if getattr(args, name) is None]
+    if missing:
+        raise ValueError(f"--objective output asks the model about calibration data: --{missing[0]} is missing")
+    journal = _search_journal(args, one_file)
+    files.require_writable(journal)
+    samples = [sample for task in _samples(args).values() for sample in task]
+    random.Random(args.seed).shuffle(samples)  # both halves get samples of all tasks and kinds
+    if len(samples) < 2:
+        raise ValueError("--data holds 1 sample: half is searched on and half validates, so at least 2 are needed")
+    size = min(args.batch_size, max(1, len(samples) // 2))
+    model, processor = _load(args)
+    fitter = OutputFitter(
+        model,
+        make_batches(samples, processor, batch_size=size, prompt_template=args.prompt_template),
+        stats,
+        visual_tokens=args.visual_tokens,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        journal=journal,
+        progress=True,
+    )
+    recipes = fitter.fit(budgets, passes=args.passes, minutes=args.minutes)
+    print(f"searched in {fitter.passes:.1f} dense passes over {len(samples)} samples")
+    return recipes
 
 
 def _cost(args: argparse.Namespace) -> None:
@@ -260,17 +316,17 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    def add_model(made: argparse.ArgumentParser) -> None:
-        made.add_argument("model", metavar="MODEL", help="folder or hub name; 'digit-scenes' is the embedded model")
+    def add_model(made: argparse._ActionsContainer, name: str = "model") -> None:
+        made.add_argument(name, metavar="MODEL", help="folder or hub name; 'digit-scenes' is the embedded model")
         made.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
         made.add_argument("--device", default="cpu", help="for example cpu, cuda, cuda:1 (default: cpu)")
         made.add_argument(
             "--prompt-template", help="instead of the chat template: 'USER: <image>\\n{question} ASSISTANT:'"
         )
 
-    def add_data(made: argparse.ArgumentParser) -> None:
+    def add_data(made: argparse._ActionsContainer, required: bool = True) -> None:
         made.add_argument(
-            "--data", required=True, nargs="+", help="question JSONL, LLaVA JSON, dataset folders or hub names; "
+            "--data", required=required, nargs="+", help="question JSONL, LLaVA JSON, dataset folders or hub names; "
             "embedded are digit-scenes/calibration, digit-scenes/test and the same of digit-details",
         )  # fmt: skip
         made.add_argument("--image-folder", help="where the images' names begin (default: beside the data)")
@@ -303,6 +359,19 @@ def _parser() -> argparse.ArgumentParser:
         "--visual-tokens", type=_positive, help="image size to meet the budget for (default: most common)"
     )
     made.add_argument("-o", "--output", required=True, help="recipe file; a folder for several budgets")
+    made.add_argument(
+        "--objective", choices=["attention", "output"], default="attention", help="the paper's rule, which needs the "
+        "statistics alone, or what the model says on --data, which chooses the scorer too (default: attention)",
+    )  # fmt: skip
+    output = made.add_argument_group("for --objective output")
+    add_model(output, "--model")
+    add_data(output, required=False)
+    output.add_argument("--batch-size", type=_positive, default=8)
+    output.add_argument("--max-new-tokens", type=_positive, default=16, help="longest answer that is looked at")
+    output.add_argument("--minutes", type=float, help="take the best found after so long (default: no limit)")
+    output.add_argument(
+        "--passes", type=float, help="dense passes over the data to search for (default: 36, or 76 for several budgets)"
+    )
 
     made = command(
         "cost", _cost, "show what a recipe costs",
