@@ -192,7 +192,9 @@ def _row_blocks(
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     past = key.shape[2] - length
-    for index in torch.split(torch.nonzero(needed)[:, 0], SCORE_BLOCK):
+    rows = torch.nonzero(needed)[:, 0]
+    for first in range(0, len(rows), SCORE_BLOCK):  # torch.split would give one block of no rows
+        index = rows[first : first + SCORE_BLOCK]
         own = int(index[-1]) + 1  # later keys are behind every row of the block
         keys = past + own
         contiguous = own - int(index[0]) == len(index)

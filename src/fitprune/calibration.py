@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,32 @@ def load_samples(
     if samples > len(found):
         raise ValueError(f"samples={samples}: {data} has only {len(found)} usable ones; ask for that or fewer")
     return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), samples))]
+
+
+def recombined(samples: Sequence[Sample], times: int, *, seed: int = 0) -> list[Sample]:
+    """Ask every image `times` questions: its own, and then those of other samples, drawn without repetition.
+
+    The new samples have no accepted answers: they are for what needs none, such as `fitprune.fit_output`, which
+    compares a pruned model with the dense one. So a small calibration set says more.
+
+    Args:
+        samples: the samples; they stay the first of the result.
+        times: questions for each image, at most as many as there are samples.
+        seed: of the draw.
+
+    Raises:
+        ValueError: `times` is below 1.
+    """
+    if times < 1:
+        raise ValueError(f"times={times}: must be at least 1")
+    found, count = list(samples), len(samples)
+    for shift in random.Random(seed).sample(range(1, count), min(times, count) - 1):
+        for number, sample in enumerate(samples):
+            asks = samples[(number + shift) % count]
+            found.append(
+                dataclasses.replace(sample, id=f"{sample.id} {asks.id}", text=asks.text, kind=asks.kind, answers=())
+            )
+    return found
 
 
 def _file_entries(path: Path) -> Iterator[tuple[str, Any]]:

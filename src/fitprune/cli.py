@@ -72,7 +72,9 @@ def _fit(args: argparse.Namespace) -> None:
     if args.objective == "output":
         recipes = _fit_output(args, stats, budgets, one_file)
     else:
-        given = [name for name in ("model", "data", "minutes", "passes") if getattr(args, name) is not None]
+        given = [
+            name for name in ("model", "data", "minutes", "passes", "recombine") if getattr(args, name) is not None
+        ]
         if given:
             raise ValueError(f"--{given[0]} is for --objective output: the paper's rule needs the statistics alone")
         fitter = Fitter(stats, visual_tokens=args.visual_tokens)
@@ -107,6 +109,7 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
     import random
 
     from fitprune.batches import make_batches
+    from fitprune.calibration import recombined
     from fitprune.output_fitting import OutputFitter
 
     missing = [name for name in ("model", "data") if getattr(args, name) is None]
@@ -118,12 +121,24 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
     random.Random(args.seed).shuffle(samples)  # both halves get samples of all tasks and kinds
     if len(samples) < 2:
         raise ValueError("--data holds 1 sample: half is searched on and half validates, so at least 2 are needed")
-    size = min(args.batch_size, max(1, len(samples) // 2))
     model, processor = _load(args)
+    times = args.recombine or (4 if len(budgets) == 1 else 2)
+    middle = -(-len(samples) // 2)
+    search, validation = (
+        make_batches(
+            recombined(half, times, seed=args.seed),
+            processor,
+            batch_size=args.batch_size,
+            prompt_template=args.prompt_template,
+        )
+        for half in (samples[:middle], samples[middle:])
+    )
     fitter = OutputFitter(
         model,
-        make_batches(samples, processor, batch_size=size, prompt_template=args.prompt_template),
+        search,
         stats,
+        validation=validation,
+        unit=len(samples),
         visual_tokens=args.visual_tokens,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
@@ -181,7 +196,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     if len(recipes) < len(args.recipe or []):
         raise ValueError(f"--recipe {' '.join(args.recipe)}: two files have the same name; rename one")
     solved, skipped = _solved(args)
-    entries = [*(Entry(name, Method(recipe)) for name, recipe in recipes.items()), *solved]
+    at = {name: _output_budget(recipe) for name, recipe in recipes.items()}
+    budgets = [budget for budget in at.values() if budget is not None]
+    # Recipes of one search stand in one line of the tables, beside the methods at their budgets.
+    together = len(set(budgets)) == len(budgets)
+    given = [
+        Entry(name, Method(recipe)) if at[name] is None or not together else Entry("output", Method(recipe), at[name])
+        for name, recipe in recipes.items()
+    ]
+    entries = [*given, *solved]
     tasks = _samples(args)
     model, processor = _load(args)
     results = evaluate(
@@ -201,6 +224,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     if results.rows:  # one of several processes has them
         results.save(args.output)
         print(table(results))
+
+
+def _output_budget(recipe: PruningRecipe) -> float | None:
+    """The FLOPs budget of a recipe that was fitted on what the model says; None for other recipes."""
+    budget = recipe.provenance.get("budget") if recipe.provenance.get("source") == "fitprune.fit_output" else None
+    return budget.get("flops_reduction") if isinstance(budget, dict) else None
 
 
 def _solved(args: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
@@ -368,6 +397,10 @@ def _parser() -> argparse.ArgumentParser:
     add_data(output, required=False)
     output.add_argument("--batch-size", type=_positive, default=8)
     output.add_argument("--max-new-tokens", type=_positive, default=16, help="longest answer that is looked at")
+    output.add_argument(
+        "--recombine", type=_positive, help="questions for each image, its own and other samples' "
+        "(default: 4, or 2 for several budgets)",
+    )  # fmt: skip
     output.add_argument("--minutes", type=float, help="take the best found after so long (default: no limit)")
     output.add_argument(
         "--passes", type=float, help="dense passes over the data to search for (default: 36, or 76 for several budgets)"

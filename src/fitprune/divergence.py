@@ -84,8 +84,18 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
     if not bool(visual.any(1).all()):
         number = int(visual.any(1).int().argmin())
         raise ValueError(f"sample {number} of the batch has no visual token: each calibration prompt needs an image")
-    made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-    answers = made[:, ids.shape[1] :]
+    made = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    answers = made.sequences[:, ids.shape[1] :]
+    log_probs = torch.stack(made.logits, 1).float().log_softmax(-1)
+    if bool(log_probs.isnan().any()):
+        raise ValueError(f"the dense model's logits are NaN in {model.dtype}: use another dtype, such as bfloat16")
     ends = getattr(model.generation_config, "eos_token_id", None)
     ended = torch.isin(
         answers, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends]).to(ids)
@@ -102,9 +112,6 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
     }
     # What a processor makes for each token beside its id.
     call = {k: v for k, v in call.items() if k in ("input_ids", "attention_mask") or not _per_token(v, ids)}
-    log_probs = model(**call).logits.float().log_softmax(-1)
-    if bool(log_probs.isnan().any()):
-        raise ValueError(f"the dense model's logits are NaN in {model.dtype}: use another dtype, such as bfloat16")
     visual_tokens = round(float(visual.sum(1).float().mean()))
     text_tokens = round(float(call["attention_mask"].sum(1).float().mean())) - visual_tokens
     return Reference(call, log_probs, valid, answers, ids.shape[1], visual_tokens, text_tokens)
@@ -119,14 +126,14 @@ class Judge:
 
     Attributes:
         references: the batches.
-        samples: of all batches together.
+        unit: samples whose dense prefills cost 1; by default all of them.
     """
 
-    def __init__(self, model: Any, references: Sequence[Reference]) -> None:
+    def __init__(self, model: Any, references: Sequence[Reference], unit: int | None = None) -> None:
         self.model = model
         self.adapted = adapt(model)
         self.references = references
-        self.samples = sum(map(len, references))
+        self.unit = unit or sum(map(len, references))
 
     def divergences(self, number: int, recipes: Sequence[PruningRecipe]) -> list[list[float]]:
         """Measure several recipes on one batch: for each the samples' divergences, in nats."""
@@ -144,7 +151,7 @@ class Judge:
         return made
 
     def price(self, number: int, recipes: Sequence[PruningRecipe]) -> float:
-        """Price `divergences` in dense prefills of all samples: the decoder layers that run, and scoring."""
+        """Price `divergences` in dense prefills of `unit` samples: the decoder layers that run, and scoring."""
         batch, layers = self.references[number], len(self.adapted.layers)
         n, text = batch.visual_tokens, batch.text_tokens
         dense = flops.prefill_flops(self.adapted.shape, n, [0] * layers, text_after=text).decoder
@@ -154,7 +161,7 @@ class Judge:
                 counts = recipe.counts(n), recipe.counts_before(n)
                 pruned = flops.prefill_flops(recipe.model, n, *counts, text_after=text)
                 total += (pruned.decoder + pruned.scoring) / dense - first / layers
-        return total * len(batch) / self.samples
+        return total * len(batch) / self.unit
 
     def _first(self, recipe: PruningRecipe) -> int:
         """The first layer that does not run as in the dense model; the number of layers if all do."""

@@ -111,7 +111,7 @@ def relevant_and_different(
     number = torch.arange(1, member.shape[1] + 1, device=member.device).expand_as(rising)
     rank = torch.empty_like(rising).scatter_(1, rising, number) - (member.shape[1] - among)
     value = (rank / among.clamp(min=1)).masked_fill(~member, -torch.inf)
-    features = features.float() * member[..., None]
+    features = features.float().masked_fill(~member[..., None], 0)
     mean = features.sum(1, keepdim=True) / among.clamp(min=1)[..., None]
     unit = F.normalize((features - mean) * member[..., None], dim=2)
     likeness, picked = torch.zeros_like(value), torch.zeros_like(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from fitprune.attention import HEAD_KINDS
@@ -17,7 +18,6 @@ from fitprune.divergence import Heads
 
 PROFILE = 64  # places at most at which the usual attention is told
 _SMALLEST = 0.01  # weights below this share of the largest are left out
-_SWEEPS = 300  # of coordinate descent; far more than a few hundred features need
 
 
 class HeadChoice:
@@ -25,6 +25,7 @@ class HeadChoice:
 
     def __init__(self, layers: int, visual_tokens: int) -> None:
         self.layers = layers
+        self.samples = 0
         self.places = min(visual_tokens, PROFILE)
         # By place, 2 * layer before a layer and 2 * layer + 1 inside it: Gram matrix, products with the target.
         self._gram: dict[int, torch.Tensor] = {}
@@ -34,6 +35,7 @@ class HeadChoice:
     def add(self, batch: Iterable[tuple[int, Heads]]) -> None:
         """Take in one batch, as `Judge.watch` shows it."""
         seen = [heads for _, heads in batch]
+        self.samples += len(seen[0].used)
         later = torch.zeros_like(seen[0].used)
         for layer in reversed(range(self.layers)):
             heads = seen[layer]
@@ -86,7 +88,7 @@ class HeadChoice:
 
 
 def non_negative_least_squares(gram: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-    """Minimise w G w / 2 - b w over w >= 0 by coordinate descent.
+    """Minimise w G w / 2 - b w over w >= 0.
 
     Args:
         gram: G, [n, n] fp64, positive semidefinite, its diagonal 1 (or 0).
@@ -94,19 +96,29 @@ def non_negative_least_squares(gram: torch.Tensor, product: torch.Tensor) -> tor
 
     Returns:
         w, [n] fp64.
+
+    Source: the active-set method of Lawson and Hanson (1974), on the Gram matrix (Bro and de Jong, 1997).
     """
-    matrix, weight = gram.numpy(), torch.zeros_like(product).numpy()
-    slope = -product.numpy().copy()  # of the objective at w
-    for _ in range(_SWEEPS):
-        moved = 0.0
-        for i in range(len(weight)):
-            new = max(0.0, weight[i] - slope[i] / max(matrix[i, i], 1e-12))
-            if new != weight[i]:
-                slope += (new - weight[i]) * matrix[i]
-                moved = max(moved, abs(new - weight[i]))
-                weight[i] = new
-        if moved < 1e-9:
+    matrix, target = gram.numpy(), product.numpy()
+    weight, free = np.zeros_like(target), np.zeros(len(target), dtype=bool)
+    enough = 1e-10 * max(1e-12, float(np.abs(target).max(initial=0)))
+    for _ in range(3 * len(target)):
+        slope = np.where(free, -np.inf, target - matrix @ weight)
+        if not slope.max(initial=-np.inf) > enough:
             break
+        free[slope.argmax()] = True
+        while True:
+            solved = np.zeros_like(target)
+            solved[free] = np.linalg.lstsq(matrix[np.ix_(free, free)], target[free], rcond=None)[0]
+            below = free & (solved <= 0)
+            if not below.any():
+                break
+            # As far towards it as all stay above zero; what reaches zero is held there.
+            reach = weight[below] / np.maximum(weight[below] - solved[below], 1e-300)
+            weight += reach.min() * (solved - weight)
+            free[np.flatnonzero(below)[reach == reach.min()]] = False
+            weight[~free] = 0
+        weight = solved
     return torch.from_numpy(weight)
 
 

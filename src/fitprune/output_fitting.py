@@ -2,9 +2,9 @@
 
 A plan says at which places tokens leave, how many in proportion to each other, and by which scorer; scaled to the
 budget it is a recipe. Plans are compared by the divergence of the pruned model's next-token distributions from the
-dense model's: many on few samples, the better ones on more, and then the best is moved about a little, as long as that
-helps. Half of the samples takes no part in it, and has the last word: unless the winner beats the paper's rule there
-too, the paper's recipe is returned.
+dense model's, capped for each sample: many plans on few samples, the better ones on more, and then the best is moved
+about a little, as long as that clearly helps. Half of the samples takes no part in it, and has the last word: unless
+the winner beats the paper's rule there too, the paper's recipe is returned.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,9 +37,12 @@ logger = logging.getLogger(__name__)
 SCORERS = ("heads", "last", "cross-mean", "fitprune", "cross", "self", "value", "debiased", "accumulated")
 DIVERSITIES = (0.0, 1.0)
 PASSES, PASSES_TOGETHER = 36.0, 76.0  # dense prefills of all samples, for one budget and for several
+HEAD_SAMPLES = 64  # that heads are weighed on
 _DEPTHS = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # where stages are tried first
 _SHARES = (0.15, 0.4)  # of a stage's tokens that the next stage keeps
-_NARROW = 24  # plans that go on after the first batch
+MOST = 0.5  # nats; an answer that has changed cannot change more, and a few such samples must not decide alone
+_FIRST_SAMPLES = 32  # of the search half, that many plans are compared on
+_NARROW = 16  # plans that go on to the next samples
 _LEAST = 4  # plans that are compared on all samples
 _WORSE = 1.1  # a neighbour that is this much worse on the first batches is not tried on the others
 
@@ -72,6 +76,7 @@ def fit_output(
     kv_cache_reduction: float | None = None,
     mean_visual_tokens: float | None = None,
     tolerance: float | None = None,
+    validation: Iterable[Mapping[str, Any]] | None = None,
     visual_tokens: int | None = None,
     minutes: float | None = None,
     passes: float = PASSES,
@@ -86,16 +91,17 @@ def fit_output(
 
     Args:
         model: a supported `...ForConditionalGeneration` model, without pruning.
-        batches: calibration prompts as the processor makes them, padded on the left if at all; two batches or more,
-            every second of which is kept for validation. Samples of all kinds should be in both halves.
+        batches: calibration prompts as the processor makes them, padded on the left if at all. Without `validation`,
+            two batches or more, every second of which is kept for validation; samples of all kinds should be in both.
         stats: from `measure`, for the paper's rule, which is a candidate and what the winner is compared with.
         flops_reduction: see `fit`.
         kv_cache_reduction: see `fit`.
         mean_visual_tokens: see `fit`.
         tolerance: see `fit`.
+        validation: prompts to validate with, of other images; None to take every second batch.
         visual_tokens: image size that the budget is met for; by default the statistics' most common count.
         minutes: stop the search after so long and take the best so far; None for no limit of time.
-        passes: stop after so much computing, in dense prefills of all samples.
+        passes: stop after so much computing, in dense prefills of all samples; their answers and heads count too.
         max_new_tokens: longest answer of the dense model that is looked at.
         seed: of the search; the same one gives the same recipe, unless `minutes` ends it.
         journal: file for what was measured; a search that was killed goes on from it. None keeps nothing.
@@ -119,6 +125,7 @@ def fit_output(
         model,
         batches,
         stats,
+        validation=validation,
         visual_tokens=visual_tokens,
         max_new_tokens=max_new_tokens,
         seed=seed,
@@ -132,7 +139,7 @@ class OutputFitter:
     """Fits several budgets from one set of dense answers; what is good for one is tried for the next.
 
     Attributes:
-        passes: what was computed so far, in dense prefills of all samples.
+        passes: what was computed so far, in dense prefills of `unit` samples; by default of all.
         search: numbers of the batches that are searched on.
         validation: numbers of those that have the last word.
     """
@@ -143,6 +150,8 @@ class OutputFitter:
         batches: Iterable[Mapping[str, Any]],
         stats: AttentionStats,
         *,
+        validation: Iterable[Mapping[str, Any]] | None = None,
+        unit: int | None = None,
         visual_tokens: int | None = None,
         max_new_tokens: int = 16,
         seed: int = 0,
@@ -156,23 +165,30 @@ class OutputFitter:
         self.fitter = Fitter(stats, visual_tokens=visual_tokens)
         self.visual_tokens, self.layers = self.fitter.visual_tokens, stats.model.decoder.layers
         self.seed, self.progress = seed, progress
-        given = list(tqdm(batches, desc="read", unit="batch", disable=not progress))
-        if len(given) < 2:
+        given = list(batches)
+        last = len(given)
+        if validation is not None:
+            given += list(validation)
+        numbers = range(len(given))
+        search, self.validation = (
+            (numbers[::2], list(numbers[1::2])) if validation is None else (numbers[:last], list(numbers[last:]))
+        )
+        if not search or not self.validation:
             raise ValueError(
-                f"batches holds {len(given)}: at least two are needed, one half to search on and one to validate with; "
-                "use more samples or a smaller batch size"
+                f"{len(search)} batches to search on and {len(self.validation)} to validate with: at least one each "
+                "is needed; use more samples or a smaller batch size"
             )
         answered = tqdm(given, desc="answer", unit="batch", disable=not progress)
-        self.judge = Judge(model, [reference(model, batch, max_new_tokens=max_new_tokens) for batch in answered])
+        self.judge = Judge(model, [reference(model, batch, max_new_tokens=max_new_tokens) for batch in answered], unit)
         stats.model.require_same(self.judge.adapted.shape, what="stats")
-        order = np.random.default_rng(seed).permutation(range(0, len(given), 2))
-        self.search = [int(number) for number in order]
-        self.validation = list(range(1, len(given), 2))
+        self.search = [search[i] for i in np.random.default_rng(seed).permutation(len(search))]
         self.choice = HeadChoice(self.layers, self.visual_tokens)
-        for number in self.search:
+        self.passes = sum(map(len, self.judge.references)) / self.judge.unit
+        for number in search:  # as many as are needed to weigh heads, the first ones given
             self.choice.add(self.judge.watch(number))
-        searched = sum(len(self.judge.references[number]) for number in self.search)
-        self.passes = 2 + searched / self.judge.samples  # answers, their distributions, and the search half's heads
+            self.passes += len(self.judge.references[number]) / self.judge.unit
+            if self.choice.samples >= HEAD_SAMPLES:
+                break
         self.spec = functools.cache(functools.partial(specs, self.choice))
         self._measured: dict[tuple[str, int], list[float]] = {}
         # What a journal holds of an earlier run is paid for again, so that both runs end alike.
@@ -220,7 +236,7 @@ class OutputFitter:
             digest.update(batch.log_probs.double().sum((1, 2)).cpu().numpy().tobytes())
         sizes = [len(batch) for batch in self.judge.references]
         return {**provenance_of(model), "batches": sizes, "digest": digest.hexdigest()[:16], "seed": seed,
-                "max_new_tokens": max_new_tokens}  # fmt: skip
+                "max_new_tokens": max_new_tokens, "capped": MOST}  # fmt: skip
 
     def _fit(
         self, budget: Budget, paper: PruningRecipe, limit: float, until: float | None, known: Sequence[Plan]
@@ -350,7 +366,7 @@ class OutputFitter:
             records: list[Record] = []
             for key, values in zip(todo, made, strict=True):
                 place = len(self._measured)
-                self._measured[key, number] = values = [round(value, 9) for value in values]
+                self._measured[key, number] = values = [round(min(value, MOST), 9) for value in values]
                 records.append({"place": place, "plan": key, "batch": number, "divergence": values})
             if self._book:
                 self._book.append(records)
@@ -365,6 +381,9 @@ class _Search:
         self.begun = fitter.passes
         self.tried = 0
         self._recipes: dict[Plan, PruningRecipe | None] = {}
+        sizes = np.cumsum([len(fitter.judge.references[number]) for number in fitter.search])
+        wanted = min(_FIRST_SAMPLES, sizes[-1])
+        self._first = min(int((sizes < wanted).sum()) + 1, len(sizes))  # batches that hold the first samples
         self._bar = tqdm(
             desc=f"fit {budget.kind}={budget.value:g}", total=round(limit - self.begun, 1), unit="pass",
             disable=not fitter.progress, bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} passes [{elapsed}{postfix}]",
@@ -375,7 +394,7 @@ class _Search:
         batches = self.fitter.search
         with self._bar:
             scores: dict[Plan, list[float]] = {}
-            # Many schedules on one batch, then the better schedules with every scorer.
+            # Many schedules on few samples, then the better schedules with every scorer.
             self._explore(scores, first, self._share(0.35))
             others = [
                 _rescored(plan, name, diversity)
@@ -385,14 +404,13 @@ class _Search:
             ]
             self._explore(scores, others, self._share(0.6))
             best = sorted(scores, key=lambda plan: _mean(scores[plan]))[:_NARROW]
-            for rung, number in enumerate(batches[1:], 2):
+            for number in batches[self._first :]:
                 if self._over(self._share(0.85)):
                     break
-                for plan, values in self._measure(number, best):
+                for plan, values in self._measure([number], best):
                     scores[plan] = [*scores[plan], *values]
                 best.sort(key=lambda plan: _mean(scores[plan]))
-                # Halved at every doubling of the samples.
-                best = best[: max(_LEAST, _NARROW >> max(0, rung.bit_length() - 1))]
+                best = best[: max(_LEAST, math.ceil(len(best) * 0.7))]
             whole = [plan for plan in best if len(scores[plan]) == max(len(scores[p]) for p in best)]
             found = self._move(whole[0], scores[whole[0]]) if whole else None
             self._show(None)
@@ -410,18 +428,19 @@ class _Search:
             self._recipes[plan] = self.fitter.recipe(plan, self.budget)
         return self._recipes[plan]
 
-    def _measure(self, number: int, plans: Sequence[Plan]) -> list[tuple[Plan, list[float]]]:
-        """Measure those plans on a batch that can meet the budget."""
-        able = [(plan, recipe) for plan in plans if (recipe := self._recipe(plan)) is not None]
-        return list(zip([p for p, _ in able], self.fitter.measure(number, [recipe for _, recipe in able]), strict=True))
+    def _measure(self, numbers: Sequence[int], plans: Sequence[Plan]) -> list[tuple[Plan, list[float]]]:
+        """Measure those plans that can meet the budget on some batches."""
+        able = {plan: recipe for plan in plans if (recipe := self._recipe(plan)) is not None}
+        made = [self.fitter.measure(number, list(able.values())) for number in numbers]
+        return [(plan, [value for batch in made for value in batch[i]]) for i, plan in enumerate(able)]
 
     def _explore(self, scores: dict[Plan, list[float]], plans: Iterable[Plan], limit: float) -> None:
-        """Measure plans on the first batch until the limit."""
+        """Measure plans on the first samples until the limit."""
         new = [plan for plan in dict.fromkeys(plans) if plan not in scores and self._recipe(plan) is not None]
         for start in range(0, len(new), 8):
             if self._over(limit):
                 break
-            for plan, values in self._measure(self.fitter.search[0], new[start : start + 8]):
+            for plan, values in self._measure(self.fitter.search[: self._first], new[start : start + 8]):
                 scores[plan] = values
                 self.tried += 1
             self._show(min(map(_mean, scores.values())))
@@ -458,7 +477,7 @@ class _Search:
                     theirs += self.fitter.measure(number, [recipe])[0]
                     if _mean(theirs) > _WORSE * _mean(mine):
                         break
-                if len(theirs) == len(mine) == sum(map(len, own.values())) and _mean(theirs) < _mean(mine):
+                if len(theirs) == sum(map(len, own.values())) and _clearly_less(theirs, mine):
                     plan, own = other, self._by_batch(other) or own
                     self._show(_mean(theirs))
                     break
@@ -564,6 +583,12 @@ def divmod_place(place: int) -> tuple[int, bool]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _clearly_less(theirs: Sequence[float], mine: Sequence[float]) -> bool:
+    """Whether the mean is less by more than the differences' standard error: of many neighbours some are by chance."""
+    less = np.subtract(mine, theirs)
+    return bool(less.mean() > 0 and less.mean() >= less.std() / math.sqrt(len(less)))
 
 
 def _digest(recipe: PruningRecipe) -> str:

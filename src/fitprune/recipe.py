@@ -82,7 +82,7 @@ class PruningRecipe:
     visual_tokens: int
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     enter: tuple[float, ...] = ()
-    scorer: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "fitprune"})
+    scorer: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "fitprune"}, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("keep", "enter"):

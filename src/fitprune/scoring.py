@@ -7,8 +7,7 @@ that a recipe can hold it as data: {"name": ..., "parameters": {...}}. Every sco
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -101,9 +100,17 @@ def accumulated(view: LayerView) -> torch.Tensor:
 
 def _heads(terms: Sequence[Sequence[Any]]) -> Score:
     """Score tokens by a weighted sum over heads; `terms` are (kind, head, weight), kinds as in `head_attention`."""
+    if not isinstance(terms, (list, tuple)):
+        raise ValueError(f"terms={terms!r}: must be a list of [kind, head, weight]")
     for term in terms:
-        if len(term) != 3 or term[0] not in HEAD_KINDS or type(term[1]) is not int or not math.isfinite(term[2]):
-            raise ValueError(f"terms={list(term)}: must be a kind of {list(HEAD_KINDS)}, a head's number and a weight")
+        if (
+            not isinstance(term, (list, tuple))
+            or len(term) != 3
+            or term[0] not in HEAD_KINDS
+            or type(term[1]) is not int
+            or not _is_number(term[2])
+        ):
+            raise ValueError(f"terms={term!r}: must be a kind of {list(HEAD_KINDS)}, a head's number and a weight")
     if not terms:
         raise ValueError("terms is empty: at least one head must count")
     kinds = sorted({kind for kind, _, _ in terms})
@@ -115,7 +122,7 @@ def _heads(terms: Sequence[Sequence[Any]]) -> Score:
             raise ValueError(f"terms name head {beyond[0]}: the model has heads 0 to {heads - 1}")
         weight = {kind: torch.zeros(heads, device=view.image.device) for kind in kinds}
         for kind, head, value in terms:
-            weight[kind][head] += value
+            weight[kind][head] += float(value)
         return torch.stack([torch.einsum("bhm,h->bm", attention[kind], weight[kind]) for kind in kinds]).sum(0)
 
     return score
@@ -126,11 +133,15 @@ def _debiased(profile: Sequence[float]) -> Score:
 
     `profile` is the mean attention along the image's tokens, first to last; it is read at the nearest entry.
     """
-    if not profile or min(profile) < 0:
-        raise ValueError("profile must hold a mean attention, 0 or more, for at least one place")
+    usable = isinstance(profile, (list, tuple)) and all(_is_number(value) and value >= 0 for value in profile)
+    if not usable or not any(profile):
+        raise ValueError(
+            f"profile={profile!r}: must hold a mean attention, 0 or more, for at least one place, and not 0 for all; "
+            "fit the recipe again"
+        )
 
     def score(view: LayerView) -> torch.Tensor:
-        usual = torch.tensor(profile, device=view.image.device)
+        usual = torch.tensor(profile, dtype=torch.float32, device=view.image.device)
         images = view.prompt.images.to(view.image.device)  # all tokens, those that left too
         number, size = torch.zeros_like(images), torch.ones_like(images)
         for image in range(int(images.max()) + 1):
@@ -172,7 +183,7 @@ def _diverse(score: Score, weight: float) -> Score:
     """Trade a token's rank by `score` against its likeness to those kept already; see `relevant_and_different`."""
 
     def diverse(view: LayerView) -> torch.Tensor:
-        value = score(view)
+        value = checked_scores(score(view), view.image)
         picked = torch.zeros_like(value, dtype=torch.float32)
         for group in range(view.left.shape[1]):
             member = view.group == group
@@ -183,7 +194,14 @@ def _diverse(score: Score, weight: float) -> Score:
 
 
 def _plain(score: Score, **options: Any) -> Callable[[], Scorer]:
-    return functools.partial(Scorer, score, **options)
+    """A scorer without parameters; a partial of Scorer would take its fields for such."""
+    return lambda: Scorer(score, **options)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether fp32 can hold it."""
+    largest = torch.finfo(torch.float32).max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 SCORERS: dict[str, Callable[..., Scorer]] = {
@@ -213,15 +231,29 @@ def get_scorer(scorer: str | Scorer | Mapping[str, Any] | Score) -> Scorer:
     if callable(scorer):
         return Scorer(scorer)
     spec: Mapping[str, Any] = {"name": scorer} if isinstance(scorer, str) else scorer
-    name, parameters = spec.get("name"), dict(spec.get("parameters") or {})
-    if name not in SCORERS:
+    if (
+        not isinstance(spec, Mapping)
+        or not set(spec) <= {"name", "parameters"}
+        or not isinstance(spec.get("parameters", {}), Mapping)
+    ):
+        raise ValueError(
+            f"scorer={scorer!r}: must be a name, an object with a 'name' and perhaps 'parameters', or a function of "
+            "LayerView"
+        )
+    name, parameters = spec.get("name"), dict(spec.get("parameters", {}))
+    if not isinstance(name, str) or name not in SCORERS:
         raise ValueError(f"scorer={name!r}: must be one of {sorted(SCORERS)} or a function of LayerView")
     diversity = parameters.pop("diversity", 0)
-    if isinstance(diversity, bool) or not isinstance(diversity, (int, float)) or not 0 <= diversity < math.inf:
+    if not _is_number(diversity) or diversity < 0:
         raise ValueError(f"scorer {name!r}: diversity={diversity!r} must be a number of at least 0")
+    known = list(inspect.signature(SCORERS[name]).parameters)
+    if unknown := sorted(map(str, set(parameters) - set(known))):
+        raise ValueError(f"scorer {name!r}: no parameter {unknown[0]!r}; must be among {[*known, 'diversity']}")
+    if missing := [parameter for parameter in known if parameter not in parameters]:
+        raise ValueError(f"scorer {name!r}: missing parameter {missing[0]!r}; state it, or fit the recipe again")
     try:
         made = SCORERS[name](**parameters)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"scorer {name!r}: {error}") from None
     score = _diverse(made.score, diversity) if diversity else made.score
     return dataclasses.replace(made, score=score, spec=spec)
