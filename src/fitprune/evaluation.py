@@ -67,7 +67,8 @@ def evaluate(
         processor: its processor.
         samples: questions, or task name -> questions; accuracy needs answers, agreement does not.
         methods: name -> recipe (FitPrune's scores are used), or entries as `entries_for` makes them.
-        journal: file for each sample's answers; a run that was killed goes on from it. None keeps nothing.
+        journal: file for each sample's answers; a run that was killed goes on from it, and one with more methods
+            answers with those alone. None keeps nothing.
         skipped: methods that could not be solved for a budget; passed on to the results.
         batch_size: samples in a batch.
         max_new_tokens: longest answer.
@@ -99,19 +100,20 @@ def evaluate(
     run = _run_of(model, processor, tasks, entries, batch_size, max_new_tokens, prompt_template)
     book = None
     if journal is not None:
-        book = Journal(journal, run, functools.partial(_sound, labels=_labels(entries)), processes.rank)
+        book = Journal(journal, run, _sound, processes.rank)
     records = book.done() if book else {}
     processes.wait()  # all have read before any writes
     if book:
         book.open()
-    todo = [batch for batch in plan if not all(place in records for place, _, _ in batch)]
+    labels = _labels(entries)
+    todo = [batch for batch in plan if not all(_whole(records.get(place), labels) for place, _, _ in batch)]
     total, own = sum(map(len, plan)), todo[processes.rank :: processes.count]
     before = total - sum(map(len, todo))
     mine = before + sum(map(len, own))  # of several processes, the bar shows the first's share
     quiet = not progress or processes.rank > 0
     with tqdm(desc="evaluate", initial=before, total=mine, unit="question", disable=quiet) as bar:
         for batch in own:
-            said = _answer(model, processor, batch, entries, max_new_tokens, prompt_template)
+            said = _answer(model, processor, batch, entries, max_new_tokens, prompt_template, records)
             records.update({record["place"]: record for record in said})
             if book:
                 book.append(said)
@@ -120,7 +122,7 @@ def evaluate(
     if processes.rank > 0:
         return Results(())
     if book:
-        records = book.done()
+        records = {place: _of_labels(record, labels) for place, record in book.done().items() if place < total}
         book.finish([records[place] for place in range(total)])
     ordered = [records[place] for place in range(total)]
     timings = _timings(model, processor, tasks, entries, batch_size, prompt_template, timed_batches)
@@ -187,18 +189,30 @@ def _labels(entries: Sequence[Entry]) -> list[str]:
     return [DENSE, *(entry.label for entry in entries)]
 
 
-def _sound(record: Record, labels: Sequence[str]) -> bool:
-    """Whether a journal's record holds all that figures are made of."""
+def _sound(record: Record) -> bool:
+    """Whether a journal's record holds what figures are made of, for the methods that it names."""
     said, divergence, sizes = record.get("said"), record.get("divergence"), record.get("sizes")
     return (
         isinstance(said, dict)
         and isinstance(divergence, dict)
-        and all(isinstance(said.get(name), str) and isinstance(divergence.get(name), float) for name in labels)
+        and DENSE in said
+        and said.keys() == divergence.keys()
+        and all(isinstance(said[name], str) and isinstance(divergence[name], float) for name in said)
         and isinstance(sizes, list)
         and len(sizes) == 4
         and all(isinstance(record.get(name), str) for name in ("task", "id", "kind", "question"))
         and isinstance(record.get("accepted"), list)
     )
+
+
+def _whole(record: Record | None, labels: Sequence[str]) -> bool:
+    """Whether a record is there and holds all methods."""
+    return record is not None and all(label in record["said"] for label in labels)
+
+
+def _of_labels(record: Record, labels: Sequence[str]) -> Record:
+    """A record with these methods alone, in their order, so that it does not tell which run added which."""
+    return {**record, **{part: {label: record[part][label] for label in labels} for part in ("said", "divergence")}}
 
 
 def _run_of(
@@ -222,17 +236,15 @@ def _run_of(
     def named(entry: Entry) -> list[Any]:
         recipe, scorer = entry.method.recipe, entry.method.scorer
         score = scorer.score
-        if scorer.spec is not None:
-            return [entry.label, list(recipe.entering), list(recipe.keep), scorer.spec]
-        name = f"{score.__module__}.{getattr(score, '__qualname__', type(score).__name__)}"
-        return [entry.label, list(recipe.entering), list(recipe.keep), name]
+        name = scorer.spec or f"{score.__module__}.{getattr(score, '__qualname__', type(score).__name__)}"
+        return [list(recipe.entering), list(recipe.keep), name]
 
     template = prompt_template or getattr(processor, "chat_template", None)
     return {
         **provenance_of(model),
         "attention": str(getattr(model.config, "_attn_implementation", "")),
         "tasks": {name: {"samples": len(samples), "digest": digest(samples)} for name, samples in tasks.items()},
-        "entries": [named(entry) for entry in entries],
+        "entries": {entry.label: named(entry) for entry in entries},
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "prompt_template": template,
@@ -276,8 +288,12 @@ def _answer(
     entries: Sequence[Entry],
     max_new_tokens: int,
     template: str | None,
+    before: Mapping[int, Record],
 ) -> list[Record]:
-    """Answer one batch with every entry: a record for each sample."""
+    """Answer one batch with every entry that the records of an earlier run lack: a record for each sample."""
+    known = [before[place] for place, _, _ in batch if place in before]
+    if len(known) == len(batch):  # dense comes anew all the same: divergences are from it
+        entries = [entry for entry in entries if not all(entry.label in record["said"] for record in known)]
     inputs = _inputs(model, processor, [sample for _, _, sample in batch], template)
     sizes = _sizes(adapt(model), inputs)
     records: list[Record] = [
@@ -320,6 +336,9 @@ def _answer(
         for record, text, distance in zip(records, texts, divergence, strict=True):
             record["said"][name] = text.strip()
             record["divergence"][name] = round(distance, 6)
+    for record in records:
+        for part in ("said", "divergence"):
+            record[part] = {**before.get(record["place"], {}).get(part, {}), **record[part]}
     return records
 
 

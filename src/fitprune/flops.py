@@ -153,6 +153,11 @@ def visual_macs(
     return total
 
 
+def ahead_macs(decoder: DecoderShape, visual_tokens: int) -> int:
+    """Count what it costs to look at a layer's attention before it: queries, keys and values, computed ahead."""
+    return visual_tokens * decoder.hidden * (decoder.q_width + 2 * decoder.kv_width)
+
+
 def visual_flops_reduction(
     decoder: DecoderShape, visual_tokens: int, removed: Sequence[int], before: Sequence[int] | None = None
 ) -> float:

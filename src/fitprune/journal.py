@@ -26,7 +26,8 @@ class Journal:
 
     Args:
         path: the journal; process 0 writes it, process r the same name with `.r` behind it.
-        run: what the run is; all that its results depend on.
+        run: what the run is; all that its results depend on. Of "entries", a mapping, another run may hold others, as
+            long as those that both hold are the same.
         sound: whether a record is whole.
         rank: number of this process.
 
@@ -90,9 +91,7 @@ class Journal:
         theirs = _parsed(lines[0])
         if not isinstance(theirs, dict) or not isinstance(theirs.get("run"), dict):
             raise ValueError(f"{part}: is no journal of an evaluation; choose another output, or delete it")
-        if theirs["run"] != self.run:
-            names = sorted({*theirs["run"], *self.run})
-            differing = [name for name in names if theirs["run"].get(name) != self.run.get(name)]
+        if differing := self._differing(theirs["run"]):
             raise ValueError(
                 f"{part}: holds results of another run (other {', '.join(differing)}); "
                 "choose another output, or delete it to start anew"
@@ -105,6 +104,15 @@ class Journal:
             else:
                 logger.warning("%s:%d: damaged, left out; its record is made again", part, number)
         return records
+
+    def _differing(self, theirs: Mapping[str, Any]) -> list[str]:
+        """Name what another run did otherwise."""
+        names = sorted({*theirs, *self.run} - {"entries"})
+        differing = [name for name in names if theirs.get(name) != self.run.get(name)]
+        mine, others = self.run.get("entries", {}), theirs.get("entries", {})
+        if not isinstance(others, dict) or not isinstance(mine, dict):
+            return differing if mine == others else [*differing, "entries"]
+        return differing + [f"entries {name}" for name in mine if name in others and mine[name] != others[name]]
 
 
 def _parsed(line: bytes) -> Any:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from fitprune.divergence import Judge, reference
 from fitprune.fitting import Budget, Fitter, OutOfReach, one_budget
+from fitprune.flops import DecoderShape, ahead_macs, visual_macs
 from fitprune.head_choice import HeadChoice, specs
 from fitprune.journal import Journal, Record
 from fitprune.measurement import provenance_of
@@ -41,7 +42,8 @@ HEAD_SAMPLES = 64  # that heads are weighed on
 _DEPTHS = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # where stages are tried first
 _SHARES = (0.15, 0.4)  # of a stage's tokens that the next stage keeps
 MOST = 0.5  # nats; an answer that has changed cannot change more, and a few such samples must not decide alone
-_FIRST_SAMPLES = 32  # of the search half, that many plans are compared on
+_FIRST_SAMPLES = 48  # of the search half, that many plans are compared on
+_SCHEDULES = 6  # that every scorer is tried with
 _NARROW = 16  # plans that go on to the next samples
 _LEAST = 4  # plans that are compared on all samples
 _WORSE = 1.1  # a neighbour that is this much worse on the first batches is not tried on the others
@@ -403,7 +405,8 @@ class _Search:
                 for diversity in DIVERSITIES
             ]
             self._explore(scores, others, self._share(0.6))
-            best = sorted(scores, key=lambda plan: _mean(scores[plan]))[:_NARROW]
+            smoothed = _smoothed(scores)
+            best = sorted(scores, key=lambda plan: smoothed[plan])[:_NARROW]
             for number in batches[self._first :]:
                 if self._over(self._share(0.85)):
                     break
@@ -448,9 +451,10 @@ class _Search:
     def _schedules(self, scores: Mapping[Plan, list[float]]) -> list[Plan]:
         """The better schedules, each once, with whatever scorer it was good."""
         found: dict[tuple[tuple[int, float], ...], Plan] = {}
-        for plan in sorted(scores, key=lambda plan: _mean(scores[plan])):
+        smoothed = _smoothed(scores)
+        for plan in sorted(scores, key=lambda plan: smoothed[plan]):
             found.setdefault(tuple((stage.place, stage.size) for stage in plan), plan)
-        return list(found.values())[:8]
+        return list(found.values())[:_SCHEDULES]
 
     def _move(self, plan: Plan, values: list[float]) -> Plan:
         """Go from plan to neighbouring plan as long as one is better on all of the search half's samples."""
@@ -534,7 +538,7 @@ def _rescored(plan: Plan, scorer: str, diversity: float) -> Plan:
     return tuple(dataclasses.replace(stage, scorer=scorer, diversity=diversity) for stage in plan)
 
 
-def _scaled(plan: Plan, budget: Budget, decoder: Any, n: int) -> list[int] | None:
+def _scaled(plan: Plan, budget: Budget, decoder: DecoderShape, n: int) -> list[int] | None:
     """The most tokens that each stage may keep, in the plan's proportions; None if not even none at all fits."""
 
     def counts(scale: float) -> list[int]:
@@ -545,8 +549,7 @@ def _scaled(plan: Plan, budget: Budget, decoder: Any, n: int) -> list[int] | Non
         return made
 
     def fits(made: Sequence[int]) -> bool:
-        entering, kept = _by_layer(plan, made, n, decoder.layers)
-        return budget.met_by(budget.measured(decoder, n, kept, entering))
+        return budget.met_by(_measured(plan, made, budget, decoder, n))
 
     low, high = 0.0, 1 / min([stage.size for stage in plan if stage.size] or [1.0])
     if not fits(counts(low)):
@@ -566,6 +569,19 @@ def _scaled(plan: Plan, budget: Budget, decoder: Any, n: int) -> list[int] | Non
     return made
 
 
+def _measured(plan: Plan, counts: Sequence[int], budget: Budget, decoder: DecoderShape, n: int) -> float:
+    """What a plan reaches, less what its scorers compute ahead of the layers that they stand before."""
+    entering, kept = _by_layer(plan, counts, n, decoder.layers)
+    reached = budget.measured(decoder, n, kept, entering)
+    if budget.kind != "flops_reduction":
+        return reached
+    befores = zip(plan, [n, *counts[:-1]], counts, strict=True)
+    ahead = [before for stage, before, count in befores if stage.place % 2 == 0 and count < before]
+    return reached - sum(ahead_macs(decoder, tokens) for tokens in ahead) / visual_macs(
+        decoder, n, [0] * decoder.layers
+    )
+
+
 def _by_layer(plan: Plan, counts: Sequence[int], n: int, layers: int) -> tuple[list[int], list[int]]:
     """Tokens that enter each layer, and that it keeps."""
     at = {stage.place: count for stage, count in zip(plan, counts, strict=True)}
@@ -583,6 +599,36 @@ def divmod_place(place: int) -> tuple[int, bool]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _smoothed(scores: Mapping[Plan, Sequence[float]]) -> dict[Plan, float]:
+    """Rank plans by the log of their mean divergence, drawn half-way to what plans with the same parts reach.
+
+    On few samples a plan may be lucky; its places and scorers are shared with others, which were lucky elsewhere. What
+    the parts reach is a ridge regression on them.
+    """
+    plans = list(scores)
+    parts = [
+        [
+            ("first", plan[0].place),
+            ("last", plan[-1].place),
+            ("stages", len(plan)),
+            ("scorer", plan[0].scorer),
+            ("diversity", plan[0].diversity),
+            ("scorer", plan[0].scorer, plan[0].diversity),
+            ("schedule", *((stage.place, stage.size) for stage in plan)),
+        ]
+        for plan in plans
+    ]
+    names = {name: i for i, name in enumerate(dict.fromkeys(name for own in parts for name in own))}
+    design = np.zeros((len(plans), len(names)))
+    for row, own in enumerate(parts):
+        design[row, [names[name] for name in own]] = 1
+    value = np.log(np.array([_mean(scores[plan]) for plan in plans]) + 1e-6)
+    centred = value - value.mean()
+    weight = np.linalg.solve(design.T @ design + np.eye(len(names)), design.T @ centred)
+    shared = design @ weight
+    return {plan: float(own + common) / 2 for plan, own, common in zip(plans, centred, shared, strict=True)}
 
 
 def _clearly_less(theirs: Sequence[float], mine: Sequence[float]) -> bool:

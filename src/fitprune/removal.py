@@ -43,6 +43,10 @@ class _Uncached:
     length: int
 
 
+class _Seen(Exception):
+    """Ends a layer's attention once its queries and keys are known."""
+
+
 class Remover:
     """Removes tokens from one model's prefills; made and undone by `removing`.
 
@@ -213,7 +217,7 @@ class Remover:
             given |= rows_at(given, state.kept.to(hidden.device).clamp(min=0))
         state.ahead = []
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.suppress(_Seen):
                 layer.self_attn(hidden_states=layer.input_layernorm(hidden), **given)
             query, key, value, scaling = state.ahead[0]
         finally:
@@ -238,7 +242,7 @@ class Remover:
             return
         if state.ahead is not None:
             state.ahead.append((query, key, value, scaling))
-            return
+            raise _Seen  # the attention itself is not needed
         valid = None if state.keys_valid is None else state.keys_valid.to(query.device)
         now = Attention(query, key, scaling, valid, value)
         state.previous = view = state.view(number, False, query.device, lambda: now)
