@@ -608,6 +608,8 @@ def _smoothed(scores: Mapping[Plan, Sequence[float]]) -> dict[Plan, float]:
     the parts reach is a ridge regression on them.
     """
     plans = list(scores)
+    if not plans:
+        return {}
     parts = [
         [
             ("first", plan[0].place),
