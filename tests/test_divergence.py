@@ -152,7 +152,7 @@ def test_divergences_are_those_of_whole_calls(family, model):
     before = parts(model)
     references = [reference(model, one, max_new_tokens=TOKENS) for one in inputs]
     judge = Judge(model, references)
-    assert judge.samples == 6
+    assert judge.unit == 6
     recipes = {name: recipe_of(model, *recipe) for name, recipe in RECIPES.items()}
     for number, (dense, one) in enumerate(zip(references, inputs, strict=True)):
         together = dict(zip(recipes, judge.divergences(number, list(recipes.values())), strict=True))

@@ -158,7 +158,7 @@ def recombined(samples: Sequence[Sample], times: int, *, seed: int = 0) -> list[
     if times < 1:
         raise ValueError(f"times={times}: must be at least 1")
     found, count = list(samples), len(samples)
-    for shift in random.Random(seed).sample(range(1, count), min(times, count) - 1):
+    for shift in random.Random(seed).sample(range(1, count), max(0, min(times, count) - 1)):
         for number, sample in enumerate(samples):
             asks = samples[(number + shift) % count]
             found.append(

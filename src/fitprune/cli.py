@@ -110,6 +110,7 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
 
     from fitprune.batches import make_batches
     from fitprune.calibration import recombined
+    from fitprune.fitting import Fitter
     from fitprune.output_fitting import OutputFitter
 
     missing = [name for name in ("model", "data") if getattr(args, name) is None]
@@ -121,6 +122,14 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
     random.Random(args.seed).shuffle(samples)  # both halves get samples of all tasks and kinds
     if len(samples) < 2:
         raise ValueError("--data holds 1 sample: half is searched on and half validates, so at least 2 are needed")
+    for name in ("passes", "minutes"):
+        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name} {value}: must be above 0, and finite")
+    fitter = Fitter(stats, visual_tokens=args.visual_tokens)
+    for budget in budgets:
+        fitter.fit(budget)  # one out of reach is found before the model is loaded
+    for sample in samples:
+        sample.load_image()  # and so is a bad image
     model, processor = _load(args)
     times = args.recombine or (4 if len(budgets) == 1 else 2)
     middle = -(-len(samples) // 2)
@@ -133,7 +142,7 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
         )
         for half in (samples[:middle], samples[middle:])
     )
-    fitter = OutputFitter(
+    searcher = OutputFitter(
         model,
         search,
         stats,
@@ -145,8 +154,8 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
         journal=journal,
         progress=True,
     )
-    recipes = fitter.fit(budgets, passes=args.passes, minutes=args.minutes)
-    print(f"searched in {fitter.passes:.1f} dense passes over {len(samples)} samples")
+    recipes = searcher.fit(budgets, passes=args.passes, minutes=args.minutes)
+    print(f"searched in {searcher.passes:.1f} dense passes over {len(samples)} samples")
     return recipes
 
 
@@ -161,7 +170,10 @@ def _cost(args: argparse.Namespace) -> None:
 
     means = f"mean {cost.mean_visual_tokens:.1f} a layer, {cost.kept[-1]} at the end"
     print(f"visual tokens       {cost.visual_tokens}, {means}")
+    before = recipe.counts_before(cost.visual_tokens)
     print(f"removed per layer   {' '.join(str(n) for n in recipe.counts(cost.visual_tokens))}")
+    if any(before):
+        print(f"before each layer   {' '.join(str(n) for n in before)}")
     print(f"visual FLOPs        -{100 * cost.flops_reduction:.2f}% (the paper's accounting: visual tokens alone)")
     print(f"prefill GFLOPs      {change(cost.prefill_flops / 1e9, cost.dense_prefill_flops / 1e9)}")
     print(f"KV cache bytes      {change(cost.kv_bytes, cost.dense_kv_bytes)}")

@@ -71,7 +71,8 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
         max_new_tokens: longest answer.
 
     Raises:
-        ValueError: a row is padded on the right, a prompt has no image, or logits are NaN.
+        ValueError: a row is padded on the right, a prompt has no image or no text behind its last one, or logits are
+            NaN.
     """
     adapted = adapt(model)
     inputs = to_model(batch, model)
@@ -84,6 +85,11 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
     if not bool(visual.any(1).all()):
         number = int(visual.any(1).int().argmin())
         raise ValueError(f"sample {number} of the batch has no visual token: each calibration prompt needs an image")
+    if not bool((questions := text_after(visual, mask.bool()).any(1)).all()):
+        number = int(questions.int().argmin())
+        raise ValueError(
+            f"sample {number} of the batch has no text after its last visual token; put the question behind the images"
+        )
     made = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -100,12 +106,16 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
     ended = torch.isin(
         answers, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends]).to(ids)
     )
+    # An image token that the model says has no image: what would follow it cannot be asked for.
+    ended |= answers == adapted.image_token_id
     valid = ended.int().cumsum(1) - ended.int() == 0
     _, changed = encode_images(adapted, inputs)
+    fed = answers[:, :-1]
+    fed = fed.masked_fill(fed == adapted.image_token_id, 0 if adapted.image_token_id else 1)
     call = {
         **inputs,
         **changed,
-        "input_ids": torch.cat([ids, answers[:, :-1]], 1),
+        "input_ids": torch.cat([ids, fed], 1),
         "attention_mask": torch.cat([mask, valid[:, :-1].to(mask)], 1),
         "logits_to_keep": answers.shape[1],
         "use_cache": False,

@@ -47,6 +47,7 @@ class Journal:
         self.sound = sound
         self.run = json.loads(json.dumps(run))
         self.own = self.path if rank == 0 else self.path.with_name(f"{self.path.name}.{rank}")
+        self._entries: dict[str, Any] = {}  # what records of earlier runs hold, of all that were read
 
     def done(self) -> dict[int, Record]:
         """Read what all processes have written: place -> record."""
@@ -57,7 +58,11 @@ class Journal:
 
     def open(self) -> None:
         """Make this process's file ready to append to: its header written, what is damaged left out."""
-        self._write(self.own, self._read(self.own) if self.own.exists() else [])
+        records = self._read(self.own) if self.own.exists() else []
+        # Records may hold entries that this run lacks: the header goes on saying what they are.
+        mine = self.run.get("entries")
+        more = {"entries": {**self._entries, **mine}} if isinstance(mine, dict) else {}
+        self._write(self.own, records, {**self.run, **more})
 
     def append(self, records: Sequence[Record]) -> None:
         """Write the records of one batch."""
@@ -66,7 +71,7 @@ class Journal:
 
     def finish(self, records: Sequence[Record]) -> None:
         """Write all records in order as the journal, whole or not at all, and remove the other processes' files."""
-        self._write(self.path, records)
+        self._write(self.path, records, self.run)
         for part in self._parts():
             if part != self.path:
                 part.unlink()
@@ -78,8 +83,8 @@ class Journal:
         ]
         return [part for part in [self.path, *sorted(others)] if part.exists()]
 
-    def _write(self, part: Path, records: Sequence[Record]) -> None:
-        lines = [json.dumps({"run": self.run}), *(json.dumps(record) for record in records)]
+    def _write(self, part: Path, records: Sequence[Record], run: Mapping[str, Any]) -> None:
+        lines = [json.dumps({"run": run}), *(json.dumps(record) for record in records)]
         with files.replacing(part) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -90,12 +95,16 @@ class Journal:
             return []
         theirs = _parsed(lines[0])
         if not isinstance(theirs, dict) or not isinstance(theirs.get("run"), dict):
-            raise ValueError(f"{part}: is no journal of an evaluation; choose another output, or delete it")
+            raise ValueError(f"{part}: is no journal of this program; choose another output, or delete it")
+        if len(lines) == 1:
+            return []  # nothing was done yet: whatever run it was, nothing is lost
         if differing := self._differing(theirs["run"]):
             raise ValueError(
                 f"{part}: holds results of another run (other {', '.join(differing)}); "
                 "choose another output, or delete it to start anew"
             )
+        if isinstance(others := theirs["run"].get("entries"), dict):
+            self._entries |= others
         records = []
         for number, line in enumerate(lines[1:], 2):
             record = _parsed(line)

@@ -18,17 +18,19 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from fitprune.adapters import adapt
 from fitprune.divergence import Judge, reference
 from fitprune.fitting import Budget, Fitter, OutOfReach, one_budget
 from fitprune.flops import DecoderShape, ahead_macs, visual_macs
 from fitprune.head_choice import HeadChoice, specs
 from fitprune.journal import Journal, Record
-from fitprune.measurement import provenance_of
+from fitprune.measurement import input_digests, provenance_of
 from fitprune.recipe import PruningRecipe
 from fitprune.scoring import stage_name
 from fitprune.stats import AttentionStats
@@ -102,7 +104,7 @@ def fit_output(
         tolerance: see `fit`.
         validation: prompts to validate with, of other images; None to take every second batch.
         visual_tokens: image size that the budget is met for; by default the statistics' most common count.
-        minutes: stop the search after so long and take the best so far; None for no limit of time.
+        minutes: stop the search so long after the start and take the best so far; None for no limit of time.
         passes: stop after so much computing, in dense prefills of all samples; their answers and heads count too.
         max_new_tokens: longest answer of the dense model that is looked at.
         seed: of the search; the same one gives the same recipe, unless `minutes` ends it.
@@ -123,6 +125,8 @@ def fit_output(
         mean_visual_tokens=mean_visual_tokens,
         tolerance=tolerance,
     )
+    _require_limits(passes, minutes)
+    Fitter(stats, visual_tokens=visual_tokens).fit(budget)  # out of reach? before the model answers
     fitter = OutputFitter(
         model,
         batches,
@@ -160,10 +164,10 @@ class OutputFitter:
         journal: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
-        if seed < 0:
-            raise ValueError(f"seed={seed}: must be at least 0")
+        self._begun = time.monotonic()
+        max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, 1)
+        seed = _whole_number("seed", seed, 0)
+        stats.model.require_same(adapt(model).shape, what="stats")  # before the model answers
         self.fitter = Fitter(stats, visual_tokens=visual_tokens)
         self.visual_tokens, self.layers = self.fitter.visual_tokens, stats.model.decoder.layers
         self.seed, self.progress = seed, progress
@@ -182,7 +186,6 @@ class OutputFitter:
             )
         answered = tqdm(given, desc="answer", unit="batch", disable=not progress)
         self.judge = Judge(model, [reference(model, batch, max_new_tokens=max_new_tokens) for batch in answered], unit)
-        stats.model.require_same(self.judge.adapted.shape, what="stats")
         self.search = [search[i] for i in np.random.default_rng(seed).permutation(len(search))]
         self.choice = HeadChoice(self.layers, self.visual_tokens)
         self.passes = sum(map(len, self.judge.references)) / self.judge.unit
@@ -197,8 +200,13 @@ class OutputFitter:
         self._charged: set[tuple[str, int]] = set()
         self._book: Journal | None = None
         if journal is not None:
-            self._book = Journal(journal, {"fit_output": self._run(model, seed, max_new_tokens)}, _sound)
+            self._book = Journal(
+                journal, {"objective": "output", **self._run(model, given, seed, max_new_tokens)}, _sound
+            )
+            sizes = dict(enumerate(map(len, self.judge.references)))
             for record in self._book.done().values():
+                if sizes.get(record["batch"]) != len(record["divergence"]):
+                    continue
                 self._measured[record["plan"], record["batch"]] = record["divergence"]
             self._book.open()
 
@@ -210,15 +218,12 @@ class OutputFitter:
         Args:
             budgets: as `fitprune.fitting.checked_budget` makes them.
             passes: for all budgets together; by default 36 for one and 76 for several.
-            minutes: for all budgets together.
+            minutes: for all budgets together, from the first dense answer on.
         """
-        if minutes is not None and not minutes > 0:
-            raise ValueError(f"minutes={minutes}: must be above 0")
-        if passes is not None and not passes > 0:
-            raise ValueError(f"passes={passes}: must be above 0")
+        _require_limits(passes, minutes)
         papers = [self.fitter.fit(budget) for budget in budgets]  # a budget out of reach is found before the search
         allowance = (PASSES if len(budgets) == 1 else PASSES_TOGETHER) if passes is None else passes
-        ends = None if minutes is None else time.monotonic() + 60 * minutes
+        ends = None if minutes is None else self._begun + 60 * minutes
         order = sorted(range(len(budgets)), key=lambda i: papers[i].cost().flops_reduction)
         made: dict[int, PruningRecipe] = {}
         known: list[Plan] = []
@@ -230,12 +235,13 @@ class OutputFitter:
             known = [*plans, *known]
         return [made[number] for number in range(len(budgets))]
 
-    def _run(self, model: Any, seed: int, max_new_tokens: int) -> dict[str, Any]:
+    def _run(self, model: Any, given: Sequence[Mapping[str, Any]], seed: int, max_new_tokens: int) -> dict[str, Any]:
         """All that the divergences depend on, as plain data."""
         digest = hashlib.sha256()
-        for batch in self.judge.references:
-            digest.update(batch.inputs["input_ids"].cpu().numpy().tobytes())
-            digest.update(batch.log_probs.double().sum((1, 2)).cpu().numpy().tobytes())
+        # Of what went in and of the answers, no probabilities: their last bits depend on the number of threads.
+        for inputs, batch in zip(given, self.judge.references, strict=True):
+            digest.update("".join(input_digests(self.judge.adapted, inputs)).encode())
+            digest.update(batch.answers.cpu().numpy().tobytes())
         sizes = [len(batch) for batch in self.judge.references]
         return {**provenance_of(model), "batches": sizes, "digest": digest.hexdigest()[:16], "seed": seed,
                 "max_new_tokens": max_new_tokens, "capped": MOST}  # fmt: skip
@@ -250,13 +256,18 @@ class OutputFitter:
         search = _Search(self, budget, limit, until)
         validation = sum(self.judge.price(number, [paper]) for number in self.validation)
         search.limit -= 2 * validation  # kept for the last word
-        found, plans = search.run(paper, self._first_plans(budget, known))
+        found, plans = search.run(paper, self._first_plans(budget, known)) if min(paper.keep) < 1 else (paper, [])
         divergence = {
             half: {"paper": self.mean(numbers, paper), "found": self.mean(numbers, found)}
             for half, numbers in (("search", self.search), ("validation", self.validation))
         }
         better = divergence["validation"]["found"] < divergence["validation"]["paper"]
-        if not better:
+        if min(paper.keep) < 1 and not search.tried:
+            logger.warning(
+                "%s=%g: the search ended before the first plan was measured, and the paper's recipe is returned: "
+                "allow more minutes or passes", stated.kind, stated.value,
+            )  # fmt: skip
+        elif min(paper.keep) < 1 and not better:
             logger.warning(
                 "%s=%g: on the validation half nothing found is better than the paper's rule (%.4f against %.4f nats), "
                 "whose recipe is returned",
@@ -318,7 +329,7 @@ class OutputFitter:
                 continue
             before = (1.0, *keep[:-1])
             found.append(tuple((2 * i + 1, k) for i, (k, b) in enumerate(zip(keep, before, strict=True)) if k < b))
-        return found
+        return [schedule for schedule in found if schedule]  # one that keeps all is none
 
     def recipe(self, plan: Plan, budget: Budget) -> PruningRecipe | None:
         """Scale a plan to the budget, to within a token; None if it cannot meet it, or reads what is not there."""
@@ -368,7 +379,7 @@ class OutputFitter:
             records: list[Record] = []
             for key, values in zip(todo, made, strict=True):
                 place = len(self._measured)
-                self._measured[key, number] = values = [round(min(value, MOST), 9) for value in values]
+                self._measured[key, number] = values = [_capped(value) for value in values]
                 records.append({"place": place, "plan": key, "batch": number, "divergence": values})
             if self._book:
                 self._book.append(records)
@@ -561,7 +572,7 @@ def _scaled(plan: Plan, budget: Budget, decoder: DecoderShape, n: int) -> list[i
     for number in range(len(made)):  # what rounding left over, first stage first
         ceiling = made[number - 1] if number else n
         while (
-            plan[number].size
+            (plan[number].size or ceiling == n)  # the first at which tokens leave is never an "all leave" too many
             and made[number] < ceiling
             and fits([*made[:number], made[number] + 1, *made[number + 1 :]])
         ):
@@ -595,6 +606,23 @@ def _by_layer(plan: Plan, counts: Sequence[int], n: int, layers: int) -> tuple[l
 def divmod_place(place: int) -> tuple[int, bool]:
     """Layer of a place, and whether it is before that layer."""
     return place // 2, place % 2 == 0
+
+
+def _capped(value: float) -> float:
+    """A divergence as it is compared: not below 0 by rounding, and at most MOST, which a broken one (NaN) is too."""
+    return MOST if value != value else round(min(max(value, 0.0), MOST), 9)
+
+
+def _require_limits(passes: float | None, minutes: float | None) -> None:
+    for name, value in (("passes", passes), ("minutes", minutes)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf):
+            raise ValueError(f"{name}={value!r}: must be above 0, and finite")
+
+
+def _whole_number(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r}: must be at least {least}, and an integer")
+    return int(value)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -651,5 +679,5 @@ def _sound(record: Record) -> bool:
         isinstance(record.get("plan"), str)
         and type(record.get("batch")) is int
         and isinstance(values, list)
-        and all(isinstance(value, float) for value in values)
+        and all(isinstance(value, float) and 0 <= value <= MOST for value in values)
     )
