@@ -490,7 +490,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--variants", type=int, default=12, help="drawn variants of each scan")
-    parser.add_argument("--image-size", type=int, default=scenes.SIZE, help="side of the image, a multiple of 24 pixels")
+    parser.add_argument("--image-size", type=int, default=scenes.SIZE, help="side of the image, whole patches a cell")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--intermediate", type=int, default=512)
@@ -500,7 +500,7 @@ def main() -> None:
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
     if args.image_size < 24 or args.image_size % (scenes.GRID * PATCH):
-        parser.error(f"--image-size {args.image_size}: must be a multiple of {scenes.GRID * PATCH}, whole patches a cell")
+        parser.error(f"--image-size {args.image_size}: must be a multiple of {scenes.GRID * PATCH}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     processor = make_processor(args.image_size)
