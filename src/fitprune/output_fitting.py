@@ -426,7 +426,7 @@ class _Search:
                 best.sort(key=lambda plan: _mean(scores[plan]))
                 best = best[: max(_LEAST, math.ceil(len(best) * 0.7))]
             whole = [plan for plan in best if len(scores[plan]) == max(len(scores[p]) for p in best)]
-            found = self._move(whole[0], scores[whole[0]]) if whole else None
+            found = self._move(whole[0]) if whole else None
             self._show(None)
         recipe = self._recipe(found) if found else None
         return recipe or paper, [plan for plan in dict.fromkeys([found, *best[:3]]) if plan]
@@ -434,8 +434,11 @@ class _Search:
     def _share(self, share: float) -> float:
         return self.begun + share * (self.limit - self.begun)
 
+    def _late(self) -> bool:
+        return self.until is not None and time.monotonic() >= self.until
+
     def _over(self, limit: float) -> bool:
-        return self.fitter.passes >= limit or (self.until is not None and time.monotonic() >= self.until)
+        return self.fitter.passes >= limit or self._late()
 
     def _recipe(self, plan: Plan) -> PruningRecipe | None:
         if plan not in self._recipes:
@@ -443,21 +446,27 @@ class _Search:
         return self._recipes[plan]
 
     def _measure(self, numbers: Sequence[int], plans: Sequence[Plan]) -> list[tuple[Plan, list[float]]]:
-        """Measure those plans that can meet the budget on some batches."""
+        """Measure those plans that can meet the budget on some batches; gives none if time ends before the last."""
         able = {plan: recipe for plan in plans if (recipe := self._recipe(plan)) is not None}
-        made = [self.fitter.measure(number, list(able.values())) for number in numbers]
+        made = []
+        for number in numbers:
+            if self._late():
+                return []
+            made.append(self.fitter.measure(number, list(able.values())))
         return [(plan, [value for batch in made for value in batch[i]]) for i, plan in enumerate(able)]
 
     def _explore(self, scores: dict[Plan, list[float]], plans: Iterable[Plan], limit: float) -> None:
         """Measure plans on the first samples until the limit."""
         new = [plan for plan in dict.fromkeys(plans) if plan not in scores and self._recipe(plan) is not None]
-        for start in range(0, len(new), 8):
+        together = 8 if self.until is None else 2  # fewer, where the clock decides
+        for start in range(0, len(new), together):
             if self._over(limit):
                 break
-            for plan, values in self._measure(self.fitter.search[: self._first], new[start : start + 8]):
+            for plan, values in self._measure(self.fitter.search[: self._first], new[start : start + together]):
                 scores[plan] = values
                 self.tried += 1
-            self._show(min(map(_mean, scores.values())))
+            if scores:
+                self._show(min(map(_mean, scores.values())))
 
     def _schedules(self, scores: Mapping[Plan, list[float]]) -> list[Plan]:
         """The better schedules, each once, with whatever scorer it was good."""
@@ -467,12 +476,11 @@ class _Search:
             found.setdefault(tuple((stage.place, stage.size) for stage in plan), plan)
         return list(found.values())[:_SCHEDULES]
 
-    def _move(self, plan: Plan, values: list[float]) -> Plan:
+    def _move(self, plan: Plan) -> Plan:
         """Go from plan to neighbouring plan as long as one is better on all of the search half's samples."""
         batches = self.fitter.search
         rng = np.random.default_rng([self.fitter.seed, 2])
-        own = self._by_batch(plan)
-        if own is None:
+        if self._over(self.limit) or (own := self._by_batch(plan)) is None:
             return plan
         seen = {plan}
         while not self._over(self.limit):
@@ -488,6 +496,8 @@ class _Search:
                 mine: list[float] = []
                 theirs: list[float] = []
                 for number in batches:
+                    if self._late():
+                        return plan
                     mine += own[number]
                     theirs += self.fitter.measure(number, [recipe])[0]
                     if _mean(theirs) > _WORSE * _mean(mine):
