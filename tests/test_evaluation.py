@@ -229,7 +229,7 @@ def test_a_journal_of_another_run_is_refused_and_kept(done, stats, tmp_path, cap
     assert out.with_suffix(".samples.jsonl").read_bytes() == before
     out.with_suffix(".samples.jsonl").write_text("something else\n")
     assert main(command(stats, out)) == 2
-    assert "is no journal of an evaluation" in capsys.readouterr().err
+    assert "is no journal of this program" in capsys.readouterr().err
 
 
 def test_a_journal_counts_whole_lines_only(tmp_path, caplog):
