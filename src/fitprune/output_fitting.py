@@ -42,7 +42,7 @@ DIVERSITIES = (0.0, 1.0)
 PASSES, PASSES_TOGETHER = 36.0, 76.0  # dense prefills of all samples, for one budget and for several
 HEAD_SAMPLES = 64  # that heads are weighed on
 _DEPTHS = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # where stages are tried first
-_SHARES = (0.15, 0.4)  # of a stage's tokens that the next stage keeps
+_SHARES = (0.15, 0.4)  # of the first stage's tokens that the second keeps
 MOST = 0.5  # nats; an answer that has changed cannot change more, and a few such samples must not decide alone
 _FIRST_SAMPLES = 48  # of the search half, that many plans are compared on
 _SCHEDULES = 6  # that every scorer is tried with
@@ -343,8 +343,8 @@ class OutputFitter:
         after = [n, *counts[:-1]]
         stages = [stage for stage, count, before in zip(plan, counts, after, strict=True) if count < before]
         scorers = {
-            stage_name(*divmod_place(s.place)): self.spec(s.scorer, s.place, s.diversity) for s in stages
-        }  # fmt: skip
+            stage_name(s.place // 2, s.place % 2 == 0): self.spec(s.scorer, s.place, s.diversity) for s in stages
+        }
         same = {json.dumps(spec, sort_keys=True) for spec in scorers.values()}
         if not scorers:
             scorer: Mapping[str, Any] = {"name": "fitprune"}
@@ -551,7 +551,7 @@ def _neighbours(plan: Plan, places: int) -> list[Plan]:
 
 
 def _plan(schedule: Sequence[tuple[int, float]], scorer: str, diversity: float) -> Plan:
-    """Turn (place, share of the stage before) or (place, fraction) pairs into stages with one scorer."""
+    """Turn (place, size) pairs into stages with one scorer."""
     return tuple(Stage(place, size, scorer, diversity) for place, size in schedule)
 
 
@@ -611,11 +611,6 @@ def _by_layer(plan: Plan, counts: Sequence[int], n: int, layers: int) -> tuple[l
         n = at.get(place, n)
         steps.append(n)
     return steps[::2], steps[1::2]
-
-
-def divmod_place(place: int) -> tuple[int, bool]:
-    """Layer of a place, and whether it is before that layer."""
-    return place // 2, place % 2 == 0
 
 
 def _capped(value: float) -> float:

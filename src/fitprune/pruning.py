@@ -31,10 +31,9 @@ def prune(
     Inside the block, use the model as ever: any batch, any number of images, any decoding. At each layer that the
     recipe names, the tokens with the lowest score leave after the attention: the layer's KV cache keeps them, its MLP
     and later layers never see them. The number that leaves comes from the recipe, for each image by its own token
-    count; which ones, from this input's own attention, by the
-    recipe's scorer. Kept tokens stay in order and at their original positions, and
-    a row of a batch gives what its sample gives alone. Logits keep their dense shape; where a token left they are those
-    of a zero hidden state.
+    count; which ones, from this input's own attention, by the recipe's scorer. Kept tokens stay in order and at their
+    original positions, and a row of a batch gives what its sample gives alone. Logits keep their dense shape; where a
+    token left they are those of a zero hidden state.
 
     The question, whose attention counts as cross, is the text after the sample's last image in this call. It ends with
     the first position whose logit is asked for or that `labels` give a target to, so a draft, a given answer or labels
