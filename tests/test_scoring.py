@@ -194,7 +194,10 @@ def test_without_weight_the_highest_are_picked():
 def test_a_likeness_to_what_was_picked_costs_rank():
     features = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [-1.0, 0.3], [-0.9, -0.4]]])
     relevance, member, counts = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.ones(1, 4, dtype=torch.bool), [2]
-    pick = lambda weight: relevant_and_different(relevance, features, member, torch.tensor(counts), weight)[0].tolist()  # noqa: E731
+
+    def pick(weight):
+        return relevant_and_different(relevance, features, member, torch.tensor(counts), weight)[0].tolist()
+
     assert pick(0.0) == [2, 1, 0, 0]
     assert pick(1.0) == [2, 0, 1, 0]
 
