@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import IMAGE, tiny_inputs, tiny_model
-from fitprune.attention import received_attention, text_after
+from fitprune.attention import Softmax, received_attention, text_after
 from fitprune.selection import images_of
 
 
@@ -47,7 +47,7 @@ def test_received_attention_equals_the_full_map(groups, length, padded, past):
         valid[1, -1] = False  # right
         valid[1, : past // 2] = False
     image, question = images_of(visual), text_after(visual, valid[:, past:])
-    found = received_attention(query, key, image, question, scaling=0.3, valid=valid if padded else None)
+    found = received_attention(query, key, image, question, Softmax(0.3, valid if padded else None))
     own, cross = full_map_reference(query, key, image, question, 0.3, valid)
     assert torch.allclose(found.self_attention.double(), own, rtol=1e-5, atol=1e-7)
     assert torch.allclose(found.cross_attention.double(), cross, rtol=1e-5, atol=1e-7)
@@ -80,7 +80,7 @@ def test_bfloat16_is_scored_in_fp32():
     visual = torch.zeros(1, 60, dtype=torch.bool)
     visual[:, 5:50] = True
     image, question = images_of(visual), text_after(visual, None)
-    found = received_attention(query, key, image, question, scaling=0.25)
+    found = received_attention(query, key, image, question, Softmax(0.25))
     own, _ = full_map_reference(query, key, image, question, 0.25, torch.ones(1, 60, dtype=torch.bool))
     assert found.self_attention.dtype == torch.float32
     assert torch.allclose(found.self_attention.double(), own, rtol=0.05, atol=1e-4)
@@ -88,7 +88,7 @@ def test_bfloat16_is_scored_in_fp32():
 
 PEAK = """
 import torch
-from fitprune.attention import received_attention, text_after
+from fitprune.attention import Softmax, received_attention, text_after
 from fitprune.selection import images_of
 torch.set_num_threads(1)
 query = torch.randn(1, 32, 3000, 128)
@@ -97,7 +97,7 @@ visual = torch.zeros(1, 3000, dtype=torch.bool)
 visual[:, 40:2920] = True
 image, question = images_of(visual), text_after(visual, None)
 tail = slice(2880, None)  # loads the libraries
-received_attention(query[:, :, tail], key[:, :, tail], image[:, tail], question[:, tail], scaling=0.1)
+received_attention(query[:, :, tail], key[:, :, tail], image[:, tail], question[:, tail], Softmax(0.1))
 
 def status(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -105,7 +105,7 @@ def status(name):
 
 open("/proc/self/clear_refs", "w").write("5")  # the peak from here on, not that of loading torch
 before = status("VmRSS:")
-received_attention(query, key, image, question, scaling=0.1)
+received_attention(query, key, image, question, Softmax(0.1))
 print(status("VmHWM:") - before)
 """
 
@@ -124,5 +124,5 @@ def test_fewer_keys_than_queries_are_refused():
             torch.randn(1, 2, 4, 4),
             torch.zeros(1, 5, dtype=torch.long),
             torch.ones(1, 5, dtype=torch.bool),
-            scaling=1,
+            Softmax(1),
         )

@@ -9,11 +9,11 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "files", "diversity", "processes", "tables"},
-    {"recipe", "journal", "results", "attention", "selection", "stats", "calibration", "embedded", "adapters", "cache"},
-    {"fitting", "hooks", "batches", "arguments", "views", "vision"},
-    {"scoring", "packing", "measurement", "analysis"},
-    {"removal", "analysis_files"},
+    {"tokens", "flops", "families", "files", "diversity", "processes", "tables"},
+    {"recipe", "journal", "results", "attention", "selection", "stats", "calibration", "embedded", "adapters"},
+    {"fitting", "hooks", "batches", "cache", "images", "views", "vision"},
+    {"scoring", "packing", "arguments", "analysis"},
+    {"measurement", "removal", "analysis_files"},
     {"pruning", "sequential"},
     {"baselines", "benchmark", "divergence", "figures"},
     {"summary", "analysis_figures", "head_choice"},

@@ -9,7 +9,7 @@ import torch
 from conftest import IMAGE, batch_of, prompts, tiny_model
 from fitprune import PruningRecipe, attention, prune
 from fitprune.adapters import adapt
-from fitprune.attention import HEAD_KINDS, head_attention, text_after
+from fitprune.attention import HEAD_KINDS, Softmax, head_attention, text_after
 from fitprune.diversity import relevant_and_different
 from fitprune.flops import SCORE_BLOCK
 from fitprune.pruning import kept_positions
@@ -99,7 +99,7 @@ def test_attention_by_head_equals_the_full_map(groups, length, padded, past, mon
         valid[0, past : past + 2] = valid[1, past : past + 3] = valid[2, past : past + 1] = False
     image, question = images_of(visual), text_after(visual, valid[:, past:])
     question[2] = False  # an image, but no question
-    given = {"scaling": 0.3, "valid": valid if padded else None}
+    given = {"softmax": Softmax(0.3, valid if padded else None)}
     found = head_attention(query, key, image, question, **given)
     expected = naive_head_attention(query, key, image, question, 0.3, valid)
     assert set(found) == set(HEAD_KINDS)

@@ -1,21 +1,33 @@
-"""The one place that knows model families: where their parts are, and how large.
+"""The one place that knows how models are built: where their parts are, and how large.
 
-Keyed by `config.model_type`. Everything else works on what `adapt` returns.
+What is particular about a family stands in `families`; here are the parts that families share under several names.
+Everything else works on what `adapt` returns.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Mapping
+import hashlib
+import json
+import logging
 from typing import Any
 
-import torch
 from torch import nn
 
-from fitprune.flops import DecoderShape, ModelShape, VisionShape
+from fitprune.families import FAMILIES, GENERIC, Family
+from fitprune.flops import LINEAR_CHUNK, DecoderShape, ModelShape, VisionShape
 
-FAMILIES = ("llava", "llava_next")
+logger = logging.getLogger(__name__)
+
+# What a config says of the architecture, under any of the names that configs use. Neither vocabulary nor training nor
+# what a new version of transformers adds: recipes are shared between fine-tunes and versions.
+_ARCHITECTURE = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "layer_types", "sliding_window", "num_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "depth", "num_heads", "embed_dim", "image_size", "patch_size", "temporal_patch_size",
+    "spatial_merge_size", "deepstack_visual_indexes", "vision_feature_layer", "vision_feature_select_strategy",
+    "image_grid_pinpoints", "downsample_ratio", "downsample_factor", "scale_factor", "mm_tokens_per_image",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,30 +36,54 @@ class AdaptedModel:
 
     Attributes:
         model: the whole model, as the user holds it.
+        family: what is particular about it.
         decoder: the language model that owns `layers`.
-        layers: the decoder layers, a ModuleList; each has `self_attn` and `mlp`.
+        layers: the decoder layers, a ModuleList.
+        attentions: for each layer its attention; None where it has none.
+        mlps: for each layer its MLP.
+        norm: the decoder's final norm.
         shape: type and sizes.
-        image_token_id: id that marks a visual token's position in `input_ids`.
+        token_ids: modality ("image", "video") -> id that marks its visual tokens in `input_ids`.
     """
 
     model: Any
+    family: Family
     decoder: Any
     layers: Any
+    attentions: tuple[Any, ...]
+    mlps: tuple[Any, ...]
+    norm: Any
     shape: ModelShape
-    image_token_id: int
+    token_ids: dict[str, int]
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that marks an image's visual tokens."""
+        return self.token_ids["image"]
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a layer's attention looks back, its own counted; None for all."""
+        window = getattr(self.attentions[layer], "sliding_window", None)
+        return window if isinstance(window, int) and window > 0 else None
+
+    def input_norm(self, layer: int) -> Any:
+        """The norm that a layer's attention reads its input through."""
+        return _part(self.layers[layer], "input_layernorm", "operator_norm")
 
 
 def adapt(model: Any) -> AdaptedModel:
     """Find the parts of a model.
 
     Raises:
-        ValueError: the family is not supported, or the model has no decoder layers.
+        ValueError: the family is refused, or the model has no decoder layers of the common shape.
     """
     config = getattr(model, "config", None)
     if config is None:
         raise ValueError(f"model is a {type(model).__name__}: must be a transformers model with a config")
     shape = model_shape(config)
-    decoder = getattr(getattr(model, "model", None), "language_model", None)
+    base = getattr(model, "base_model", None)
+    decoder = _part(base, "language_model", "text_model")
+    decoder = getattr(decoder, "model", decoder)  # some wrap the text model's own ...ForCausalLM
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise ValueError(
@@ -56,99 +92,149 @@ def adapt(model: Any) -> AdaptedModel:
         )
     if len(layers) != shape.decoder.layers:
         raise ValueError(f"model has {len(layers)} decoder layers but its config says {shape.decoder.layers}")
-    return AdaptedModel(model, decoder, layers, shape, config.image_token_id)
+    attentions = tuple(getattr(layer, "self_attn", None) for layer in layers)
+    mlps = tuple(_part(layer, "mlp", "feed_forward", "block_sparse_moe") for layer in layers)
+    norm = _part(decoder, "norm", "embedding_norm", "final_layernorm")
+    family = family_of(config)
+    without = [n for n, attention in enumerate(attentions) if attention is None]
+    encoder = getattr(base, "get_image_features", None)
+    if without != list(shape.decoder.linear_layers) or None in mlps or norm is None or encoder is None:
+        lacking = {
+            f"self_attn in layers {without}": without != list(shape.decoder.linear_layers),
+            "an mlp in every layer": None in mlps,
+            "a final norm": norm is None,
+            "get_image_features": encoder is None,
+        }
+        named = ", ".join(what for what, lacks in lacking.items() if lacks)
+        raise ValueError(
+            f"model_type={config.model_type!r}: {type(model).__name__} lacks {named}, and so the shape that fitprune "
+            "prunes; 'fitprune families' lists what is supported"
+        )
+    if family is GENERIC:
+        logger.warning(
+            "model_type=%r is not in the table of families (fitprune families): the generic adapter serves it as "
+            "causal decoder with image token %d", config.model_type, _token_ids(config)["image"],
+        )  # fmt: skip
+    return AdaptedModel(model, family, decoder, layers, attentions, mlps, norm, shape, _token_ids(config))
+
+
+def _part(whole: Any, *names: str) -> Any:
+    """The first of these attributes that there is."""
+    return next((part for name in names if (part := getattr(whole, name, None)) is not None), None)
+
+
+def family_of(config: Any) -> Family:
+    """Find a config's family; GENERIC if it is not in the table.
+
+    Raises:
+        ValueError: the family is refused, or the config is of no multimodal model.
+    """
+    model_type = getattr(config, "model_type", None)
+    family = FAMILIES.get(str(model_type), GENERIC)
+    if family.refused:
+        raise ValueError(f"model_type={model_type!r}: refused, because {family.refused}; see 'fitprune families'")
+    text = getattr(config, "text_config", None)
+    problem = ""
+    if text is None or getattr(config, "vision_config", None) is None or not _token_ids(config):
+        problem = "has no text_config, vision_config and image_token_id, as a multimodal model's config has"
+    elif family is GENERIC and getattr(config, "is_encoder_decoder", False):
+        problem = "is an encoder-decoder: visual tokens are not in the decoder's prompt"
+    elif family is GENERIC and getattr(text, "num_kv_shared_layers", 0):
+        problem = "has layers that share keys, which a removed token would leave at different places"
+    elif family is GENERIC and getattr(text, "kv_lora_rank", None):
+        problem = "has latent attention (MLA), whose cost is not modelled"
+    if problem:
+        raise ValueError(
+            f"model_type={model_type!r}: not supported, because it {problem}; must be one of "
+            f"{sorted(name for name, known in FAMILIES.items() if not known.refused)} or of their common shape"
+        )
+    return family
+
+
+def _token_ids(config: Any) -> dict[str, int]:
+    """Read the ids that mark visual tokens."""
+    found = {}
+    for modality in ("image", "video"):
+        token = _part(config, f"{modality}_token_id", f"{modality}_token_index")
+        if isinstance(token, int):
+            found[modality] = token
+    return found if "image" in found else {}
 
 
 def model_shape(config: Any) -> ModelShape:
     """Read type and sizes from a config.
 
     Raises:
-        ValueError: the family is not supported.
+        ValueError: the family is refused, or the config is of no multimodal model.
     """
-    model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type!r}: not supported; must be one of {list(FAMILIES)}")
+    family = family_of(config)
     text, vision = config.text_config, config.vision_config
-    heads = text.num_attention_heads
+    heads, hidden, layers = text.num_attention_heads, text.hidden_size, text.num_hidden_layers
+    intermediate, router = text.intermediate_size, 0
+    if getattr(text, "block_auto_adjust_ff_dim", False):  # LFM2 derives its width
+        multiple, factor = text.block_multiple_of, text.block_ffn_dim_multiplier or 1
+        intermediate = multiple * -(-int(factor * int(2 * intermediate / 3)) // multiple)
+    if experts := _part(text, "num_experts", "num_local_experts"):
+        intermediate, router = text.num_experts_per_tok * text.moe_intermediate_size, experts
+        if getattr(text, "mlp_only_layers", None) or getattr(text, "decoder_sparse_step", 1) != 1:
+            raise ValueError(
+                f"mlp_only_layers={text.mlp_only_layers}, decoder_sparse_step={text.decoder_sparse_step}: experts must "
+                "be in every layer, since the cost model knows one MLP"
+            )
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
+    linear = tuple(number for number, kind in enumerate(kinds[:layers]) if kind in ("linear_attention", "conv"))
+    costs = _linear_costs(text) if linear else (0, 0)
     decoder = DecoderShape(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        head_dim=getattr(text, "head_dim", None) or hidden // heads,
         vocab=text.vocab_size,
+        router=router,
+        query_gate="linear_attention" in kinds,
+        bidirectional=family.bidirectional,
+        first_prunable=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
+        linear_layers=linear,
+        linear_macs=costs[0],
+        linear_chunk_macs=costs[1],
     )
-    tower = VisionShape(
+    return ModelShape(config.model_type, decoder, _tower(vision), _token_ids(config)["image"], _config_hash(config))
+
+
+def _linear_costs(text: Any) -> tuple[int, int]:
+    """Price a layer's mixer without softmax attention, a short convolution or gated delta rule: for a token, a chunk."""
+    hidden = text.hidden_size
+    if (kernel := getattr(text, "conv_L_cache", None)) is not None:
+        return 4 * hidden * hidden + kernel * hidden, 0
+    heads, key_dim, value_dim = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
+    keys, values = text.linear_num_key_heads * key_dim, heads * value_dim
+    mixed = 2 * keys + values
+    chunk = LINEAR_CHUNK * (2 * LINEAR_CHUNK * key_dim + LINEAR_CHUNK * value_dim + 3 * key_dim * value_dim)
+    return hidden * (mixed + 2 * values + 2 * heads) + mixed * text.linear_conv_kernel_dim, heads * chunk
+
+
+def _tower(vision: Any) -> VisionShape | None:
+    """Read a CLIP tower's sizes; None for towers that the cost model does not know."""
+    if vision.model_type != "clip_vision_model":
+        return None
+    return VisionShape(
         layers=vision.num_hidden_layers,
         hidden=vision.hidden_size,
         intermediate=vision.intermediate_size,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
     )
-    return ModelShape(model_type, decoder, tower)
 
 
-def visual_mask(
-    adapted: AdaptedModel, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Mark the visual tokens: bool [B, N].
-
-    Args:
-        adapted: the model.
-        input_ids: [B, N]; None to look for the image token's embedding in `inputs_embeds`, as transformers does.
-        inputs_embeds: [B, N, d], before image features are put in.
-    """
-    if input_ids is not None:
-        return input_ids == adapted.image_token_id
-    assert inputs_embeds is not None
-    token = torch.tensor(adapted.image_token_id, device=inputs_embeds.device)
-    embedding: torch.Tensor = adapted.model.get_input_embeddings()(token)
-    return (inputs_embeds == embedding).all(-1)
-
-
-def crops_of(adapted: AdaptedModel, sizes: torch.Tensor | None, images: int) -> list[int]:
-    """Count the crops that the vision tower sees of each image.
-
-    Args:
-        adapted: the model.
-        sizes: [images, 2], height and width of each image, where the processor gives them; None for one crop each.
-        images: how many there are.
-    """
-    if sizes is None:
-        return [1] * images
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    config = adapted.model.config
-    grid, side = config.image_grid_pinpoints, config.vision_config.image_size
-    return [image_size_to_num_patches(size, grid, side) for size in sizes]
-
-
-def encode_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
-    """Find out how many visual tokens each image has; encode the images for it, unless that is done already.
-
-    Args:
-        adapted: the model.
-        given: the arguments of its call, with `pixel_values` or `mm_encoder_outputs` (as generate makes them).
-
-    Returns:
-        Visual tokens of each image, in the order of the batch, and the arguments that replace those given.
-
-    Raises:
-        ValueError: no image is given, or the features come from generate's chunked prefill, which cuts through images.
-    """
-    outputs = (given.get("mm_encoder_outputs") or {}).get("image")
-    changed: dict[str, Any] = {}
-    if outputs is None:
-        if given.get("pixel_values") is None:
-            raise ValueError("no image is given: pass the processor's pixel_values")
-        encode = adapted.model.base_model.get_image_features
-        names = [name for name in inspect.signature(encode).parameters if given.get(name) is not None]
-        outputs = encode(**{name: given[name] for name in names}, return_dict=True)
-        changed = {**dict.fromkeys(names), "mm_encoder_outputs": {"image": outputs}}
-    elif outputs.last_hidden_state is None:
-        raise ValueError(
-            "mm_encoder_outputs hold no last_hidden_state, as in generate's chunked prefill, whose chunks cut images "
-            "and questions: drop prefill_chunk_size, and pass features as get_image_features returns them"
-        )
-    return [len(features) for features in outputs.pooler_output], changed
+def _config_hash(config: Any) -> str:
+    """Hash what a config says of the architecture; the same for fine-tunes, and in every version of transformers."""
+    parts = {"": config, "text": config.text_config, "vision": config.vision_config}
+    said = {
+        f"{part}.{name}": value if isinstance(value, (int, float, str)) else [str(item) for item in value]
+        for part, of in parts.items()
+        for name in _ARCHITECTURE
+        if (value := getattr(of, name, None)) is not None
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,13 +8,13 @@ Shapes: B batch, P columns of the past (as many as before pruning), Q columns of
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fitprune.adapters import AdaptedModel, visual_mask
+from fitprune.adapters import AdaptedModel
+from fitprune.images import visual_mask
 
 _COMPILED = (
     "compiled code does not see the hooks that prune puts on, and would run dense; use the model before torch.compile "
@@ -69,18 +69,6 @@ def valid_columns(given: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
     return None if bool(valid.all()) else valid, past
 
 
-def require_full_attention(adapted: AdaptedModel) -> None:
-    """Refuse a decoder whose layers see a window or chunk of the sequence only: its masks would be lost."""
-    config = adapted.decoder.config
-    kinds = sorted({*(getattr(config, "layer_types", None) or ["full_attention"])} - {"full_attention"})
-    window = getattr(config, "sliding_window", None)
-    if kinds or (window is not None and getattr(config, "use_sliding_window", True)):
-        raise ValueError(
-            f"the decoder has layers of {kinds or 'sliding_window'} (sliding_window={window}): masks of pruned layers "
-            "are made for full attention; use a model whose layers all attend to the whole sequence"
-        )
-
-
 def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any]) -> None:
     """Refuse a call without images that has visual tokens, or does not tell.
 
@@ -105,18 +93,6 @@ def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any]) -> No
             f"the prompt has {tokens} visual tokens, but no image is given: pass the processor's pixel_values, and do "
             "not cut the prompt into chunks (prefill_chunk_size); a draft model of assisted decoding, which gets no "
             "images, must not be pruned itself"
-        )
-
-
-def require_features(visual: torch.Tensor, lengths: Sequence[int], past: int) -> None:
-    """Refuse a prompt whose visual tokens [B, Q] are not as many as its images' features."""
-    if (tokens := int(visual.sum())) != sum(lengths):
-        remedy = "make the prompt with the model's own processor"
-        if past:
-            remedy += ", and pass only the images of this turn: those of earlier turns are in past_key_values"
-        raise ValueError(
-            f"the prompt has {tokens} visual tokens, but its {len(lengths)} image(s) have {sum(lengths)} features: "
-            f"must be as many; {remedy}"
         )
 
 

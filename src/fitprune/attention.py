@@ -32,25 +32,86 @@ class ReceivedAttention:
     cross_attention: torch.Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """How a layer makes attention weights of the products of queries and keys.
+
+    Attributes:
+        scaling: factor on the products.
+        valid: [B, K] bool, False at padding; None where nothing is padded. Not looked at where there is a mask.
+        mask: [B or 1, H or 1, Q, K], the layer's own: bool, True where a row sees a key, or a number to add. None: a row
+            sees all keys up to its own.
+        causal: whether no row sees a later key than its own, with a mask too.
+        softcap: products are bent to stay within it.
+        sinks: [H], a logit for each head that takes weight and gives nothing.
+    """
+
+    scaling: float
+    valid: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    causal: bool = True
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def of(self, samples: slice) -> Softmax:
+        """The same for some samples of the batch."""
+        return dataclasses.replace(
+            self,
+            valid=None if self.valid is None else self.valid[samples],
+            mask=self.mask if self.mask is None or len(self.mask) == 1 else self.mask[samples],
+        )
+
+    def weights(self, products: torch.Tensor, rows: torch.Tensor, past: int) -> torch.Tensor:
+        """Make weights of scaled products [B, H, r, k] of the rows [r] of this forward and the first k keys: fp32."""
+        logits, keys = products.float(), products.shape[-1]
+        lowest = torch.finfo(torch.float32).min  # not -inf: a padded row sees no key and must not turn into NaN
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.mask is not None:
+            mask = self.mask[:, :, rows, :keys]
+            logits = (
+                logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else (logits + mask).clamp_(min=lowest)
+            )
+        else:
+            hidden = torch.arange(keys, device=rows.device)[None] > past + rows[:, None]
+            if self.valid is not None:
+                hidden = hidden | ~self.valid[:, None, None, :keys]
+            logits = logits.masked_fill_(hidden, lowest)
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sinks = self.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """One attention call of a layer.
+
+    Attributes:
+        query: [B, H, Q, D], after rotary embedding.
+        key: [B, G, K, D], after rotary embedding.
+        value: [B, G, K, D].
+        softmax: how its weights are made.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    softmax: Softmax
+
+
 @torch.no_grad()
 def received_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    image: torch.Tensor,
-    question: torch.Tensor,
-    *,
-    scaling: float,
-    valid: torch.Tensor | None = None,
+    query: torch.Tensor, key: torch.Tensor, image: torch.Tensor, question: torch.Tensor, softmax: Softmax
 ) -> ReceivedAttention:
-    """Compute the attention that visual tokens receive in one causal layer, from rows of this forward.
+    """Compute the attention that visual tokens receive in one layer, from rows of this forward.
 
     Args:
         query: [B, H, Q, D], after rotary embedding.
         key: [B, G, K, D], after rotary embedding; H is a multiple of G, K at least Q.
         image: [B, Q] int64, number of the image that each token belongs to, -1 for text and padding.
         question: [B, Q] bool, the rows whose mean is cross attention; see `text_after`.
-        scaling: factor on the query-key products.
-        valid: [B, K] bool, False at padding; None where nothing is padded.
+        softmax: how the layer makes its weights.
 
     Returns:
         Received self and cross attention, [B, Q] each. With several images, self attention comes from rows of the same
@@ -79,8 +140,7 @@ def received_attention(
             key[rows],
             image[rows],
             row_weight[rows],
-            scaling,
-            None if valid is None else valid[rows],
+            softmax.of(rows),
         )
     received.masked_fill_(image[:, None] < 0, 0)
     return ReceivedAttention(received[:, 0], received[:, 1])
@@ -92,9 +152,7 @@ def head_attention(
     key: torch.Tensor,
     image: torch.Tensor,
     question: torch.Tensor,
-    *,
-    scaling: float,
-    valid: torch.Tensor | None = None,
+    softmax: Softmax,
     kinds: Collection[str] = HEAD_KINDS,
 ) -> dict[str, torch.Tensor]:
     """Compute the attention that visual tokens receive from each head.
@@ -117,8 +175,7 @@ def head_attention(
     per_sample = max(1, BLOCK_BYTES // (heads * SCORE_BLOCK * key.shape[2] * 4))
     for first in range(0, batch, per_sample):
         rows = slice(first, first + per_sample)
-        part = None if valid is None else valid[rows]
-        for index, own, weights in _row_blocks(query[rows], key[rows], wanted[rows].any(0), scaling, part):
+        for index, own, weights in _row_blocks(query[rows], key[rows], wanted[rows].any(0), softmax.of(rows)):
             seen = weights[..., past:]
             for kind, total in made.items():
                 if not bool(needed[kind][rows, index].any()):
@@ -165,14 +222,13 @@ def _accumulate(
     key: torch.Tensor,
     image: torch.Tensor,
     row_weight: torch.Tensor,
-    scaling: float,
-    valid: torch.Tensor | None,
+    softmax: Softmax,
 ) -> None:
     """Add each needed row block's share to `received` [B, 2, Q]."""
     past = key.shape[2] - query.shape[2]
     several = bool((image > 0).any())
     needed = (row_weight > 0).any(1).any(0)  # rows that some sample needs
-    for index, own, weights in _row_blocks(query, key, needed, scaling, valid):
+    for index, own, weights in _row_blocks(query, key, needed, softmax):
         strongest = weights.amax(1)[..., past:]
         received[:, 1:, :own] += row_weight[:, 1:, index] @ strongest
         if several:
@@ -181,13 +237,12 @@ def _accumulate(
 
 
 def _row_blocks(
-    query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, scaling: float, valid: torch.Tensor | None
+    query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, softmax: Softmax
 ) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
     """Give the attention of the needed rows [Q] bool in blocks, ascending.
 
     Yields:
-        Row numbers [r], how many of the last Q keys stand before or at the block's last row, and its attention fp32
-        [B, H, r, past + those].
+        Row numbers [r], how many of the last Q keys the block looks at, and its attention fp32 [B, H, r, past + those].
     """
     batch, heads, length, width = query.shape
     groups = key.shape[1]
@@ -195,14 +250,12 @@ def _row_blocks(
     rows = torch.nonzero(needed)[:, 0]
     for first in range(0, len(rows), SCORE_BLOCK):  # torch.split would give one block of no rows
         index = rows[first : first + SCORE_BLOCK]
-        own = int(index[-1]) + 1  # later keys are behind every row of the block
+        # In a causal layer later keys are behind every row of the block.
+        end = int(index[-1]) + 1
+        own = end if softmax.causal else length
         keys = past + own
-        contiguous = own - int(index[0]) == len(index)
-        block = query[:, :, int(index[0]) : own] if contiguous else query[:, :, index]
-        block = (block * scaling).reshape(batch, groups, heads // groups * len(index), width)
-        weights = (block @ key[:, :, :keys].transpose(2, 3)).view(batch, heads, len(index), keys)
-        hidden = torch.arange(keys, device=index.device)[None] > past + index[:, None]
-        if valid is not None:
-            hidden = hidden | ~valid[:, None, None, :keys]
-        # The lowest finite number, not -inf: a padded row has no key of its own and must not turn into NaN.
-        yield index, own, weights.float().masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(-1)
+        contiguous = end - int(index[0]) == len(index)
+        block = query[:, :, int(index[0]) : end] if contiguous else query[:, :, index]
+        block = (block * softmax.scaling).reshape(batch, groups, heads // groups * len(index), width)
+        products = (block @ key[:, :, :keys].transpose(2, 3)).view(batch, heads, len(index), keys)
+        yield index, own, softmax.weights(products, index, past)

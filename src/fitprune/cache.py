@@ -13,7 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from fitprune.adapters import AdaptedModel
 
 
 class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not followed by mypy here: its classes are Any
@@ -24,7 +26,9 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
             every token of the sequence is held.
         covered: number of columns of the unpruned sequence that the R first keys stand for.
         padded: whether any row of `columns` is padded.
-        first: whether it is the cache's first layer, whose length stands for that of the sequence.
+        first: whether it is the cache's first layer with keys, whose length stands for that of the sequence.
+        window: how many columns back its layer looks, its own counted; None for all. Older keys are let go of.
+        gone: the last column whose key was let go of; -1 for none.
     """
 
     keys: torch.Tensor | None
@@ -33,6 +37,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
     covered: int = 0
     padded: bool = False
     first: bool = False
+    window: int | None = None
+    gone: int = -1
     _expected: tuple[torch.Tensor, int, bool] | None = None
 
     def all_columns(self, length: int, batch: int, device: torch.device) -> torch.Tensor:
@@ -62,7 +68,28 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
                 "`with prune(model, recipe):` takes into account; continue it in such a block"
             )
         keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.window is not None:
+            self._let_go(self.window)
         return keys, values
+
+    def _let_go(self, window: int) -> None:
+        """Drop keys that no later token sees, once they are as many as those that one does: rarely, since it looks."""
+        assert self.keys is not None
+        assert self.values is not None
+        held = self.keys.shape[-2]
+        if held < 2 * window:
+            return
+        length = self._sequence_length(held)
+        columns = self.all_columns(length, len(self.keys), self.keys.device)
+        self.gone = length - window
+        out = int((columns <= self.gone).all(0).sum())  # ascending, padding first: those in front
+        self.keys, self.values = self.keys[:, :, out:], self.values[:, :, out:]
+        self.columns, self.covered = columns[:, out:], length
+        self.padded = bool((self.columns < 0).any())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Give length and offset of the dense model's mask: `prune` cuts it to the keys held."""
+        return self._sequence_length(super().get_seq_length()) + query_length, 0
 
     def get_seq_length(self) -> int:
         """Count the keys held; in the first layer the columns of the sequence, by which the model counts positions."""
@@ -77,12 +104,20 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
 
         Args:
             tokens_to_remove: negative, how many columns to take off; positive, how many to keep.
+
+        Raises:
+            ValueError: keys that the layer would look back on again were let go of.
         """
         if self.columns is None or self.keys is None or self.values is None:
             super().crop(tokens_to_remove)
             return
         now = self._sequence_length(self.keys.shape[-2])
         length = min(now, tokens_to_remove) if tokens_to_remove > 0 else max(0, now + tokens_to_remove)
+        if self.window is not None and self.gone > length - self.window:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: a layer that looks back {self.window} tokens has let go of those up "
+                f"to {self.gone}, and at {length} tokens would need some; start again from the prompt"
+            )
         if length >= self.covered:
             super().crop(length - now)
             return
@@ -97,7 +132,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
     def reset(self) -> None:
         """Forget all keys and columns."""
         super().reset()
-        self.columns, self.covered, self.padded = None, 0, False
+        self.columns, self.covered, self.padded, self.gone = None, 0, False, -1
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let row b become what row `beam_idx[b]` was."""
@@ -139,15 +174,21 @@ def is_pruned(cache: Any) -> bool:
     return any(isinstance(layer, PrunedLayer) for layer in getattr(cache, "layers", ()))
 
 
-def adopt(cache: Any, layers: int) -> None:
-    """Make every layer of a cache a PrunedLayer, with what it holds."""
-    require_plain(cache)
-    held = [*cache.layers, *(DynamicLayer() for _ in range(layers - len(cache.layers)))]
+def adopt(cache: Any, adapted: AdaptedModel) -> None:
+    """Make every layer of a cache with keys a PrunedLayer, with what it holds."""
+    require_plain(cache, adapted)
+    held = [*cache.layers, *(DynamicLayer() for _ in range(len(adapted.layers) - len(cache.layers)))]
+    first = adapted.shape.decoder.attention_layers[0]
     for number, layer in enumerate(held):
-        if not isinstance(layer, PrunedLayer):
-            held[number] = PrunedLayer()
-            held[number].__dict__.update(layer.__dict__)
-            held[number].first = number == 0
+        if not isinstance(layer, DynamicLayer) or isinstance(layer, PrunedLayer):
+            continue
+        held[number] = pruned = PrunedLayer()
+        pruned.__dict__.update(layer.__dict__)
+        pruned.first, pruned.window = number == first, adapted.window(number)
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
+            length, keys = layer.cumulative_length, layer.keys
+            pruned.columns = torch.arange(length - keys.shape[-2], length, device=keys.device).expand(len(keys), -1)
+            pruned.covered = length
     cache.layers[:] = held
 
 
@@ -162,16 +203,30 @@ def require_whole(cache: Any) -> None:
         )
 
 
-def require_plain(cache: Any) -> None:
+def require_plain(cache: Any, adapted: AdaptedModel) -> None:
     """Refuse a cache that cannot hold layers of different length.
 
     Raises:
-        ValueError: it is no DynamicCache, offloads, or has sliding-window, quantized or other special layers.
+        ValueError: it is no DynamicCache, offloads, or has quantized or other special layers, or windows that are not
+            the model's.
     """
-    kinds = {type(layer) for layer in cache.layers} if cache.layers else {cache.layer_class_to_replicate}
-    if type(cache) is not DynamicCache or not kinds <= {DynamicLayer, PrunedLayer} or cache.offloading:
+    plain = type(cache) is DynamicCache and not cache.offloading
+    if plain and not cache.layers:
+        plain = cache.layer_class_to_replicate is DynamicLayer and not adapted.shape.decoder.linear_layers
+    elif plain:
+        plain = all(_is_plain(layer, adapted, number) for number, layer in enumerate(cache.layers))
+    if not plain:
+        kinds = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
         names = sorted(getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise ValueError(
             f"past_key_values is a {type(cache).__name__} of {', '.join(names)}, offloading={cache.offloading}: "
             "layers of a pruned cache differ in length, which only DynamicCache holds; drop cache_implementation"
         )
+
+
+def _is_plain(layer: Any, adapted: AdaptedModel, number: int) -> bool:
+    if adapted.attentions[number] is None:
+        return type(layer) is LinearAttentionLayer
+    if type(layer) is DynamicSlidingWindowLayer:
+        return bool(layer.sliding_window == adapted.window(number)) and not layer.record_past
+    return type(layer) in (DynamicLayer, PrunedLayer)

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from fitprune import embedded, files
-from fitprune.adapters import adapt, visual_mask
+from fitprune.adapters import adapt
 from fitprune.batches import make_batches
 from fitprune.calibration import Sample, load_samples
 from fitprune.evaluation import evaluate
 from fitprune.figures import draw_keep_curves, draw_kept_tokens, require_matplotlib
 from fitprune.fitting import Fitter, checked_budget
+from fitprune.images import visual_mask
 from fitprune.measurement import measure
 from fitprune.pruning import kept_positions
 from fitprune.recipe import PruningRecipe

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from fitprune import flops
-from fitprune.adapters import AdaptedModel, adapt, encode_images, visual_mask
-from fitprune.attention import HEAD_KINDS, head_attention, text_after
+from fitprune.adapters import AdaptedModel, adapt
+from fitprune.attention import HEAD_KINDS, Attention, head_attention, text_after
 from fitprune.hooks import tap_attention
+from fitprune.images import read_images, visual_mask
 from fitprune.measurement import to_model
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
 from fitprune.scoring import get_scorer
-from fitprune.selection import images_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +107,12 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
         answers, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends]).to(ids)
     )
     # An image token that the model says has no image: what would follow it cannot be asked for.
-    ended |= answers == adapted.image_token_id
+    ended |= visual_mask(adapted, answers)
     valid = ended.int().cumsum(1) - ended.int() == 0
-    _, changed = encode_images(adapted, inputs)
+    changed = read_images(adapted, inputs).changed
     fed = answers[:, :-1]
-    fed = fed.masked_fill(fed == adapted.image_token_id, 0 if adapted.image_token_id else 1)
+    harmless = min({0, 1, 2} - set(adapted.token_ids.values()))
+    fed = fed.masked_fill(visual_mask(adapted, fed), harmless)
     call = {
         **inputs,
         **changed,
@@ -120,15 +121,13 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
         "logits_to_keep": answers.shape[1],
         "use_cache": False,
     }
-    # What a processor makes for each token beside its id.
-    call = {k: v for k, v in call.items() if k in ("input_ids", "attention_mask") or not _per_token(v, ids)}
+    for name, value in inputs.items():  # what a processor makes for each token beside its id: what kind of token it is
+        if name not in ("input_ids", "attention_mask") and isinstance(value, torch.Tensor) and value.shape == ids.shape:
+            answered = value.new_full(fed.shape, adapted.family.answer_type)
+            call[name] = torch.cat([value, answered], 1)
     visual_tokens = round(float(visual.sum(1).float().mean()))
     text_tokens = round(float(call["attention_mask"].sum(1).float().mean())) - visual_tokens
     return Reference(call, log_probs, valid, answers, ids.shape[1], visual_tokens, text_tokens)
-
-
-def _per_token(value: Any, ids: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == ids.shape
 
 
 class Judge:
@@ -207,17 +206,16 @@ class Judge:
         """
         batch = self.references[number]
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
-        visual = visual_mask(self.adapted, ids)
-        lengths, _ = encode_images(self.adapted, batch.inputs)
-        image = images_of(visual, lengths)
-        after = text_after(visual, mask)
+        seen_images = read_images(self.adapted, batch.inputs)
+        image = seen_images.image
+        after = text_after(seen_images.visual, mask)
         asked = after & (torch.arange(ids.shape[1], device=ids.device) < batch.prompt)
         seen: list[Heads] = []
 
-        def tap(_: int, query: torch.Tensor, key: torch.Tensor, __: torch.Tensor, scaling: float) -> None:
-            options: dict[str, Any] = {"scaling": scaling, "valid": mask}
-            here = head_attention(query, key, image, asked, **options)
-            used = head_attention(query, key, image, after, kinds=("max",), **options)["max"].amax(1)
+        def tap(_: int, at: Attention) -> None:
+            softmax = dataclasses.replace(at.softmax, valid=mask)
+            here = head_attention(at.query, at.key, image, asked, softmax)
+            used = head_attention(at.query, at.key, image, after, softmax, ("max",))["max"].amax(1)
             seen.append(
                 Heads(torch.stack([here[kind] for kind in HEAD_KINDS], 1).flatten(1, 2).transpose(1, 2), used, image)
             )

@@ -22,13 +22,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from fitprune import results as figures
-from fitprune.adapters import adapt, crops_of, visual_mask
+from fitprune.adapters import adapt
 from fitprune.baselines import BASELINES, Method, make_method, parse_name, random_scorer
 from fitprune.batches import make_batches
 from fitprune.benchmark import decode_seconds, prefill_seconds, time_ratios
 from fitprune.calibration import Sample
 from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.flops import ModelShape
+from fitprune.images import visual_mask
 from fitprune.journal import Journal, Record
 from fitprune.measurement import provenance_of, to_model
 from fitprune.processes import Processes
@@ -37,6 +38,7 @@ from fitprune.recipe import PruningRecipe
 from fitprune.results import DENSE, Results
 from fitprune.scoring import Scorer
 from fitprune.summary import Entry, best_of, firsts, grouped, rows_of
+from fitprune.vision import crops_of
 
 MOST_DIVERGENCE = 1e6  # nats; stands for an infinite one, which JSON cannot hold
 PICTURE = 288  # longest side of an example's picture, pixels

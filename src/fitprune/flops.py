@@ -17,15 +17,32 @@ Tokens leave in two places: `removed[l]` of them inside layer l, between its att
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 SCORE_BLOCK = 64  # query rows scored at a time; `attention` works in these blocks, and the cost of scoring follows them
 
 
+LINEAR_CHUNK = 64  # tokens that a linear-attention layer takes at a time
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder. `vocab` only prices the output head and does not distinguish models."""
+    """Sizes of a decoder, and where visual tokens may leave it.
+
+    Attributes:
+        layers, hidden, heads, kv_heads, head_dim: as in transformers.
+        intermediate: width of the gated MLP; in a mixture of experts, that of all experts a token goes through.
+        vocab: only prices the output head and does not distinguish models.
+        router: experts that a router chooses from, 0 without one.
+        query_gate: whether a gate as wide as the queries is projected beside them.
+        bidirectional: whether tokens of an image attend to later ones, so that scoring looks at all keys.
+        first_prunable: the first layer that tokens may leave.
+        linear_layers: layers without softmax attention (linear attention, convolution): they have no keys to cache, and
+            nothing to rank tokens by, so none leave there.
+        linear_macs: multiply-accumulates of such a layer's mixer, for each token.
+        linear_chunk_macs: the same, for each chunk of LINEAR_CHUNK tokens begun.
+    """
 
     layers: int
     hidden: int
@@ -34,9 +51,56 @@ class DecoderShape:
     kv_heads: int
     head_dim: int
     vocab: int = dataclasses.field(default=0, compare=False)
+    router: int = 0
+    query_gate: bool = False
+    bidirectional: bool = False
+    first_prunable: int = 0
+    linear_layers: tuple[int, ...] = ()
+    linear_macs: int = 0
+    linear_chunk_macs: int = 0
 
     def __post_init__(self) -> None:
-        _require_sizes(self, may_be_zero="vocab")
+        optional = ("vocab", "router", "first_prunable", "linear_macs", "linear_chunk_macs")
+        _require_sizes(self, may_be_zero=optional, others=("query_gate", "bidirectional", "linear_layers"))
+        for name in ("query_gate", "bidirectional"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false")
+        object.__setattr__(self, "linear_layers", tuple(self.linear_layers))
+        if any(type(layer) is not int or not 0 <= layer < self.layers for layer in self.linear_layers):
+            raise ValueError(f"linear_layers={self.linear_layers!r}: must be layers from 0 to {self.layers - 1}")
+        if not self.prunable:
+            raise ValueError(f"first_prunable={self.first_prunable}: no layer with attention is left to prune")
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers with softmax attention, which cache keys."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.linear_layers)
+
+    @property
+    def prunable(self) -> tuple[int, ...]:
+        """The layers that visual tokens may leave, inside or before them."""
+        return tuple(layer for layer in self.attention_layers if layer >= self.first_prunable)
+
+    def mixer_macs(self, layer: int, tokens: int, *, projected: int | None = None) -> int:
+        """Count the multiply-accumulates of a layer's attention, or of what it has instead, over `tokens`.
+
+        `projected` of them go through the output projection; by default all.
+        """
+        projected = tokens if projected is None else projected
+        if layer in self.linear_layers:
+            return tokens * self.linear_macs + -(-tokens // LINEAR_CHUNK) * self.linear_chunk_macs
+        output = projected * self.hidden * self.q_width
+        return tokens * self.input_macs + 2 * tokens * tokens * self.q_width + output
+
+    @property
+    def input_macs(self) -> int:
+        """Multiply-accumulates of a layer's queries, keys and values for one token."""
+        return self.hidden * (self.q_width * (2 if self.query_gate else 1) + 2 * self.kv_width)
+
+    @property
+    def mlp_macs(self) -> int:
+        """Multiply-accumulates of a layer's MLP for one token."""
+        return self.hidden * (3 * self.intermediate + self.router)
 
     @property
     def q_width(self) -> int:
@@ -78,25 +142,40 @@ class VisionShape:
         return embed + tower + projector
 
 
-def _require_sizes(shape: DecoderShape | VisionShape, may_be_zero: str = "") -> None:
-    """Refuse sizes that no model has, so that a damaged file fails where it is read."""
+def _require_sizes(
+    shape: DecoderShape | VisionShape, may_be_zero: Collection[str] = (), others: Collection[str] = ()
+) -> None:
+    """Refuse sizes that no model has, so that a damaged file fails where it is read; `others` are no sizes."""
     for field in dataclasses.fields(shape):
-        value = getattr(shape, field.name)
-        if type(value) is not int or value < (0 if field.name == may_be_zero else 1):
-            raise ValueError(f"{field.name}={value!r}: must be an integer of at least 1")
+        value, least = getattr(shape, field.name), 0 if field.name in may_be_zero else 1
+        if field.name not in others and (type(value) is not int or value < least):
+            raise ValueError(f"{field.name}={value!r}: must be an integer of at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What a recipe or statistics must agree with before they are used on a model: type and decoder sizes."""
+    """What a recipe or statistics must agree with before they are used on a model: its fingerprint.
+
+    Attributes:
+        model_type: the config's.
+        decoder: sizes of the text decoder.
+        vision: sizes of the vision tower, where the cost model knows its kind.
+        image_token_id: id that marks a visual token; None where it is not known (the published recipes).
+        config_hash: hash of what the config says of the architecture; None where it is not known.
+    """
 
     model_type: str
     decoder: DecoderShape
     vision: VisionShape | None = dataclasses.field(default=None, compare=False)
+    image_token_id: int | None = dataclasses.field(default=None, compare=False)
+    config_hash: str | None = dataclasses.field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return dataclasses.asdict(self)
+        """Plain data for JSON; what is at its default or unknown is left out."""
+        data = dataclasses.asdict(self)
+        kept = {field.name: field.default for field in dataclasses.fields(DecoderShape) if field.name != "vocab"}
+        data["decoder"] = {k: v for k, v in data["decoder"].items() if k not in kept or v != kept[k]}
+        return {key: value for key, value in data.items() if value is not None or key == "vision"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelShape:
@@ -124,8 +203,19 @@ class ModelShape:
         Raises:
             ValueError: the shapes differ; the message names each difference.
         """
-        mine, theirs = ({"model_type": s.model_type, **dataclasses.asdict(s.decoder)} for s in (self, other))
-        differing = [f"{k} {mine[k]} there, {theirs[k]} here" for k in mine if k != "vocab" and mine[k] != theirs[k]]
+        mine, theirs = (
+            {
+                "model_type": s.model_type,
+                **{k: v for k, v in dataclasses.asdict(s.decoder).items() if k != "vocab"},
+                "image_token_id": s.image_token_id,
+                "config_hash": s.config_hash,
+            }
+            for s in (self, other)
+        )
+        unknown = [k for k in ("image_token_id", "config_hash") if mine[k] is None or theirs[k] is None]
+        differing = [
+            f"{k} {mine[k]} there, {theirs[k]} here" for k in mine if k not in unknown and mine[k] != theirs[k]
+        ]
         if differing:
             raise ValueError(f"{what} is of another model: {', '.join(differing)}; make one from this model")
 
@@ -143,19 +233,19 @@ def visual_macs(
         removed: tokens that leave inside each layer.
         before: tokens that leave before each layer.
 
-    Source: arXiv:2409.10197 (the authors' `statistical_analysis.py`), generalised to grouped queries.
+    Source: arXiv:2409.10197 (the authors' `statistical_analysis.py`), generalised to
+    grouped queries, experts and linear layers.
     """
     total = 0
-    for n, count in zip(entering_counts(visual_tokens, removed, before), removed, strict=True):
-        total += n * decoder.hidden * (decoder.q_width + 2 * decoder.kv_width) + 2 * n * n * decoder.q_width
+    for layer, (n, count) in enumerate(zip(entering_counts(visual_tokens, removed, before), removed, strict=True)):
         left = n - count
-        total += left * decoder.hidden * decoder.q_width + 3 * left * decoder.hidden * decoder.intermediate
+        total += decoder.mixer_macs(layer, n, projected=left) + left * decoder.mlp_macs
     return total
 
 
 def ahead_macs(decoder: DecoderShape, visual_tokens: int) -> int:
     """Count what it costs to look at a layer's attention before it: queries, keys and values, computed ahead."""
-    return visual_tokens * decoder.hidden * (decoder.q_width + 2 * decoder.kv_width)
+    return visual_tokens * decoder.input_macs
 
 
 def visual_flops_reduction(
@@ -186,7 +276,8 @@ def kv_bytes(
     value_bytes: int = 2,
 ) -> int:
     """Count the bytes of one sample's KV cache after prefill, all layers; `value_bytes` is 2 for 16-bit types."""
-    held = sum(n + text_tokens for n in entering_counts(visual_tokens, removed, before))
+    entering = entering_counts(visual_tokens, removed, before)
+    held = sum(entering[layer] + text_tokens for layer in decoder.attention_layers)
     return 2 * held * decoder.kv_width * value_bytes
 
 
@@ -199,9 +290,11 @@ def scoring_flops(decoder: DecoderShape, visual_tokens: int, text_before: int, t
     """Count the FLOPs of recomputing the query-key products that score one layer's visual tokens.
 
     Rows are the visual tokens and the text after them, SCORE_BLOCK at a time, each block against the keys up to its
-    last row.
+    last row; in a bidirectional decoder against all.
     """
     first, rows = text_before, visual_tokens + text_after
+    if decoder.bidirectional:
+        return 2 * decoder.q_width * rows * (first + rows)
     blocks, rest = divmod(rows, SCORE_BLOCK)
     pairs = SCORE_BLOCK * blocks * first + SCORE_BLOCK**2 * blocks * (blocks + 1) // 2 + rest * (first + rows)
     return 2 * decoder.q_width * pairs
@@ -252,12 +345,10 @@ def prefill_flops(
     """
     shape, text = model.decoder, text_before + text_after
     decoder = scoring = 0
-    for n, count in zip(entering_counts(visual_tokens, removed, before), removed, strict=True):
-        tokens = n + text
-        decoder += 2 * tokens * shape.hidden * (2 * shape.q_width + 2 * shape.kv_width)
-        decoder += 4 * tokens * tokens * shape.q_width
+    for layer, (n, count) in enumerate(zip(entering_counts(visual_tokens, removed, before), removed, strict=True)):
+        decoder += 2 * shape.mixer_macs(layer, n + text)
         if count:
             scoring += scoring_flops(shape, n, text_before, text_after)
-        decoder += 6 * (n - count + text) * shape.hidden * shape.intermediate
+        decoder += 2 * (n - count + text) * shape.mlp_macs
     vision = crops * model.vision.flops(shape.hidden) if model.vision else 0
     return PrefillFlops(vision=vision, decoder=decoder, scoring=scoring, head=2 * logits * shape.hidden * shape.vocab)

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from fitprune.adapters import AdaptedModel
+from fitprune.attention import Attention, Softmax
 
-# Sees one attention call: layer number, query [B, H, Q, D], key and value [B, G, K, D], scaling.
-Tap = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
+# Sees one attention call: its layer's number, and its queries, keys and values.
+Tap = Callable[[int, Attention], None]
 
 NAME = "fitprune"  # in transformers' attention registry; only tapped attention modules name it
 
@@ -32,6 +33,7 @@ class _Tapped:
     tap: Tap
     number: int
     decoder_config: Any
+    causal: bool
 
 
 _TAPPED: weakref.WeakKeyDictionary[nn.Module, _Tapped] = weakref.WeakKeyDictionary()
@@ -47,19 +49,19 @@ def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[None]:
     Raises:
         ValueError: the decoder is tapped already, or its attention does not go through transformers' registry.
     """
-    attentions = [layer.self_attn for layer in adapted.layers]
-    if any(attention.config._attn_implementation == NAME for attention in attentions):
+    attentions = [(n, attention) for n, attention in enumerate(adapted.attentions) if attention is not None]
+    if any(attention.config._attn_implementation == NAME for _, attention in attentions):
         raise ValueError("the model is in use by fitprune; leave that block first")
     _register(adapted.decoder.config._attn_implementation)
-    given = [attention.config for attention in attentions]
+    given = [attention.config for _, attention in attentions]
     try:
-        for number, attention in enumerate(attentions):
-            _TAPPED[attention] = _Tapped(tap, number, adapted.decoder.config)
+        for number, attention in attentions:
+            _TAPPED[attention] = _Tapped(tap, number, adapted.decoder.config, not adapted.family.bidirectional)
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = NAME
         yield
     finally:
-        for attention, config in zip(attentions, given, strict=True):
+        for (_, attention), config in zip(attentions, given, strict=True):
             attention.config = config
             _TAPPED.pop(attention, None)
 
@@ -86,8 +88,7 @@ def _register(implementation: str) -> None:
                 "this model was copied while it was in use by fitprune, so its attention is not its own; "
                 "copy it outside of prune"
             )
-        scaling = kwargs.get("scaling")
-        tapped.tap(tapped.number, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        tapped.tap(tapped.number, Attention(query, key, value, _softmax(query, tapped.causal, args, kwargs)))
         implementation = tapped.decoder_config._attn_implementation  # asked for now: it may change inside the block
         if implementation == "eager":  # not in the registry: each modeling file has its own
             attend = sys.modules[type(module).__module__].eager_attention_forward
@@ -98,6 +99,21 @@ def _register(implementation: str) -> None:
 
     # Disabled under torch.compile: what it sees and stores must be real tensors. (torch leaves `disable` untyped.)
     AttentionInterface.register(NAME, torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
+
+
+def _softmax(query: torch.Tensor, causal: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Softmax:
+    """Read how a layer makes its weights from what it passes to its attention function."""
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("the decoder's attention adds a position_bias, which scores do not know: not supported")
+    mask, scaling = args[0] if args else kwargs.get("attention_mask"), kwargs.get("scaling")
+    return Softmax(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        # FlashAttention takes padding [batch, keys], flex_attention a mask of blocks: neither is a mask of rows and keys.
+        mask=mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None,
+        causal=causal,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
 
 
 class _Untapped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fitprune.adapters import AdaptedModel, adapt, encode_images, visual_mask
-from fitprune.arguments import require_features, valid_columns
-from fitprune.attention import ReceivedAttention, received_attention, text_after
+from fitprune.adapters import AdaptedModel, adapt
+from fitprune.arguments import valid_columns
+from fitprune.attention import Attention, ReceivedAttention, received_attention, text_after
 from fitprune.hooks import tap_attention
+from fitprune.images import PIXELS, read_images, visual_mask
 from fitprune.selection import images_of
 from fitprune.stats import AttentionStats, merge
 
@@ -107,15 +109,16 @@ def _measure_batch(
             raise ValueError(f"sample {number} of the batch has no {what}: scores need an image and then a question")
     received: dict[int, ReceivedAttention] = {}
 
-    def tap(layer: int, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, scaling: float) -> None:
-        received[layer] = received_attention(query, key, image, question, scaling=scaling, valid=padded)
+    def tap(layer: int, at: Attention) -> None:
+        softmax = dataclasses.replace(at.softmax, valid=padded)
+        received[layer] = received_attention(at.query, at.key, seen.image, question, softmax)
 
     with torch.no_grad(), tap_attention(adapted, tap):
-        lengths, changed = encode_images(adapted, inputs)
-        require_features(visual, lengths, past=0)
-        image = images_of(visual, lengths)
-        model(**{**inputs, **changed}, use_cache=False, logits_to_keep=1)
-    ordered = [received[layer] for layer in range(len(adapted.layers))]
+        seen = read_images(adapted, inputs)
+        model(**{**inputs, **seen.changed}, use_cache=False, logits_to_keep=1)
+    # A layer without attention shows none; nothing leaves there.
+    nothing = torch.zeros_like(next(iter(received.values())).self_attention)
+    ordered = [received.get(layer, ReceivedAttention(nothing, nothing)) for layer in range(len(adapted.layers))]
     self_attention = torch.stack([r.self_attention for r in ordered], 1).cpu()  # [B, L, N]
     cross_attention = torch.stack([r.cross_attention for r in ordered], 1).cpu()
     visual, valid = visual.cpu(), valid.cpu()
@@ -183,18 +186,19 @@ def input_digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
     """Name each sample by a hash of its own inputs, whatever the batch around it.
 
     Images are dealt to samples in order, one for each run of visual tokens. Where they do not come out even (adjacent
-    images), the whole batch's images enter the hash: safe, only less able to continue with another batch size.
+    images, tiles, patches of different images in one row), the whole batch's images enter the hash: safe, only less able
+    to continue with another batch size.
     """
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
-    pixels = batch.get("pixel_values")
+    given = [batch[name] for name in PIXELS.values() if batch.get(name) is not None]
     images = (images_of(visual_mask(adapted, ids)).amax(1) + 1).tolist()
-    even = pixels is not None and sum(images) == len(pixels)
+    even = len(given) == 1 and sum(images) == len(given[0])
     digests, first = [], 0
     for row, count in enumerate(images):
         own = ids[row] if mask is None else ids[row][mask[row].bool()]
         digest = hashlib.sha256(own.cpu().numpy().tobytes())
-        if pixels is not None:
+        for pixels in given:
             mine = pixels[first : first + count] if even else pixels
             digest.update(mine.float().cpu().numpy().tobytes())
         first += count

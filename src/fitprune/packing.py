@@ -1,8 +1,9 @@
 """The rows of one forward: which tokens are present at a layer, and what the layer gets for them.
 
 Rows of a batch may keep different numbers of tokens. They are packed to the right: a shorter row has padding on its
-left, and the prompt's own padding leaves with the first tokens that leave. Masks are made by transformers' own function
-for the attention implementation in use.
+left, and the prompt's own padding leaves with the first tokens that leave. A layer's own mask of rows and keys is cut to
+those present, whatever it hides (windows, later tokens of other images); where the attention implementation has no such
+mask, one is made by transformers' own function.
 
 Shapes: B batch, P columns of the past, Q columns of this forward, m rows present at a layer (Q until tokens leave), d
 hidden size.
@@ -16,8 +17,10 @@ from typing import Any
 
 import torch
 
+from fitprune.adapters import AdaptedModel
+from fitprune.attention import Attention
 from fitprune.cache import PrunedLayer, pack
-from fitprune.views import Attention, LayerView, Prompt
+from fitprune.views import LayerView, Prompt
 
 # What a scorer may look at -> stays [B, m] bool, or None where nothing leaves.
 Choose = Callable[[LayerView], "torch.Tensor | None"]
@@ -37,7 +40,7 @@ class Forward:
         prompt: the whole prefill, for scorers.
         hidden: [B, m, d] input of the present layer, for scorers.
         previous: the view inside the layer before, for scorers; None once rows have left after it.
-        ahead: where queries, keys, values and scaling go while they are computed before their layer runs; else None.
+        ahead: where queries, keys and values go while they are computed before their layer runs; else None.
         kept: [B, m] columns, within this forward, of the rows present; -1 at padding.
         image: [B, m] image number of each row present, -1 for text and padding.
         question: [B, m] rows whose attention is cross.
@@ -46,7 +49,8 @@ class Forward:
         index: [B, m'] rows that stay, between a layer's attention and its end; shorter samples are filled on the left.
         kept_next: [B, m'] `kept` of those.
         keys_valid: [B, keys] False at keys of the present layer that are padding; None where there is none.
-        stages: what was made for a layer, by the columns that its cache holds; until more rows leave.
+        stages: what was made for a layer, by the columns that its cache holds and what it is given for each position; until
+            more rows leave.
     """
 
     past: int
@@ -56,7 +60,7 @@ class Forward:
     prompt: Prompt | None = None
     hidden: torch.Tensor | None = None
     previous: LayerView | None = None
-    ahead: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]] | None = None
+    ahead: list[Attention] | None = None
     kept: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     image: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     question: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
@@ -65,18 +69,24 @@ class Forward:
     index: torch.Tensor | None = None
     kept_next: torch.Tensor | None = None
     keys_valid: torch.Tensor | None = None
-    stages: dict[int, tuple[Any, _Stage]] = dataclasses.field(default_factory=dict)
+    stages: dict[tuple[int, ...], tuple[Any, _Stage]] = dataclasses.field(default_factory=dict)
 
     def enter(
-        self, layer: PrunedLayer | None, hidden: torch.Tensor, kwargs: dict[str, Any], config: Any
+        self,
+        adapted: AdaptedModel,
+        number: int,
+        layer: PrunedLayer | None,
+        hidden: torch.Tensor,
+        kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """Cut a layer's positions and mask to the rows present and the keys that its cache holds.
 
         Args:
-            layer: the layer's cache, if there is one.
+            adapted: the model.
+            number: the layer's.
+            layer: its cache, if there is one.
             hidden: [B, m, d], its input.
             kwargs: its keyword arguments in the dense model.
-            config: the decoder's, for its attention implementation.
 
         Returns:
             The arguments to call it with.
@@ -90,25 +100,38 @@ class Forward:
         if not self.packed and columns is None:
             self.keys_valid = self.valid
             return kwargs
-        if id(columns) not in self.stages:
-            # The columns are kept with what was made of them, so that no other tensor gets their id.
-            self.stages[id(columns)] = (columns, self._stage(layer or PrunedLayer(), hidden, kwargs, config))
-        stage = self.stages[id(columns)][1]
+        embeddings = kwargs.get("position_embeddings")
+        first = embeddings[0] if isinstance(embeddings, tuple) else embeddings
+        given = (columns, kwargs.get("attention_mask"), first, adapted.attentions[number] is None)
+        key = tuple(id(part) for part in given)
+        if key not in self.stages:
+            # What the ids are of is kept with what was made of it, so that no other tensor gets such an id.
+            self.stages[key] = (given, self._stage(adapted, number, layer or PrunedLayer(), hidden, kwargs))
+        stage = self.stages[key][1]
         self.keys_valid = stage.keys_valid
         if layer is not None:
             layer.expect(*stage.held)
         return {**kwargs, **stage.replaced}
 
-    def _stage(self, layer: PrunedLayer, hidden: torch.Tensor, kwargs: dict[str, Any], config: Any) -> _Stage:
+    def _stage(
+        self, adapted: AdaptedModel, number: int, layer: PrunedLayer, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> _Stage:
         """Make what a layer needs whose rows or keys are not those of the dense model."""
-        (batch, rows, _), device = hidden.shape, hidden.device
-        replaced: dict[str, Any] = {}
-        if self.packed:
-            kept = self.kept.to(device)
-            replaced = rows_at(kwargs, kept.clamp(min=0))
+        (batch, rows, _), device, mask = hidden.shape, hidden.device, kwargs.get("attention_mask")
+        kept = self.kept.to(device) if self.packed else None
+        replaced = {} if kept is None else rows_at(kwargs, kept.clamp(min=0))
+        if adapted.attentions[number] is None:  # it runs over the rows as they come, and padding must give it nothing
+            assert kept is not None
+            valid = kept >= 0
+            replaced["attention_mask"] = None if bool(valid.all()) else valid
+            return _Stage(replaced, None, (kept, 0, False))
+        own = mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None
+        if own is None:
+            _require_plain_mask(adapted, number, mask, self.past + self.length)
+        if kept is not None:
             new = torch.where(kept < 0, -1, kept + self.past)
-        elif rows == 1:
-            return self._step(layer, hidden, config)
+        elif rows == 1 and own is None:
+            return self._step(layer, hidden, adapted.decoder.config)
         else:
             new = torch.arange(self.past, self.past + self.length, device=device).expand(batch, -1)
         columns = torch.cat([layer.all_columns(self.past, batch, device), new], 1)
@@ -117,9 +140,17 @@ class Forward:
             held = (columns, self.past + self.length, not bool(present.all()))
         else:
             held = (layer.columns, layer.covered, layer.padded)
+        if own is not None:
+            if own.shape[-1] != self.past + self.length:
+                raise ValueError(
+                    f"layer {number}'s attention mask covers {own.shape[-1]} keys: must cover the sequence's "
+                    f"{self.past + self.length}; use a DynamicCache"
+                )
+            replaced["attention_mask"] = cut_mask(own, kept, columns)
+            return _Stage(replaced, None, held)
         if self.valid is not None:
             present = present & self.valid.to(device).expand(batch, -1).gather(1, columns.clamp(min=0))
-        replaced["attention_mask"] = _causal_mask(present, hidden, config)
+        replaced["attention_mask"] = _causal_mask(present, hidden, adapted.decoder.config)
         return _Stage(replaced, None if bool(present.all()) else present, held)
 
     def _step(self, layer: PrunedLayer, hidden: torch.Tensor, config: Any) -> _Stage:
@@ -164,13 +195,24 @@ class Forward:
         self.index, self.kept_next = pack(self.kept, stays & present)
 
     def gather(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Take the rows that stay, if some leave: [B, m, d] -> [B, m', d]."""
+        """Take the rows that stay, if some leave: [B, m, d] -> [B, m', d].
+
+        Raises:
+            ValueError: the MLP does not see the layer's rows, as in the common shape.
+        """
+        if self.index is not None and hidden.shape[:2] != self.kept.shape:
+            raise ValueError(
+                f"a layer's MLP is given {list(hidden.shape)} where {list(self.kept.shape)} rows are present: the decoder "
+                "is not of the common shape, and cannot be pruned"
+            )
         return hidden if self.index is None else _take(hidden, self.index)
 
-    def scatter(self, output: torch.Tensor) -> torch.Tensor:
+    def scatter(self, output: Any) -> Any:
         """Put gathered rows back, zero where a token leaves: [B, m', d] -> [B, m, d]."""
         if self.index is None:
             return output
+        if isinstance(output, tuple):  # experts may tell their routing too
+            return (self.scatter(output[0]), *output[1:])
         batch, _, width = output.shape
         full = output.new_zeros(batch, self.kept.shape[1], width)
         return full.scatter(1, self.index.to(output.device)[..., None].expand(-1, -1, width), output)
@@ -260,14 +302,51 @@ def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def rows_at(kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
     """Cut position embeddings and position ids of a whole forward to the rows [B, m]."""
-    batch, embeddings, ids = len(kept), kwargs.get("position_embeddings"), kwargs.get("position_ids")
+    embeddings, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
     if embeddings is not None:
         # Next to embeddings, ids only tell FlashAttention where packed sequences begin: it would take gaps for that.
-        return {
-            "position_embeddings": tuple(_take(e.expand(batch, -1, -1), kept) for e in embeddings),
-            "position_ids": None,
-        }
-    return {} if ids is None else {"position_ids": ids.expand(batch, -1).gather(1, kept.to(ids.device))}
+        several = isinstance(embeddings, tuple)
+        cut = tuple(_rows_of(e, kept) for e in (embeddings if several else (embeddings,)))
+        return {"position_embeddings": cut if several else cut[0], "position_ids": None}
+    return {} if ids is None else {"position_ids": _rows_of(ids[..., None], kept)[..., 0]}
+
+
+def _rows_of(whole: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Take rows [B, m] of [..., B or 1, Q, d]; leading axes are those of multimodal rotary positions."""
+    *axes, _, length, width = whole.shape
+    kept = kept.to(whole.device)
+    index = kept[..., None].expand(*axes, *kept.shape, width)
+    return whole.expand(*axes, len(kept), length, width).gather(-2, index)
+
+
+def cut_mask(mask: torch.Tensor, kept: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
+    """Cut a layer's mask of rows and keys to those present.
+
+    Args:
+        mask: [B or 1, h, Q, K] of the unpruned sequence: bool, True where a row sees a key, or a number to add.
+        kept: [B, m] rows, -1 at padding; None for all.
+        columns: [B, keys] columns of the keys, -1 at padding, which no row sees.
+    """
+    mask = mask.expand(len(columns), -1, -1, -1)
+    if kept is not None:
+        rows = kept.clamp(min=0)[:, None, :, None]
+        mask = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
+    index = columns.clamp(min=0)[:, None, None]
+    mask = mask.gather(3, index.expand(-1, mask.shape[1], mask.shape[2], -1))
+    padding = (columns < 0)[:, None, None]
+    return mask & ~padding if mask.dtype == torch.bool else mask.masked_fill(padding, torch.finfo(mask.dtype).min)
+
+
+def _require_plain_mask(adapted: AdaptedModel, number: int, mask: Any, length: int) -> None:
+    """Refuse a layer that hides more than later keys, where its attention implementation shows no mask to cut."""
+    window = adapted.window(number)
+    windowed = window is not None and length > window
+    if windowed or (adapted.family.bidirectional and mask is not None and not isinstance(mask, torch.Tensor)):
+        what = f"looks back {window} of {length} tokens" if windowed else "attends to later tokens of an image"
+        raise ValueError(
+            f"layer {number} {what}, and attn_implementation={adapted.decoder.config._attn_implementation!r} has no mask "
+            "of rows and keys that could be cut to the tokens that are left: load the model with 'sdpa' or 'eager'"
+        )
 
 
 def _behind_tokens(valid: torch.Tensor) -> torch.Tensor | None:

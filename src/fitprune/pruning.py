@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fitprune.adapters import adapt
+from fitprune.adapters import AdaptedModel, adapt
 from fitprune.packing import Choose, Plan
 from fitprune.recipe import PruningRecipe
 from fitprune.removal import Remover, removing
@@ -106,9 +106,23 @@ def _removing(
             f"recipe is a {type(recipe).__name__}: must be a PruningRecipe; read a file with PruningRecipe.load"
         )
     recipe.model.require_same(adapted.shape, what="recipe")
+    _require_prunable(recipe, adapted)
     used = get_scorer(recipe.scorer if scorer is None else scorer)
     plan = _by_recipe(recipe, used, pool_images)
     return removing(adapted, plan, needs_question=used.query_aware, reads_vision=used.reads_vision)
+
+
+def _require_prunable(recipe: PruningRecipe, adapted: AdaptedModel) -> None:
+    """Refuse a recipe by which tokens leave where the model's family does not let them."""
+    before = (1.0, *recipe.keep[:-1])
+    steps = zip(before, recipe.entering, recipe.keep, strict=True)
+    removing = [layer for layer, (had, enters, keeps) in enumerate(steps) if enters < had or keeps < enters]
+    allowed = adapted.shape.decoder.prunable
+    if wrong := [layer for layer in removing if layer not in allowed]:
+        raise ValueError(
+            f"recipe removes tokens at layers {wrong}: from model_type={adapted.shape.model_type!r} tokens leave "
+            f"{adapted.family.removal}, which are {list(allowed)}; fit a recipe from this model's statistics"
+        )
 
 
 def _by_recipe(recipe: PruningRecipe, scorer: Scorer, pool_images: bool) -> Plan:

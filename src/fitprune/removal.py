@@ -18,19 +18,19 @@ import dataclasses
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from fitprune import arguments
-from fitprune.adapters import AdaptedModel, encode_images, visual_mask
-from fitprune.attention import text_after
-from fitprune.cache import adopt, is_pruned, require_plain, require_whole
+from fitprune.adapters import AdaptedModel
+from fitprune.attention import Attention, text_after
+from fitprune.cache import PrunedLayer, adopt, is_pruned, require_plain, require_whole
 from fitprune.hooks import tap_attention
-from fitprune.packing import Forward, Plan, rows_at
-from fitprune.selection import images_of
-from fitprune.views import Attention, Prompt
+from fitprune.images import given_images, read_images
+from fitprune.packing import Forward, Plan, cut_mask, rows_at
+from fitprune.views import Prompt
 from fitprune.vision import Tower, watching
 
 
@@ -80,8 +80,7 @@ class Remover:
         """Find the visual tokens of a prefill, and refuse what cannot be pruned rightly."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache: Any = given.get("past_key_values")
-        images = (given.get("mm_encoder_outputs") or {}).get("image")
-        images = given.get("pixel_values") if images is None else images
+        images = given_images(given)
         if images is None:
             arguments.require_no_visual_tokens(self.adapted, given)
         if not is_pruned(cache):
@@ -102,20 +101,19 @@ class Remover:
     def _prefill(self, given: dict[str, Any], valid: torch.Tensor | None, past: int) -> tuple[Forward, dict[str, Any]]:
         """Start a forward that prunes; also says which arguments of the call change."""
         if (cache := given.get("past_key_values")) is not None:
-            require_plain(cache)
+            require_plain(cache, self.adapted)
+            # Before masks are made: the model reads their sizes off the cache.
+            adopt(cache, self.adapted)
         if self.adapted.model.training and getattr(self.adapted.decoder, "gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing runs layers again in the backward pass, when their tokens are gone: "
                 "disable it, or call model.eval()"
             )
-        visual = visual_mask(self.adapted, given.get("input_ids"), given.get("inputs_embeds"))
-        lengths, changed = encode_images(self.adapted, given)
+        seen = read_images(self.adapted, given)
+        visual, image, changed = seen.visual, seen.image, seen.changed
         length = visual.shape[1]
         column = torch.arange(length, device=visual.device).expand_as(visual)
         prompt = self._uncached_prompt(given, length)
-        arguments.require_features(visual, lengths, past)
-        whole = visual
-        image = images_of(visual, lengths)
         kept = column
         present = None if valid is None else valid[:, past:]
         if present is not None:
@@ -137,14 +135,14 @@ class Remover:
         else:
             question = torch.zeros_like(question)
         prompt_columns = asked if present is None else asked & present
-        seen = Prompt(
+        whole = Prompt(
             given.get("input_ids"),
             prompt_columns,
-            lambda: self._cls_attention({**given, **changed}, whole),
+            lambda: self._cls_attention(seen.features, seen.visual),
             image,
-            self.adapted.decoder.norm,
+            self.adapted.norm,
         )
-        return Forward(past, length, valid, self.plan(image), seen, kept=kept, image=image, question=question), changed
+        return Forward(past, length, valid, self.plan(image), whole, kept=kept, image=image, question=question), changed
 
     def _uncached_prompt(self, given: dict[str, Any], length: int) -> int:
         """The length of the prompt, also where the call repeats the last one with one more token.
@@ -152,7 +150,7 @@ class Remover:
         generate(use_cache=False) sends prompt and answer so far at every step, and the answer must not become question.
         Its steps are known by the images that it encoded ahead.
         """
-        images, ids = (given.get("mm_encoder_outputs") or {}).get("image"), given.get("input_ids")
+        images, ids = given_images(given) if given.get("mm_encoder_outputs") else None, given.get("input_ids")
         cached = given.get("past_key_values") is not None or given.get("use_cache") is not False
         if cached or ids is None or images is None:
             return length
@@ -164,13 +162,13 @@ class Remover:
         self._uncached[id(images)] = _Uncached(weakref.ref(images), prompt, length)
         return int(prompt.shape[1])
 
-    def _cls_attention(self, given: dict[str, Any], visual: torch.Tensor) -> torch.Tensor:
+    def _cls_attention(self, features: Sequence[torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
         """The [CLS] attention of the call's visual tokens; see `fitprune.vision`."""
         if self.tower is None:
             raise ValueError(
                 "the scorer reads [CLS] attention without saying so: make it Scorer(..., reads_vision=True)"
             )
-        return self.tower.deal(given["mm_encoder_outputs"]["image"].pooler_output, visual)
+        return self.tower.deal(features, visual)
 
     def after_model(self) -> None:
         """Forget this thread's innermost forward, which has ended or died."""
@@ -197,40 +195,45 @@ class Remover:
             return hidden, kwargs
         cache = kwargs.get("past_key_values")
         if cache is not None and number == 0 and state.choose is not None:
-            adopt(cache, len(self.adapted.layers))
+            adopt(cache, self.adapted)  # the model may have made it itself
         if state.choose is not None:
             state.hidden = hidden
+        if state.choose is not None and self.adapted.attentions[number] is not None:
             ahead = state.view(number, True, hidden.device, lambda: self._attention_ahead(number, hidden, kwargs))
             if (stays := state.choose(ahead)) is not None:
                 state.leave(stays)
                 state.hidden = hidden = state.drop(hidden)
             state.previous = None
-        layer = None if cache is None else cache.layers[number]
-        return hidden, state.enter(layer, hidden, kwargs, self.adapted.decoder.config)
+        held = None if cache is None else cache.layers[number]
+        layer = held if isinstance(held, PrunedLayer) else None
+        return hidden, state.enter(self.adapted, number, layer, hidden, kwargs)
 
     def _attention_ahead(self, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Attention:
         """Compute the queries and keys that a layer would have if no token left before it; the past is left out."""
         state = self._state
         assert state is not None
-        layer, given = self.adapted.layers[number], {**kwargs, "past_key_values": None, "attention_mask": None}
+        kept, mask = state.kept.to(hidden.device), kwargs.get("attention_mask")
+        own = isinstance(mask, torch.Tensor) and mask.ndim == 4
+        given = {**kwargs, "past_key_values": None}
+        given["attention_mask"] = cut_mask(mask, kept, torch.where(kept < 0, -1, kept + state.past)) if own else None
         if state.packed:
-            given |= rows_at(given, state.kept.to(hidden.device).clamp(min=0))
+            given |= rows_at(given, kept.clamp(min=0))
         state.ahead = []
         try:
             with torch.no_grad(), contextlib.suppress(_Seen):
-                layer.self_attn(hidden_states=layer.input_layernorm(hidden), **given)
-            query, key, value, scaling = state.ahead[0]
+                self.adapted.attentions[number](hidden_states=self.adapted.input_norm(number)(hidden), **given)
+            seen = state.ahead[0]
         finally:
             state.ahead = None
-        present = state.kept.to(hidden.device) >= 0
+        if own:
+            return seen
+        present = kept >= 0
         if state.valid is not None:
-            valid = state.valid[:, state.past :].to(hidden.device)
-            present = present & valid.gather(1, state.kept.to(hidden.device).clamp(min=0))
-        return Attention(query, key, scaling, None if bool(present.all()) else present, value)
+            present = present & state.valid[:, state.past :].to(hidden.device).gather(1, kept.clamp(min=0))
+        valid = None if bool(present.all()) else present
+        return dataclasses.replace(seen, softmax=dataclasses.replace(seen.softmax, valid=valid))
 
-    def at_attention(
-        self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> None:
+    def at_attention(self, number: int, attention: Attention) -> None:
         """Choose, from the layer's own queries and keys, the tokens that stay."""
         if not self._forwards.get(threading.get_ident()):
             raise ValueError(
@@ -241,11 +244,12 @@ class Remover:
         if state is None or state.choose is None:
             return
         if state.ahead is not None:
-            state.ahead.append((query, key, value, scaling))
+            state.ahead.append(attention)
             raise _Seen  # the attention itself is not needed
-        valid = None if state.keys_valid is None else state.keys_valid.to(query.device)
-        now = Attention(query, key, scaling, valid, value)
-        state.previous = view = state.view(number, False, query.device, lambda: now)
+        device = attention.query.device
+        valid = None if state.keys_valid is None else state.keys_valid.to(device)
+        now = dataclasses.replace(attention, softmax=dataclasses.replace(attention.softmax, valid=valid))
+        state.previous = view = state.view(number, False, device, lambda: now)
         if (stays := state.choose(view)) is not None:
             state.leave(stays)
 
@@ -253,7 +257,7 @@ class Remover:
         """Run the MLP on the rows that stay."""
         return hidden if (state := self._state) is None else state.gather(hidden)
 
-    def after_mlp(self, output: torch.Tensor) -> torch.Tensor:
+    def after_mlp(self, output: Any) -> Any:
         """Give the MLP's output the rows of the residual."""
         return output if (state := self._state) is None else state.scatter(output)
 
@@ -299,7 +303,6 @@ def removing(
             pruned rightly, from that call; at the end, if another thread is inside a call.
     """
     arguments.require_uncompiled(adapted)
-    arguments.require_full_attention(adapted)
     with contextlib.ExitStack() as stack:
         tower = stack.enter_context(watching(adapted)) if reads_vision else None
         remover = Remover(adapted, plan, needs_question, tower)
@@ -319,8 +322,10 @@ def removing(
                 layer.register_forward_pre_hook(
                     lambda _, args, kwargs, number=number: _enter_layer(remover, number, args, kwargs), with_kwargs=True
                 ),
-                layer.mlp.register_forward_pre_hook(lambda _, args: (remover.before_mlp(args[0]), *args[1:])),
-                layer.mlp.register_forward_hook(lambda _, __, output: remover.after_mlp(output)),
+                adapted.mlps[number].register_forward_pre_hook(
+                    lambda _, args: (remover.before_mlp(args[0]), *args[1:])
+                ),
+                adapted.mlps[number].register_forward_hook(lambda _, __, output: remover.after_mlp(output)),
                 layer.register_forward_hook(lambda _, __, output, number=number: remover.after_layer(number, output)),
             ]
         for handle in handles:

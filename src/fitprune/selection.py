@@ -60,19 +60,17 @@ def keep_highest(score: torch.Tensor, image: torch.Tensor, left: torch.Tensor) -
 
     Source: arXiv:2409.10197, the authors' `modeling_llama.py` (they sort ascending and cut the head of the list).
     """
-    stays = image < 0
-    for number in range(left.shape[1]):
-        member = image == number
-        # Members first, by falling score; a member's rank is its place in that order. Two stable sorts, not one with
-        # -inf for the others: a scorer may give -inf itself.
-        falling = score.flip(1).argsort(dim=1, descending=True, stable=True)
-        others = ~member.flip(1).gather(1, falling)
-        ranked = falling.gather(1, others.int().argsort(dim=1, stable=True))
-        rank = torch.empty_like(ranked).scatter_(
-            1, ranked, torch.arange(score.shape[1], device=score.device).expand_as(ranked)
-        )
-        stays = stays | (member & (rank.flip(1) < left[:, number, None]))
-    return stays
+    # By image, and within it by falling score: a token's rank is its place behind its image's first. Two stable sorts of
+    # the mirrored row, so that of equal scores the later token comes first.
+    mirrored = image.flip(1)
+    falling = score.flip(1).argsort(dim=1, descending=True, stable=True)
+    order = falling.gather(1, mirrored.gather(1, falling).argsort(dim=1, stable=True))
+    sizes = torch.zeros(image.shape[0], left.shape[1] + 1, dtype=torch.long, device=image.device)
+    sizes.scatter_add_(1, mirrored + 1, torch.ones_like(mirrored))
+    begins = (sizes.cumsum(1) - sizes).gather(1, mirrored.gather(1, order) + 1)
+    place = torch.arange(image.shape[1], device=image.device)
+    rank = torch.empty_like(order).scatter_(1, order, place - begins).flip(1)
+    return (image < 0) | (rank < left.gather(1, image.clamp(min=0)))
 
 
 def lowest_in_both(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from fitprune.attention import ReceivedAttention, head_attention, received_attention
+from fitprune.attention import Attention, ReceivedAttention, head_attention, received_attention
 
 
 @dataclasses.dataclass
@@ -68,25 +68,6 @@ class Prompt:
 
 
 @dataclasses.dataclass
-class Attention:
-    """Queries and keys of one attention call.
-
-    Attributes:
-        query: [B, H, m, D] after rotary embedding.
-        key: [B, G, P + m, D] after rotary embedding.
-        scaling: factor on the query-key products.
-        valid: [B, P + m] bool, False at keys that are padding; None where there is none.
-        value: [B, G, P + m, D].
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    scaling: float
-    valid: torch.Tensor | None
-    value: torch.Tensor
-
-
-@dataclasses.dataclass
 class LayerView:
     """One place where tokens leave: inside a layer, after its attention, or before it.
 
@@ -126,7 +107,7 @@ class LayerView:
     def received(self) -> ReceivedAttention:
         """Attention that the visual tokens receive in this layer, maximum over heads."""
         at = self.states
-        return received_attention(at.query, at.key, self.image, self.question, scaling=at.scaling, valid=at.valid)
+        return received_attention(at.query, at.key, self.image, self.question, at.softmax)
 
     @property
     def self_attention(self) -> torch.Tensor:
@@ -143,9 +124,7 @@ class LayerView:
         missing = [kind for kind in kinds if kind not in self._by_head]
         if missing:
             at = self.states
-            self._by_head |= head_attention(
-                at.query, at.key, self.image, self.question, scaling=at.scaling, valid=at.valid, kinds=missing
-            )
+            self._by_head |= head_attention(at.query, at.key, self.image, self.question, at.softmax, missing)
         return {kind: self._by_head[kind] for kind in kinds}
 
     @functools.cached_property

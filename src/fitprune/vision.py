@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fitprune.adapters import AdaptedModel, crops_of
+from fitprune.adapters import AdaptedModel
 
 KEPT = 4  # calls of the image encoder remembered
 
@@ -81,6 +81,23 @@ class Tower(threading.local):
         return values.masked_scatter(visual.to(weights.device), weights)
 
 
+def crops_of(adapted: AdaptedModel, sizes: torch.Tensor | None, images: int) -> list[int]:
+    """Count the crops that the vision tower sees of each image.
+
+    Args:
+        adapted: the model.
+        sizes: [images, 2], height and width of each image, where the processor gives them; None for one crop each.
+        images: how many there are.
+    """
+    grid = getattr(adapted.model.config, "image_grid_pinpoints", None)
+    if sizes is None or grid is None:
+        return [1] * images
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    side = adapted.model.config.vision_config.image_size
+    return [image_size_to_num_patches(size, grid, side) for size in sizes]
+
+
 @contextlib.contextmanager
 def watching(adapted: AdaptedModel) -> Iterator[Tower]:
     """Watch the image encoder of a model, until the block ends.
@@ -89,7 +106,7 @@ def watching(adapted: AdaptedModel) -> Iterator[Tower]:
         ValueError: the tower has no [CLS] token that the model leaves out, or its features come of several layers.
     """
     base, config = adapted.model.base_model, adapted.model.config
-    module = base.vision_tower
+    module = getattr(base, "vision_tower", None)
     layers = getattr(getattr(module, "encoder", None), "layers", None)
     has_cls = hasattr(getattr(module, "embeddings", None), "class_embedding")
     number = getattr(config, "vision_feature_layer", None)
