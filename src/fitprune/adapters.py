@@ -139,7 +139,7 @@ def family_of(config: Any) -> Family:
         problem = "has no text_config, vision_config and image_token_id, as a multimodal model's config has"
     elif family is GENERIC and getattr(config, "is_encoder_decoder", False):
         problem = "is an encoder-decoder: visual tokens are not in the decoder's prompt"
-    elif family is GENERIC and getattr(text, "num_kv_shared_layers", 0):
+    elif family is GENERIC and getattr(text, "num_kv_shared_layers", None):
         problem = "has layers that share keys, which a removed token would leave at different places"
     elif family is GENERIC and getattr(text, "kv_lora_rank", None):
         problem = "has latent attention (MLA), whose cost is not modelled"
@@ -204,7 +204,7 @@ def model_shape(config: Any) -> ModelShape:
 
 
 def _linear_costs(text: Any) -> tuple[int, int]:
-    """Price a layer's mixer without softmax attention, a short convolution or gated delta rule: for a token, a chunk."""
+    """Price a mixer without softmax attention, a short convolution or gated delta rule: for a token, a chunk."""
     hidden = text.hidden_size
     if (kernel := getattr(text, "conv_L_cache", None)) is not None:
         return 4 * hidden * hidden + kernel * hidden, 0

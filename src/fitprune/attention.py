@@ -39,8 +39,8 @@ class Softmax:
     Attributes:
         scaling: factor on the products.
         valid: [B, K] bool, False at padding; None where nothing is padded. Not looked at where there is a mask.
-        mask: [B or 1, H or 1, Q, K], the layer's own: bool, True where a row sees a key, or a number to add. None: a row
-            sees all keys up to its own.
+        mask: [B or 1, H or 1, Q, K], the layer's own: bool, True where a row sees a key, or a number to add. None: a
+            row sees all keys up to its own.
         causal: whether no row sees a later key than its own, with a mask too.
         softcap: products are bent to stay within it.
         sinks: [H], a logit for each head that takes weight and gives nothing.

@@ -115,8 +115,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
         length = min(now, tokens_to_remove) if tokens_to_remove > 0 else max(0, now + tokens_to_remove)
         if self.window is not None and self.gone > length - self.window:
             raise ValueError(
-                f"tokens_to_remove={tokens_to_remove}: a layer that looks back {self.window} tokens has let go of those up "
-                f"to {self.gone}, and at {length} tokens would need some; start again from the prompt"
+                f"tokens_to_remove={tokens_to_remove}: a layer that looks back {self.window} tokens has let go of those "
+                f"up to {self.gone}, and at {length} tokens needs some; start again from the prompt"
             )
         if length >= self.covered:
             super().crop(length - now)

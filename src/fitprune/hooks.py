@@ -108,7 +108,7 @@ def _softmax(query: torch.Tensor, causal: bool, args: tuple[Any, ...], kwargs: d
     mask, scaling = args[0] if args else kwargs.get("attention_mask"), kwargs.get("scaling")
     return Softmax(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        # FlashAttention takes padding [batch, keys], flex_attention a mask of blocks: neither is a mask of rows and keys.
+        # FlashAttention takes padding [batch, keys], flex_attention a mask of blocks: neither is one of rows and keys.
         mask=mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None,
         causal=causal,
         softcap=kwargs.get("softcap"),

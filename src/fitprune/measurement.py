@@ -186,8 +186,8 @@ def input_digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
     """Name each sample by a hash of its own inputs, whatever the batch around it.
 
     Images are dealt to samples in order, one for each run of visual tokens. Where they do not come out even (adjacent
-    images, tiles, patches of different images in one row), the whole batch's images enter the hash: safe, only less able
-    to continue with another batch size.
+    images, tiles, patches of several images in one tensor), the whole batch's images enter the hash: safe, only less
+    able to continue with another batch size.
     """
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")

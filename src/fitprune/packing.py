@@ -1,9 +1,9 @@
 """The rows of one forward: which tokens are present at a layer, and what the layer gets for them.
 
 Rows of a batch may keep different numbers of tokens. They are packed to the right: a shorter row has padding on its
-left, and the prompt's own padding leaves with the first tokens that leave. A layer's own mask of rows and keys is cut to
-those present, whatever it hides (windows, later tokens of other images); where the attention implementation has no such
-mask, one is made by transformers' own function.
+left, and the prompt's own padding leaves with the first tokens that leave. A layer's own mask of rows and keys is cut
+to those present, whatever it hides or shows (windows, later tokens of an image); where the attention implementation has
+no such mask, one is made by transformers' own function.
 
 Shapes: B batch, P columns of the past, Q columns of this forward, m rows present at a layer (Q until tokens leave), d
 hidden size.
@@ -49,8 +49,8 @@ class Forward:
         index: [B, m'] rows that stay, between a layer's attention and its end; shorter samples are filled on the left.
         kept_next: [B, m'] `kept` of those.
         keys_valid: [B, keys] False at keys of the present layer that are padding; None where there is none.
-        stages: what was made for a layer, by the columns that its cache holds and what it is given for each position; until
-            more rows leave.
+        stages: what was made for a layer, by the columns that its cache holds and what it is given for each position;
+            until more rows leave.
     """
 
     past: int
@@ -202,8 +202,8 @@ class Forward:
         """
         if self.index is not None and hidden.shape[:2] != self.kept.shape:
             raise ValueError(
-                f"a layer's MLP is given {list(hidden.shape)} where {list(self.kept.shape)} rows are present: the decoder "
-                "is not of the common shape, and cannot be pruned"
+                f"a layer's MLP is given {list(hidden.shape)} where {list(self.kept.shape)} rows are present: the "
+                "decoder is not of the common shape, and cannot be pruned"
             )
         return hidden if self.index is None else _take(hidden, self.index)
 
@@ -344,8 +344,8 @@ def _require_plain_mask(adapted: AdaptedModel, number: int, mask: Any, length: i
     if windowed or (adapted.family.bidirectional and mask is not None and not isinstance(mask, torch.Tensor)):
         what = f"looks back {window} of {length} tokens" if windowed else "attends to later tokens of an image"
         raise ValueError(
-            f"layer {number} {what}, and attn_implementation={adapted.decoder.config._attn_implementation!r} has no mask "
-            "of rows and keys that could be cut to the tokens that are left: load the model with 'sdpa' or 'eager'"
+            f"layer {number} {what}, and attn_implementation={adapted.decoder.config._attn_implementation!r} has no "
+            "mask of rows and keys that could be cut to the tokens left: load the model with 'sdpa' or 'eager'"
         )
 
 

@@ -21,7 +21,7 @@ from fitprune.flops import DecoderShape, ModelShape, VisionShape
 SCHEMA = 1
 
 # The published shapes: Llama-7B decoders with CLIP ViT-L/14 at 336 px. LLaVA-HR's tower is not a plain ViT: not priced.
-_LLAMA_7B = {"heads": 32, "kv_heads": 32, "head_dim": 128, "vocab": 32064}
+_LLAMA_7B = (32, 32, 128, 32064)  # heads, kv_heads, head_dim, vocab
 _CLIP_L_336 = VisionShape(layers=24, hidden=1024, intermediate=4096, image_size=336, patch_size=14)
 _PUBLISHED_TYPES: dict[str, tuple[str, VisionShape | None]] = {
     "llava-1.5-7b": ("llava", _CLIP_L_336),
@@ -219,9 +219,7 @@ class PruningRecipe:
             there = sorted(int(p) for p in entry["removals"])
             raise ValueError(f"percent={percent!r}: no published recipe of {name}; must be one of {there}")
         model_type, vision = _PUBLISHED_TYPES[name]
-        decoder = DecoderShape(
-            layers=entry["layers"], hidden=entry["hidden"], intermediate=entry["intermediate"], **_LLAMA_7B
-        )
+        decoder = DecoderShape(entry["layers"], entry["hidden"], entry["intermediate"], *_LLAMA_7B)
         provenance = {
             "source": "arXiv:2409.10197, recipe published by the authors",
             "name": name,

@@ -213,9 +213,10 @@ class Remover:
         state = self._state
         assert state is not None
         kept, mask = state.kept.to(hidden.device), kwargs.get("attention_mask")
-        own = isinstance(mask, torch.Tensor) and mask.ndim == 4
+        own = mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None
+        columns = torch.where(kept < 0, -1, kept + state.past)
         given = {**kwargs, "past_key_values": None}
-        given["attention_mask"] = cut_mask(mask, kept, torch.where(kept < 0, -1, kept + state.past)) if own else None
+        given["attention_mask"] = None if own is None else cut_mask(own, kept, columns)
         if state.packed:
             given |= rows_at(given, kept.clamp(min=0))
         state.ahead = []
@@ -225,7 +226,7 @@ class Remover:
             seen = state.ahead[0]
         finally:
             state.ahead = None
-        if own:
+        if own is not None:
             return seen
         present = kept >= 0
         if state.valid is not None:

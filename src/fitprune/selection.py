@@ -60,8 +60,8 @@ def keep_highest(score: torch.Tensor, image: torch.Tensor, left: torch.Tensor) -
 
     Source: arXiv:2409.10197, the authors' `modeling_llama.py` (they sort ascending and cut the head of the list).
     """
-    # By image, and within it by falling score: a token's rank is its place behind its image's first. Two stable sorts of
-    # the mirrored row, so that of equal scores the later token comes first.
+    # By image, and within it by falling score: a token's rank is its place behind its image's first. Two stable sorts
+    # of the mirrored row, so that of equal scores the later token comes first.
     mirrored = image.flip(1)
     falling = score.flip(1).argsort(dim=1, descending=True, stable=True)
     order = falling.gather(1, mirrored.gather(1, falling).argsort(dim=1, stable=True))
