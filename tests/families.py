@@ -560,6 +560,7 @@ def gemma3_processor(tokens):
 
 
 def paligemma_config(text, ids):
+    """Prompts attend both ways and all the way, text too: the windows of Gemma 2 count from the first new token on."""
     return tf.PaliGemmaConfig(
         text_config=text, vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=64),
         image_token_index=ids["<image>"], vocab_size=VOCABULARY, projection_dim=64, hidden_size=64,
