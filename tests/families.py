@@ -322,8 +322,8 @@ LLAVA_ROWS = [
         ),
         video_llava_processor, call={"return_legacy_image_output": False}, **LLAVA_VIDEO,
     ),
-    # The real tower is one of timm, which needs torchvision. ResNet too gives last_hidden_state [B, C, H, W]; like timm's
-    # it is to take any attention, having none.
+    # The real tower is one of timm, which needs torchvision. ResNet too gives last_hidden_state [B, C, H, W]; and as
+    # timm's it is to take any attention, having none.
     row(
         "fast_vlm", tf.FastVlmForConditionalGeneration,
         lambda ids: tf.FastVlmConfig(
@@ -374,11 +374,12 @@ def qwen_processor(processor, tokens):
     return untyped(processor)(images, tokens, Videos(patch=4))
 
 
-def qwen_rows(name, family, config, processor, *, video=True):
+def qwen_rows(name, family, config, processor, *, video=True, **options):
     both = {
         "image": "<|vision_start|><|image_pad|><|vision_end|>",
         "special": ["<|vision_start|>", "<|vision_end|>"],
         "named": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        **options,
     }
     processor = functools.partial(qwen_processor, processor)
     rows = [row(name, family, config, processor, **both)]
@@ -432,7 +433,7 @@ QWEN_ROWS = [
             rope={"mrope_interleaved": True, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
             linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
         ),
-        tf.Qwen3VLProcessor, video=False,
+        tf.Qwen3VLProcessor, video=False, std=0.15,  # at 0.2 rounding errors grow to 1e-4
     ),
 ]  # fmt: skip
 
@@ -559,6 +560,7 @@ def gemma3_processor(tokens):
 
 
 def paligemma_config(text, ids):
+    """Prompts attend both ways and all the way, text too: the windows of Gemma 2 count from the first new token on."""
     return tf.PaliGemmaConfig(
         text_config=text, vision_config=tf.SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=64),
         image_token_index=ids["<image>"], vocab_size=VOCABULARY, projection_dim=64, hidden_size=64,
