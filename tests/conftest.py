@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from torch.utils.flop_counter import sdpa_flop_count
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -16,6 +17,14 @@ from transformers import (
 )
 
 IMAGE = 5  # image token id
+
+
+def count_cpu_attention(query, key, value, *_, out_shape=None, **__):
+    """FLOPs of PyTorch's CPU attention kernel, which FlopCounterMode does not know by itself."""
+    return sdpa_flop_count(query, key, value)
+
+
+COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_cpu_attention}
 
 
 def tiny_model(family="llava", *, layers=5, kv_heads=2, attention="sdpa", seed=0):

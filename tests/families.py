@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,12 @@ def prompts_of(texts, image, video, frames):
 
 def process(processor, prompts, *, nested=True, **options):
     """Each prompt alone through the processor."""
+    with warnings.catch_warnings():  # some processors turn tensors to numpy in a way that numpy 2 warns of
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _processed(processor, prompts, nested, options)
+
+
+def _processed(processor, prompts, nested, options):
     return [
         dict(
             processor(

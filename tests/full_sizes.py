@@ -351,7 +351,14 @@ FULL_SIZES = (
         config_source="config.json of a fine-tune, huggingface.co/Steinate/Cortex; tower: that of the 32B in "
         "huggingface.co/quanliang/F1, but 4,096 wide at its end",
         decoder=DecoderShape(
-            layers=36, hidden=4096, intermediate=12288, heads=32, kv_heads=8, head_dim=128, vocab=151936
+            layers=36,
+            hidden=4096,
+            intermediate=12288,
+            heads=32,
+            kv_heads=8,
+            head_dim=128,
+            vocab=151936,
+            first_prunable=3,
         ),
         parameters=8_767_123_696,
         exact=True,
@@ -384,7 +391,14 @@ FULL_SIZES = (
         config_source="transformers' convert_gemma3_weights.py (0d7e95d): variant gemma3_4b; vocabulary 262,144 + 64 "
         "for the image token, the default of Gemma3TextConfig",
         decoder=DecoderShape(
-            layers=34, hidden=2560, intermediate=10240, heads=8, kv_heads=4, head_dim=256, vocab=262208
+            layers=34,
+            hidden=2560,
+            intermediate=10240,
+            heads=8,
+            kv_heads=4,
+            head_dim=256,
+            vocab=262208,
+            bidirectional=True,
         ),
         parameters=4_300_079_472,
         exact=True,

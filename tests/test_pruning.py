@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from conftest import IMAGE, Oracle, greedy_logits, tiny_inputs, tiny_model
+from conftest import COUNTED, IMAGE, Oracle, greedy_logits, tiny_inputs, tiny_model
 from fitprune import PruningRecipe, embedded, fit, load_samples, make_batches, measure, prune
 from fitprune.adapters import adapt
 from fitprune.flops import prefill_flops
@@ -138,14 +138,6 @@ def test_two_images_keep_their_own_shares_and_text_stays():
     visual = last[ids[last] == IMAGE]
     assert (int(first[visual].sum()), int((~first[visual]).sum())) == (4, 4)
     assert torch.equal(last, last.sort().values)
-
-
-def count_cpu_attention(query, key, value, *_, out_shape=None, **__):
-    """FLOPs of PyTorch's CPU attention kernel, which FlopCounterMode does not know by itself."""
-    return sdpa_flop_count(query, key, value)
-
-
-COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_cpu_attention}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -73,19 +73,23 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
         return keys, values
 
     def _let_go(self, window: int) -> None:
-        """Drop keys that no later token sees, once they are as many as those that one does: rarely, since it looks."""
+        """Drop keys that no later token sees: at once where none is missing, as the dense model's cache does.
+
+        Where tokens are missing, looking for them costs a wait for the device: then only once there are many.
+        """
         assert self.keys is not None
         assert self.values is not None
         held = self.keys.shape[-2]
-        if held < 2 * window:
-            return
         length = self._sequence_length(held)
+        whole = self.columns is None or self.columns.shape[1] == self.covered - self.gone - 1
+        if held < (window if whole else 2 * window):
+            return
         columns = self.all_columns(length, len(self.keys), self.keys.device)
         self.gone = length - window
-        out = int((columns <= self.gone).all(0).sum())  # ascending, padding first: those in front
+        out = held - window + 1 if whole else int((columns <= self.gone).all(0).sum())  # ascending, padding first
         self.keys, self.values = self.keys[:, :, out:], self.values[:, :, out:]
         self.columns, self.covered = columns[:, out:], length
-        self.padded = bool((self.columns < 0).any())
+        self.padded = not whole and bool((self.columns < 0).any())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Give length and offset of the dense model's mask: `prune` cuts it to the keys held."""
@@ -115,7 +119,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
         length = min(now, tokens_to_remove) if tokens_to_remove > 0 else max(0, now + tokens_to_remove)
         if self.window is not None and self.gone > length - self.window:
             raise ValueError(
-                f"tokens_to_remove={tokens_to_remove}: a layer that looks back {self.window} tokens has let go of those "
+                f"tokens_to_remove={tokens_to_remove}: a layer that looks back {self.window} tokens let go of those "
                 f"up to {self.gone}, and at {length} tokens needs some; start again from the prompt"
             )
         if length >= self.covered:

@@ -18,8 +18,8 @@ class Family:
         model_type: the config's.
         models: models that users know it by.
         images: which visual tokens are one image. "features": the model's encoder gives each image's features apart.
-            "runs": adjacent tokens are one image (its encoder gives tiles). "tiles": runs of tiles are one image, up to
-            the tile whose marker is that of the sample's last tile.
+            "runs": adjacent tokens are one image (its encoder gives tiles). "joined": so are runs with one token
+            between them. "tiles": runs are one image up to the one whose marker before it is that of the sample's last.
         video: how a video's tokens fall into frames. "": the family has no video; "features": as images; "runs":
             adjacent tokens; "pooled": equal frames of the pooled patch grid; "grid": equal frames, counted by the
             processor's grid or by rotary positions.
@@ -63,11 +63,11 @@ FAMILIES = {
         Family("gemma3", "Gemma 3", bidirectional=True, removal=_SLIDING),
         Family("paligemma", "PaliGemma, PaliGemma 2", bidirectional=True, answer_type=1, removal=_SLIDING),
         Family("mistral3", "Mistral Small 3.1 and 3.2"),
-        Family("aya_vision", "Aya Vision", images="runs", removal=_SLIDING),
-        Family("cohere2_vision", "Command A Vision", images="runs", removal=_SLIDING),
+        Family("aya_vision", "Aya Vision", images="tiles", removal=_SLIDING),
+        Family("cohere2_vision", "Command A Vision", images="joined", removal=_SLIDING),
         Family("glm4v", "GLM-4.1V", video="runs"),
         Family("fast_vlm", "FastVLM"),
-        Family("lfm2_vl", "LFM2-VL", images="runs", removal=_HYBRID),
+        Family("lfm2_vl", "LFM2-VL", images="joined", removal=_HYBRID),
         Family("deepseek_vl", "DeepSeek-VL"),
         Family(
             "mllama", "Llama 3.2 Vision", refused="images enter by cross-attention: no visual token is in the prompt"
@@ -87,7 +87,12 @@ GENERIC = Family(
 def table() -> str:
     """Give the families as a Markdown table."""
     rows = ["| model_type | models | status | tokens leave | one image is | frames |", "|---|---|---|---|---|---|"]
-    images = {"features": "what its encoder gives", "runs": "a run of tokens", "tiles": "its tiles together"}
+    images = {
+        "features": "what its encoder gives",
+        "runs": "a run of tokens",
+        "tiles": "its tiles together",
+        "joined": "its tiles together",
+    }
     for family in (*FAMILIES.values(), GENERIC):
         name = f"`{family.model_type}`" if family.model_type else "others"
         if family.refused:

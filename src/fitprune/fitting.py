@@ -52,7 +52,8 @@ class Budget:
         if self.kind == "mean_visual_tokens":
             return sum(entering) / len(entering)
         if self.kind == "kv_cache_reduction":
-            return 1 - sum(entering) / len(entering) / visual_tokens
+            cached = [entering[layer] for layer in decoder.attention_layers]
+            return 1 - sum(cached) / len(cached) / visual_tokens
         removed = [a - b for a, b in zip(entering, kept, strict=True)]
         between = [a - b for a, b in zip(before, entering, strict=True)]
         # Counts are fractional while a tolerance is searched; the arithmetic is the same as for whole ones.
@@ -202,6 +203,7 @@ class _Simulation:
 
     def __init__(self, stats: AttentionStats) -> None:
         layers, samples, longest = stats.model.decoder.layers, len(stats), max(stats.visual_tokens)
+        self.prunable = stats.model.decoder.prunable
         self.counts = torch.tensor(stats.visual_tokens)
         self.present = torch.arange(longest) < self.counts[:, None]  # [S, n]
         sides = []
@@ -234,6 +236,9 @@ class _Simulation:
         original = self.counts[rows].double()
         fractions = []
         for layer in range(len(self.sides[0][0])):
+            if layer not in self.prunable:
+                fractions.append(fractions[-1] if fractions else torch.ones_like(original))
+                continue
             leaving = present
             for values, orders, totals in self.sides:
                 value, order = values[layer, rows], orders[layer, rows]
@@ -265,23 +270,29 @@ def _between(
 def give_back(budget: Budget, decoder: flops.DecoderShape, visual_tokens: int, kept: Sequence[int]) -> list[int]:
     """Raise kept counts, first layer first, as long as the budget is still met.
 
-    Afterwards no layer can keep one token more without missing the budget.
+    Afterwards no layer that tokens may leave can keep one more without missing the budget.
     """
     kept = list(kept)
+    # What a layer keeps, those up to the next that tokens may leave keep too.
+    spans = list(zip(decoder.prunable, [*decoder.prunable[1:], decoder.layers], strict=True))
 
-    def fits(layer: int, more: int) -> bool:
-        ceiling = kept[layer - 1] if layer else visual_tokens
-        raised = [*kept[:layer], kept[layer] + more, *kept[layer + 1 :]]
-        return raised[layer] <= ceiling and budget.met_by(budget.measured(decoder, visual_tokens, raised))
+    def raised(span: tuple[int, int], more: int) -> list[int]:
+        first, end = span
+        return [*kept[:first], *(count + more for count in kept[first:end]), *kept[end:]]
+
+    def fits(span: tuple[int, int], more: int) -> bool:
+        ceiling = kept[span[0] - 1] if span[0] else visual_tokens
+        tried = raised(span, more)
+        return tried[span[0]] <= ceiling and budget.met_by(budget.measured(decoder, visual_tokens, tried))
 
     changed = True
     while changed:
         changed = False
-        for layer in range(len(kept)):
+        for span in spans:
             step = 0
-            while fits(layer, step + 1):  # tokens given back at one layer are few: the tolerance is fine already
+            while fits(span, step + 1):  # tokens given back at one layer are few: the tolerance is fine already
                 step += 1
-            kept[layer] += step
+            kept = raised(span, step)
             changed |= step > 0
     return kept
 
@@ -329,8 +340,9 @@ def checked_budget(kind: str, value: float) -> Budget:
 
 
 def _require_possible(budget: Budget, decoder: flops.DecoderShape, visual_tokens: int) -> None:
-    """Refuse a budget that even removing everything after the first layer's attention does not meet."""
-    best = budget.measured(decoder, visual_tokens, [0] * decoder.layers)
+    """Refuse a budget that even removing everything at the first layer that lets it leave does not meet."""
+    first = decoder.prunable[0]
+    best = budget.measured(decoder, visual_tokens, [visual_tokens] * first + [0] * (decoder.layers - first))
     if not budget.met_by(best):
         # Rounded to the side that can be met, so that the figure in the message works.
         if budget.kind == "mean_visual_tokens":
@@ -338,6 +350,6 @@ def _require_possible(budget: Budget, decoder: flops.DecoderShape, visual_tokens
         else:
             bound = f"at most {math.floor(best * 1e4) / 1e4:.4f}"
         raise OutOfReach(
-            f"{budget.kind}={budget.value}: cannot be met even with all visual tokens removed after layer 0; "
+            f"{budget.kind}={budget.value}: cannot be met even with all visual tokens removed after layer {first}; "
             f"ask for {bound}"
         )

@@ -90,12 +90,17 @@ def read_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> Images:
     for modality, outputs in encoded.items():
         parts = _features(outputs)
         features += parts
-        marked = _marked(adapted, _marker(adapted, modality, ids), ids, embeds)
+        marked = _marked(adapted, modality, ids, embeds) if modality in adapted.token_ids else None
+        if marked is None or not bool(marked.any()):  # some models mark a video's frames as images
+            marked = _marked(adapted, "image", ids, embeds)
         _require_features(marked, parts, modality, given)
         how = adapted.family.images if modality == "image" else adapted.family.video
         lengths = [len(part) for part in parts]
         if how == "tiles" and ids is not None:
             own = _by_tiles(marked, ids)
+        elif how == "joined":
+            between = torch.nn.functional.pad(marked[:, :-2] & marked[:, 2:], (1, 1))
+            own = images_of(marked | between).masked_fill(~marked, -1)
         elif how in ("runs", "tiles", ""):
             own = images_of(marked)
         else:
@@ -133,12 +138,6 @@ def _features(outputs: Any) -> list[torch.Tensor]:
     if isinstance(pooled, torch.Tensor) and pooled.ndim == 2:
         return [pooled]
     return [part.reshape(-1, part.shape[-1]) for part in pooled]
-
-
-def _marker(adapted: AdaptedModel, modality: str, ids: torch.Tensor | None) -> str:
-    """The modality whose id marks these tokens: some models mark a video's frames as images."""
-    own = modality in adapted.token_ids and (ids is None or bool((ids == adapted.token_ids[modality]).any()))
-    return modality if own else "image"
 
 
 def _require_features(

@@ -1,0 +1,249 @@
+"""Every family, on a tiny random model built from its real config class. A new one is a row of `families.ROWS`."""
+
+import functools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import COUNTED
+from families import ROWS
+from fitprune import PruningRecipe, fit, flops, measure, prune
+from fitprune.adapters import adapt
+from fitprune.images import read_images
+
+STEPS = 8
+FRACTIONS = (0.8, 0.8, 0.6, 0.6, 0.3, 0.3)  # kept after each layer, where the family lets tokens leave
+
+
+@pytest.fixture(params=ROWS, ids=lambda row: row.name)
+def row(request):
+    return request.param
+
+
+@functools.cache
+def built(name):
+    """A row's model and samples, once for all tests."""
+    row = next(row for row in ROWS if row.name == name)
+    model = row.make_model()
+    return model, row.samples(model)
+
+
+def recipe_for(model):
+    """Tokens leave at every second layer, or where the family lets them."""
+    shape = adapt(model).shape
+    keep, left = [], 1.0
+    for layer, fraction in enumerate(FRACTIONS):
+        left = min(left, fraction) if layer in shape.decoder.prunable else left
+        keep.append(left)
+    return PruningRecipe(tuple(keep), shape, 16)
+
+
+def greedy(model, inputs, steps=STEPS):
+    """Logits of the prompt's last token and of each greedy step [B, steps + 1, V], tokens and cache, by generate."""
+    made = model.generate(
+        **inputs,
+        max_new_tokens=steps + 1,
+        do_sample=False,
+        suppress_tokens=[*adapt(model).token_ids.values()],  # a visual token in the answer has no image
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(made.logits, 1), made.sequences[:, inputs["input_ids"].shape[1] :], made.past_key_values
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def test_a_recipe_that_removes_nothing_is_bit_identical_to_dense(row):
+    model, samples = built(row.name)
+    batch = row.collate(samples)
+    recipe = PruningRecipe.dense(adapt(model).shape, 16)
+    with torch.no_grad():
+        dense = model(**batch).logits
+        answers = greedy(model, batch)
+        with prune(model, recipe):
+            assert torch.equal(model(**batch).logits, dense)
+            pruned = greedy(model, batch)
+    assert torch.equal(pruned[0], answers[0])
+    assert torch.equal(pruned[1], answers[1])
+
+
+class GatheredOracle:
+    """The dense eager model, layer by layer, without the tokens that left. Shares no code with fitprune.
+
+    One sample, no cache: prompt and answer run together, and at each layer the rows that are gone are taken out of
+    hidden states, positions and mask. Which go, full attention maps of the prompt's rows decide: of each image, those
+    with the lowest product of received self and cross attention, maximum over heads.
+    """
+
+    def __init__(self, model, keep, image, prompt):
+        self.model, self.keep, self.prompt = model, keep, prompt
+        self.image = image  # [N] of the prompt: which image each column belongs to, -1 for text
+        base = model.model
+        decoder = getattr(base, "language_model", None) or base.text_model
+        self.layers = decoder.layers
+
+    def logits(self, inputs, answer):
+        """Logits of the prompt's last token and of every token of `answer` [T]: [T + 1, V]."""
+        length = self.prompt + len(answer)
+        kept = torch.arange(length)
+        handles = []
+
+        def cut(value):
+            if not isinstance(value, torch.Tensor) or value.ndim < 2 or length not in value.shape:
+                return value
+            if value.ndim == 4 and value.shape[-2:] == (length, length):
+                return value[:, :, kept][..., kept]
+            axis = -1 if value.shape[-1] == length else -2
+            return value.index_select(axis, kept)
+
+        def before(_, args, kwargs):
+            kwargs = {
+                name: tuple(cut(v) for v in value) if isinstance(value, tuple) else cut(value)
+                for name, value in kwargs.items()
+            }
+            return args, kwargs
+
+        def attended(number):
+            def hook(_, __, output):
+                nonlocal next_kept
+                weights = output[1][0].amax(0)  # [rows, keys]
+                own_image = torch.where(kept < self.prompt, self.image[kept.clamp(max=self.prompt - 1)], -1)
+                last = int(torch.nonzero(self.image >= 0).max())
+                question = (kept > last) & (kept < self.prompt)
+                leaves = torch.zeros(len(kept), dtype=torch.bool)
+                for which in range(int(self.image.max()) + 1):
+                    member = torch.nonzero(own_image == which)[:, 0]
+                    whole = int((self.image == which).sum())
+                    left = int(self.keep[number] * whole + 0.5)
+                    score = weights[member][:, member].mean(0) * weights[question][:, member].mean(0)
+                    leaves[member[score.argsort(stable=True)[: len(member) - left]]] = True
+                next_kept = torch.nonzero(~leaves)[:, 0]
+
+            return hook
+
+        def after(_, __, output):
+            nonlocal kept, next_kept
+            if next_kept is None:
+                return output
+            hidden = output[0] if isinstance(output, tuple) else output
+            kept, chosen, next_kept = kept[next_kept], next_kept, None
+            hidden = hidden[:, chosen]
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        next_kept = None
+        entered = []
+        handles.append(self.layers[0].register_forward_pre_hook(lambda *_: entered.clear()))
+        for number, layer in enumerate(self.layers):
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(lambda *_: entered.append(len(kept))))
+            if hasattr(layer, "self_attn"):
+                handles.append(layer.self_attn.register_forward_hook(attended(number)))
+            handles.append(layer.register_forward_hook(after))
+        try:
+            with torch.no_grad():
+                # All rows left, in order: the answer's are the last ones.
+                found = self.model(**inputs, use_cache=False, logits_to_keep=len(answer) + 1).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found, entered
+
+
+def whole_inputs(model, sample, answer):
+    """The prompt with the answer behind it, as one dense prefill."""
+    inputs = dict(sample)
+    typed = adapt(model).family.answer_type
+    inputs["input_ids"] = torch.cat([sample["input_ids"], answer[None]], 1)
+    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if name in sample:
+            value = 1 if name == "attention_mask" else typed
+            inputs[name] = torch.cat([sample[name], torch.full_like(answer[None], value)], 1)
+    inputs.pop("labels", None)
+    return inputs
+
+
+def test_pruned_logits_and_greedy_steps_equal_the_dense_oracle(row):
+    """And the KV cache holds what the recipe says."""
+    model, samples = built(row.name)
+    recipe = recipe_for(model)
+    reference = row.make_model()
+    reference.set_attn_implementation({"text_config": "eager"})
+    adapted = adapt(model)
+    for sample in samples[:2]:
+        with torch.no_grad(), prune(model, recipe):
+            logits, answer, cache = greedy(model, sample)
+            image = read_images(adapted, sample).image[0]
+        prompt = sample["input_ids"].shape[1]
+        oracle = GatheredOracle(reference, recipe.keep, image, prompt)
+        expected, entered = oracle.logits(whole_inputs(model, sample, answer[0, :-1]), answer[0, :-1])
+        assert relative(logits[0], expected) < 1e-4
+        expected[:, [*adapted.token_ids.values()]] = -torch.inf
+        assert torch.equal(expected.argmax(-1), answer[0])
+        held = [cache.layers[layer].keys.shape[-2] for layer in adapted.shape.decoder.attention_layers]
+        windows = [adapted.window(layer) for layer in adapted.shape.decoder.attention_layers]
+        expected_held = [entered[layer] for layer in adapted.shape.decoder.attention_layers]
+        for there, predicted, window in zip(held, expected_held, windows, strict=True):
+            assert there == predicted or (window and there <= min(predicted, 2 * window))
+
+
+def test_a_ragged_batch_equals_its_rows_alone(row):
+    model, samples = built(row.name)
+    recipe = recipe_for(model)
+    rows = samples[:3]
+    with torch.no_grad(), prune(model, recipe):
+        together, answers, _ = greedy(model, row.collate(rows))
+        for number, sample in enumerate(rows):
+            alone, answer, _ = greedy(model, sample)
+            assert relative(together[number], alone[0]) < 1e-4
+            assert torch.equal(answers[number], answer[0])
+
+
+def test_executed_flops_equal_the_cost_model(row):
+    """Decoder, scoring and head; the images are encoded ahead, as generate does."""
+    model, samples = built(row.name)
+    adapted, recipe = adapt(model), recipe_for(model)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the counter does not know grouped matrix products
+    sample = dict(samples[0])
+    sample.pop("labels", None)
+    with torch.no_grad():
+        seen = read_images(adapted, sample)
+        call = {**sample, **seen.changed, "use_cache": False, "logits_to_keep": 1}
+        counts = []
+        for recipe_used in (PruningRecipe.dense(adapted.shape, 16), recipe):
+            with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, prune(model, recipe_used):
+                model(**call)
+            counts.append(counter.get_total_flops())
+    visual = int(seen.visual.sum())
+    where = torch.nonzero(seen.visual[0])[:, 0]
+    length = sample["input_ids"].shape[1]
+    after = length - 1 - int(where[-1])
+    sizes = torch.unique(seen.image[seen.image >= 0], return_counts=True)[1].tolist()
+    for executed, used in zip(counts, (PruningRecipe.dense(adapted.shape, 16), recipe), strict=True):
+        removed = [sum(layer) for layer in zip(*(used.counts(size) for size in sizes), strict=True)]
+        cost = flops.prefill_flops(
+            adapted.shape, visual, removed, text_before=length - visual - after, text_after=after, logits=1
+        )
+        assert executed == pytest.approx(cost.decoder + cost.scoring + cost.head, rel=0.01)
+
+
+def test_measure_and_fit_give_a_recipe_that_the_model_takes(row):
+    model, samples = built(row.name)
+    stats = measure(model, samples)
+    assert stats.model.config_hash
+    decoder = stats.model.decoder
+    bound = flops.visual_flops_reduction(
+        decoder, 16, [0] * decoder.first_prunable + [16] + [0] * (5 - decoder.first_prunable)
+    )
+    recipe = fit(stats, flops_reduction=0.5 * bound)
+    removing = [layer for layer, count in enumerate(recipe.counts(stats.usual_visual_tokens)) if count]
+    assert removing
+    assert set(removing) <= set(decoder.prunable)
+    with torch.no_grad(), prune(model, recipe):
+        assert torch.isfinite(model(**samples[1]).logits).all()
+    alone = measure(model, [row.collate(samples)])
+    assert torch.allclose(alone.self_attention, stats.self_attention, atol=1e-5)
+    assert torch.allclose(alone.cross_attention, stats.cross_attention, atol=1e-5)
