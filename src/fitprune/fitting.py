@@ -234,7 +234,7 @@ class _Simulation:
         """
         present = self.present[rows].clone()
         original = self.counts[rows].double()
-        fractions = []
+        fractions: list[torch.Tensor] = []
         for layer in range(len(self.sides[0][0])):
             if layer not in self.prunable:
                 fractions.append(fractions[-1] if fractions else torch.ones_like(original))

@@ -17,7 +17,8 @@ import torch
 from fitprune.adapters import AdaptedModel
 from fitprune.selection import images_of
 
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+# By modality, what processors and models call its pixels; Video-LLaVA has a name of its own in transformers 5.19.
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Images:
 def given_images(given: Mapping[str, Any]) -> Any:
     """What a call gives of images or videos, encoded or not; None for a call of text alone."""
     encoded = given.get("mm_encoder_outputs") or {}
-    found = [encoded.get(modality) for modality in PIXELS] + [given.get(pixels) for pixels in PIXELS.values()]
+    found = [encoded.get(modality) for modality in PIXELS]
+    found += [given.get(name) for names in PIXELS.values() for name in names]
     return next((images for images in found if images is not None), None)
 
 
@@ -107,6 +109,11 @@ def read_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> Images:
             own = images_of(marked, lengths if modality == "image" else _frames(adapted, how, lengths, marked, given))
         owner = torch.where(own >= 0, own + first, owner)
         first = int(owner.max()) + 1
+    if bool((left := visual & (owner < 0)).any()):
+        raise ValueError(
+            f"the prompt has {int(left.sum())} visual tokens of images or videos that are not given: pass the pixels of "
+            "all of this turn's"
+        )
     return Images(visual, _numbered(owner), features, changed)
 
 
@@ -114,7 +121,8 @@ def _encoded(adapted: AdaptedModel, given: Mapping[str, Any]) -> tuple[dict[str,
     """Encode the images that are not, as generate does before it calls the model."""
     outputs = {name: value for name, value in (given.get("mm_encoder_outputs") or {}).items() if value is not None}
     changed: dict[str, Any] = {}
-    for modality, pixels in PIXELS.items():
+    for modality, named in PIXELS.items():
+        pixels = next((name for name in named if given.get(name) is not None), None)
         if modality in outputs:
             if outputs[modality].last_hidden_state is None:
                 raise ValueError(
@@ -122,7 +130,7 @@ def _encoded(adapted: AdaptedModel, given: Mapping[str, Any]) -> tuple[dict[str,
                     f"images and questions: drop prefill_chunk_size, and pass features as get_{modality}_features "
                     "returns them"
                 )
-        elif given.get(pixels) is not None:
+        elif pixels is not None:
             encode = getattr(adapted.model.base_model, f"get_{modality}_features")
             names = [name for name in inspect.signature(encode).parameters if given.get(name) is not None]
             outputs[modality] = encode(**{name: given[name] for name in names}, return_dict=True)

@@ -191,7 +191,7 @@ def input_digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
     """
     ids = batch["input_ids"]
     mask = batch.get("attention_mask")
-    given = [batch[name] for name in PIXELS.values() if batch.get(name) is not None]
+    given = [batch[name] for names in PIXELS.values() for name in names if batch.get(name) is not None]
     images = (images_of(visual_mask(adapted, ids)).amax(1) + 1).tolist()
     even = len(given) == 1 and sum(images) == len(given[0])
     digests, first = [], 0
