@@ -9,7 +9,7 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "files", "diversity", "processes", "tables"},
+    {"tokens", "flops", "files", "hub", "card", "diversity", "processes", "tables"},
     {"recipe", "journal", "results", "attention", "selection", "stats", "calibration", "embedded", "adapters", "cache"},
     {"fitting", "hooks", "batches", "arguments", "views", "vision"},
     {"scoring", "packing", "measurement", "analysis"},
