@@ -11,7 +11,7 @@ import fitprune
 LAYERS = [
     {"tokens", "flops", "files", "hub", "card", "diversity", "processes", "tables"},
     {"recipe", "journal", "results", "attention", "selection", "stats", "calibration", "embedded", "adapters", "cache"},
-    {"fitting", "hooks", "batches", "arguments", "views", "vision", "lookup"},
+    {"fitting", "hooks", "batches", "arguments", "views", "vision", "lookup", "loading"},
     {"scoring", "packing", "measurement", "analysis"},
     {"removal", "analysis_files"},
     {"pruning", "sequential"},
