@@ -43,7 +43,7 @@ def test_neither_help_nor_import_nor_cost_loads_torch():
     code = (
         "import sys, fitprune, fitprune.cli\n"
         "fitprune.cli.main(['cost', 'llava-1.5-7b:60'])\n"
-        "assert not {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules), 'heavy import'"
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'numpy', 'PIL'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
@@ -136,7 +136,7 @@ def test_bad_use_exits_2_with_one_line(made, tmp_path, capsys):
         (["cost", "llava-1.5-7b:61"], "must be one of"),
         (["fit", stats, "--flops-reduction", "0.5", "0.5", "-o", here], "states a budget twice"),
         (["cost", "llava-1.5-7b"], "say which of its recipes"),
-        ([*generate, "--recipe", recipe, "--image", image, "--device", "foo"], "--device foo: unknown"),
+        ([*generate, "--recipe", recipe, "--image", image, "--device", "foo"], "device foo: unknown"),
         ([*generate, "--recipe", f"{here}/other.json", "--image", image], "another model"),
         ([*generate, "--recipe", recipe, "--image", recipe], "is not an image file"),
         ([*generate, "--recipe", recipe, "--image", image, "--prompt-template", "Q {question}"], "no visual token"),

@@ -9,9 +9,9 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "families", "files", "diversity", "processes", "tables"},
+    {"tokens", "flops", "families", "files", "hub", "card", "diversity", "processes", "tables"},
     {"recipe", "journal", "results", "attention", "selection", "stats", "calibration", "embedded", "adapters"},
-    {"fitting", "hooks", "batches", "cache", "images", "views", "vision"},
+    {"fitting", "hooks", "batches", "cache", "images", "views", "vision", "lookup", "loading"},
     {"scoring", "packing", "arguments", "analysis"},
     {"measurement", "removal", "analysis_files"},
     {"pruning", "sequential"},

@@ -23,6 +23,7 @@ _HOMES = {
     "fit": "fitting",
     "fit_output": "output_fitting",
     "fit_sequential": "sequential",
+    "load_model": "loading",
     "load_samples": "calibration",
     "make_batches": "batches",
     "measure": "measurement",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from fitprune.calibration import load_samples as load_samples
     from fitprune.evaluation import evaluate as evaluate
     from fitprune.fitting import fit as fit
+    from fitprune.loading import load_model as load_model
     from fitprune.measurement import measure as measure
     from fitprune.output_fitting import fit_output as fit_output
     from fitprune.pruning import prune as prune

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,19 +184,21 @@ def _generate(args: argparse.Namespace) -> None:
     from fitprune.measurement import to_model
     from fitprune.pruning import prune
 
-    recipe = PruningRecipe.named(args.recipe)
+    recipe = None if args.recipe is None else PruningRecipe.named(args.recipe)
     sample = Sample("0", args.question, Path(args.image), where="--image")
     sample.load_image()
     model, processor = _load(args)
     inputs = to_model(next(make_batches([sample], processor, prompt_template=args.prompt_template)), model)
-    with prune(model, recipe):
+    with prune(model, recipe, force=args.force):
         ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip())
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from fitprune.adapters import adapt
     from fitprune.baselines import Method
     from fitprune.evaluation import evaluate
+    from fitprune.lookup import fitted_to
     from fitprune.results import beside, table
     from fitprune.summary import Entry
 
@@ -212,13 +213,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     budgets = [budget for budget in at.values() if budget is not None]
     # Recipes of one search stand in one line of the tables, beside the methods at their budgets.
     together = len(set(budgets)) == len(budgets)
-    given = [
-        Entry(name, Method(recipe)) if at[name] is None or not together else Entry("output", Method(recipe), at[name])
-        for name, recipe in recipes.items()
-    ]
-    entries = [*given, *solved]
     tasks = _samples(args)
     model, processor = _load(args)
+    shape = adapt(model).shape
+    entries = []
+    for name, recipe in recipes.items():
+        method = Method(fitted_to(recipe, shape, force=args.force, what=f"recipe {name!r}"))
+        alone = at[name] is None or not together
+        entries.append(Entry(name, method) if alone else Entry("output", method, at[name]))
+    entries += solved
     results = evaluate(
         model,
         processor,
@@ -300,29 +303,22 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Load model and processor from a folder or by hub name."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    """Load model and processor as the options of `add_model` say."""
     from transformers.utils import logging as transformers_logging
 
-    from fitprune import adapters, embedded
+    from fitprune.loading import load_model
 
     transformers_logging.disable_progress_bar()
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        raise ValueError(f"--device {args.device}: unknown; for example cpu, cuda or cuda:1") from None
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes: each has a GPU of its own
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this torch sees no CUDA device; use --device cpu")
-    name = embedded.resolve(args.model)
-    adapters.model_shape(AutoConfig.from_pretrained(name))  # before the weights: the wrong family is found in a second
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
-    # What results say of it: the embedded model's folder differs from machine to machine.
-    model.name_or_path = args.model
-    return model, AutoProcessor.from_pretrained(name)
+    return load_model(
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        device=args.device,
+        device_map=args.device_map,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+        quantization=args.quantization,
+    )
 
 
 def _samples(args: argparse.Namespace) -> dict[str, Any]:
@@ -359,11 +355,28 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_model(made: argparse._ActionsContainer, name: str = "model") -> None:
         made.add_argument(name, metavar="MODEL", help="folder or hub name; 'digit-scenes' is the embedded model")
-        made.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-        made.add_argument("--device", default="cpu", help="for example cpu, cuda, cuda:1 (default: cpu)")
+        made.add_argument("--revision", help="branch, tag or commit of MODEL on the hub (default: main)")
+        made.add_argument(
+            "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+            help="default: the checkpoint's",
+        )  # fmt: skip
+        where = made.add_mutually_exclusive_group()
+        where.add_argument("--device", help="for example cpu, cuda, cuda:1 (default: cpu)")
+        where.add_argument("--device-map", help="spread MODEL over devices: auto, balanced, sequential")
+        made.add_argument("--attn-implementation", help="such as sdpa, eager, flash_attention_2")
+        made.add_argument(
+            "--quantization", choices=["bnb-4bit", "bnb-8bit", "torchao-int8"],
+            help="quantize the weights while loading (docs/quantization.md)",
+        )  # fmt: skip
+        made.add_argument("--trust-remote-code", action="store_true", help="run code that MODEL's repository brings")
         made.add_argument(
             "--prompt-template", help="instead of the chat template: 'USER: <image>\\n{question} ASSISTANT:'"
         )
+
+    recipe_names = "recipe file or folder, hub name, or a published one such as llava-1.5-7b:60"
+
+    def add_force(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--force", action="store_true", help="use a recipe of another model with as many layers")
 
     def add_data(made: argparse._ActionsContainer, required: bool = True) -> None:
         made.add_argument(
@@ -422,7 +435,7 @@ def _parser() -> argparse.ArgumentParser:
         "cost", _cost, "show what a recipe costs",
         "fitprune cost llava-1.5-7b:60 --visual-tokens 576 --text-tokens 64",
     )  # fmt: skip
-    made.add_argument("recipe", metavar="RECIPE", help="recipe file, or a published one such as llava-1.5-7b:60")
+    made.add_argument("recipe", metavar="RECIPE", help=recipe_names)
     made.add_argument("--visual-tokens", type=_positive, help="visual tokens of the sample (default: the recipe's)")
     made.add_argument("--text-tokens", type=int, default=64)
     made.add_argument(
@@ -435,7 +448,8 @@ def _parser() -> argparse.ArgumentParser:
         "fitprune generate digit-scenes --recipe recipe.json --image scene.jpg --question 'Which digit is red?'",
     )  # fmt: skip
     add_model(made)
-    made.add_argument("--recipe", required=True, help="recipe file, or a published one such as llava-1.5-7b:60")
+    made.add_argument("--recipe", help=f"{recipe_names} (default: the one beside the model)")
+    add_force(made)
     made.add_argument("--image", required=True)
     made.add_argument("--question", required=True)
     made.add_argument("--max-new-tokens", type=_positive, default=64)
@@ -447,7 +461,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_model(made)
     add_data(made)
-    made.add_argument("--recipe", nargs="+", help="recipe files, or published ones such as llava-1.5-7b:60")
+    made.add_argument("--recipe", nargs="+", help=f"of each: {recipe_names}")
+    add_force(made)
     made.add_argument(
         "--methods", nargs="+", help="methods solved for each budget: all, or names such as fitprune random fastv:k=1 "
         "(docs/baselines.md; default: fitprune)",

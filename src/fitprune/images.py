@@ -111,7 +111,7 @@ def read_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> Images:
         first = int(owner.max()) + 1
     if bool((left := visual & (owner < 0)).any()):
         raise ValueError(
-            f"the prompt has {int(left.sum())} visual tokens of images or videos that are not given: pass the pixels of "
+            f"the prompt has {int(left.sum())} visual tokens of images that are not given: pass the pixels of "
             "all of this turn's"
         )
     return Images(visual, _numbered(owner), features, changed)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from fitprune.adapters import AdaptedModel, adapt
+from fitprune.lookup import find_recipe, fitted_to
 from fitprune.packing import Choose, Plan
 from fitprune.recipe import PruningRecipe
 from fitprune.removal import Remover, removing
@@ -21,10 +23,11 @@ from fitprune.views import LayerView
 @contextlib.contextmanager
 def prune(
     model: Any,
-    recipe: PruningRecipe,
+    recipe: PruningRecipe | str | os.PathLike[str] | None = None,
     scorer: str | Scorer | Mapping[str, Any] | Score | None = None,
     *,
     pool_images: bool = False,
+    force: bool = False,
 ) -> Iterator[Any]:
     """Remove visual tokens by `recipe` in every prefill of `model`, until the block ends.
 
@@ -47,33 +50,37 @@ def prune(
 
     Args:
         model: a supported `...ForConditionalGeneration` model.
-        recipe: fitted for this model.
+        recipe: fitted for this model; whole, or what `PruningRecipe.named` finds it by: a file, a folder, a hub name, a
+            published name. None for the one beside the model's weights, in its folder or hub repository.
         scorer: instead of the recipe's own: a name in `fitprune.scoring.SCORERS`, name and parameters as a recipe
             holds them, a Scorer, or a function from LayerView to scores [B, m].
         pool_images: let the images of a sample share one count and compete for it, instead of one share each.
+        force: use a recipe of another model, if that has as many layers.
 
     Yields:
         `model`. On exit, also after an exception, it is as it was found.
 
     Raises:
-        ValueError: the recipe is of another model, the scorer is unknown, the model's family is not supported or the
-            model is pruned already; from a call of the model, where its result could not be exact: docs/calling.md
-            has the list; on exit, if another thread is still inside a call.
+        OSError: a recipe's file cannot be read, nothing has its name, or the hub is out of reach.
+        ValueError: there is no recipe beside the model, the recipe is of another model, the scorer is unknown, the
+            model's family is not supported or the model is pruned already; from a call of the model, where its result
+            could not be exact: docs/calling.md has the list; on exit, if another thread is still inside a call.
 
     Source: arXiv:2409.10197. Differs from the authors' code: any batch, prompt and attention implementation instead of
     one prompt of 35 + 576 tokens under eager attention.
     """
-    with _removing(model, recipe, scorer, pool_images):
+    with _removing(model, recipe, scorer, pool_images, force):
         yield model
 
 
 def kept_positions(
     model: Any,
-    recipe: PruningRecipe,
+    recipe: PruningRecipe | str | os.PathLike[str] | None,
     inputs: Mapping[str, Any],
     scorer: str | Scorer | Mapping[str, Any] | Score | None = None,
     *,
     pool_images: bool = False,
+    force: bool = False,
 ) -> list[torch.Tensor]:
     """Run one prefill and tell which positions of the prompt enter each layer; arguments as for `prune`.
 
@@ -87,7 +94,7 @@ def kept_positions(
     call = {**inputs, "use_cache": False}
     if "labels" not in inputs:
         call.setdefault("logits_to_keep", 1)
-    with _removing(model, recipe, scorer, pool_images) as remover, torch.no_grad():
+    with _removing(model, recipe, scorer, pool_images, force) as remover, torch.no_grad():
         model(**call)
     if not remover.entered:
         raise ValueError("the inputs have no image: nothing is pruned; pass the processor's pixel_values")
@@ -96,16 +103,13 @@ def kept_positions(
 
 def _removing(
     model: Any,
-    recipe: PruningRecipe,
+    recipe: PruningRecipe | str | os.PathLike[str] | None,
     scorer: str | Scorer | Mapping[str, Any] | Score | None,
     pool_images: bool,
+    force: bool,
 ) -> contextlib.AbstractContextManager[Remover]:
     adapted = adapt(model)
-    if not isinstance(recipe, PruningRecipe):
-        raise ValueError(
-            f"recipe is a {type(recipe).__name__}: must be a PruningRecipe; read a file with PruningRecipe.load"
-        )
-    recipe.model.require_same(adapted.shape, what="recipe")
+    recipe = fitted_to(find_recipe(model, recipe), adapted.shape, force=force)
     _require_prunable(recipe, adapted)
     used = get_scorer(recipe.scorer if scorer is None else scorer)
     plan = _by_recipe(recipe, used, pool_images)

@@ -1,6 +1,7 @@
 """The recipe: how many visual tokens are left after each decoder layer. Data, not code.
 
-Knows its JSON form and the published recipes of the FitPrune authors. Imports neither torch nor transformers.
+Knows its JSON form, where recipes are found by name, and the published recipes of the FitPrune authors. Imports neither
+torch nor transformers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from fitprune import files, flops, tokens
+from fitprune import card, files, flops, hub, tokens
 from fitprune.flops import DecoderShape, ModelShape, VisionShape
 
 SCHEMA = 1
@@ -229,21 +230,177 @@ class PruningRecipe:
         return cls(keep, ModelShape(model_type, decoder, vision), entry["visual_tokens"], provenance)
 
     @classmethod
-    def named(cls, name: str) -> PruningRecipe:
-        """Load a recipe file, or take a published recipe by "model:percent".
+    def named(cls, name: str | os.PathLike[str]) -> PruningRecipe:
+        """Find a recipe by what a user would call it.
+
+        Args:
+            name: a file, a folder that holds fitprune_recipe.json, a published recipe such as "llava-1.5-7b:60", or a
+                hub repository "owner/name", or "owner/name@revision". What exists on this machine goes first.
 
         Raises:
-            OSError: the file cannot be read.
+            OSError: the file cannot be read, nothing has that name, or the hub is out of reach.
             ValueError: as `load` and `published`, or the percent is missing.
         """
+        path, name = Path(name), os.fspath(name)
+        if path.is_dir():
+            return cls.from_pretrained(path)
+        if path.exists():
+            return cls.load(path)
         published = cls.published_names()
         model, *percent = name.split(":")
-        if not Path(name).exists() and model in published and len(percent) == 1:
+        if model in published and len(percent) == 1:
             # What is no number goes on as it is, for `published` to name it in its error.
             return cls.published(model, int(percent[0]) if percent[0].isdigit() else percent[0])  # type: ignore[arg-type]
         if name in published:
             raise ValueError(f"{name}: say which of its recipes, such as {name}:60; {published[name]}")
-        return cls.load(name)
+        if place := hub.split_name(name):
+            return cls.from_pretrained(place[0], revision=place[1])
+        raise FileNotFoundError(
+            f"{name}: no such file or folder, no published recipe (those of {', '.join(published)} are named like "
+            "llava-1.5-7b:60) and no hub name (owner/name)"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> PruningRecipe:
+        """Read fitprune_recipe.json of a folder or of a hub repository: the recipe's own, or its model's.
+
+        Args:
+            name_or_dir: folder, or "owner/name" on the hub; a folder goes first.
+            revision: branch, tag or commit on the hub; by default the main branch.
+            token: access token; by default the one that is logged in.
+            cache_dir: instead of huggingface_hub's cache.
+            local_files_only: look into the cache alone.
+            force_download: fetch it though the cache has it.
+
+        Raises:
+            FileNotFoundError: there is no such folder or repository, or no recipe in it.
+            ConnectionError: the hub is out of reach (offline mode too), and the cache has no such file.
+            OSError: the file cannot be read, or the hub refuses.
+            ValueError: as `load`; or a revision of a folder.
+        """
+        path, name = Path(name_or_dir), os.fspath(name_or_dir)
+        if path.is_dir():
+            if revision is not None:
+                raise ValueError(f"revision={revision!r}: {name} is a folder, which has none; leave it out")
+            if not (path / hub.RECIPE_FILE).exists():
+                raise FileNotFoundError(f"folder {name} has no {hub.RECIPE_FILE}")
+            return cls.load(path / hub.RECIPE_FILE)
+        place = hub.split_name(name)
+        if place is None or place[1] is not None:
+            raise FileNotFoundError(f"{name}: no such folder, and no hub name (owner/name)")
+        found = hub.download(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        try:
+            return cls.from_json(found.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{hub.RECIPE_FILE} of {name} on the hub: {error}") from None
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        base_model: str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str | None:
+        """Write fitprune_recipe.json into a folder: beside a model's weights, or into one of its own with a card.
+
+        The card, README.md, says what the recipe cuts and what it was fitted on. None is written beside a model's
+        config.json, nor over a README.md that is not fitprune's.
+
+        Args:
+            directory: is made where it is missing.
+            base_model: hub name of the model, for the card; by default the name that the model was measured under.
+            push_to_hub: do that too; the arguments below are its own.
+            repo_id: by default the folder's name.
+
+        Returns:
+            None, or `push_to_hub`'s address.
+
+        Raises:
+            OSError: a file cannot be written; each is written whole or not at all. Or as `push_to_hub`.
+            ValueError: an argument of `push_to_hub` without it.
+        """
+        more = {"private": private, "token": token, "commit_message": commit_message, "revision": revision}
+        given = {k: v for k, v in {**more, "repo_id": repo_id, "create_pr": create_pr or None}.items() if v is not None}
+        if given and not push_to_hub:
+            name = next(iter(given))
+            raise ValueError(f"{name}: is for the hub; state push_to_hub=True too, or leave it out")
+        folder = Path(directory)
+        self.save(folder / hub.RECIPE_FILE)
+        readme = folder / hub.CARD_FILE
+        there = readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else None
+        if card.wanted(os.listdir(folder), there):
+            text = card.card_of(self, repo_id or folder.resolve().name, self._base_model(base_model))
+            with files.replacing(readme) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        if not push_to_hub:
+            return None
+        name = repo_id or folder.resolve().name
+        return self.push_to_hub(name, base_model=base_model, create_pr=create_pr, **more)  # type: ignore[arg-type]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Write fitprune_recipe.json, and the card as `save_pretrained`, to a hub repository, in one commit.
+
+        Args:
+            repo_id: "owner/name", or "name" for one's own; made where it is missing. A model's repository is as good.
+            base_model: as for `save_pretrained`.
+            private: whether a new repository is private; by default as its owner has set.
+            token: access token; by default the one that is logged in.
+            commit_message: by default says what is pushed.
+            revision: branch, made where it is missing; by default main. Budgets may live on branches of their own.
+            create_pr: propose it to the owner as a pull request.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            ConnectionError: the hub is out of reach.
+            OSError: the hub refuses, as without a token.
+        """
+        repository = hub.Repository.open(repo_id, private=private, token=token, revision=revision)
+        texts = {hub.RECIPE_FILE: self.to_json()}
+        if card.wanted(repository.names, repository.card):
+            name = repository.repo_id if revision is None else f"{repository.repo_id}@{revision}"
+            texts[hub.CARD_FILE] = card.card_of(self, name, self._base_model(base_model))
+        message = commit_message or f"FitPrune recipe: {100 * self.cost().flops_reduction:.1f}% of visual FLOPs cut"
+        return repository.commit(texts, message, create_pr=create_pr)
+
+    def _base_model(self, stated: str | None) -> str | None:
+        """The hub name of the recipe's model: as stated, or as it was measured, unless that was a folder."""
+        measured = self.provenance.get("measured")
+        name = str(measured.get("model", "")) if isinstance(measured, Mapping) else ""
+        return stated or (name if hub.split_name(name) == (name, None) and not Path(name).exists() else None)
 
     @staticmethod
     def published_names() -> dict[str, list[int]]:

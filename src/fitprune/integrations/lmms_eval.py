@@ -21,13 +21,13 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import Collator
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from fitprune import adapters, embedded
 from fitprune.baselines import Method, make_method, parse_name
 from fitprune.batches import make_batches
 from fitprune.calibration import load_samples
 from fitprune.fitting import Fitter, checked_budget
+from fitprune.loading import DTYPES, load_model
 from fitprune.measurement import measure, to_model
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
@@ -50,7 +50,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
     Args:
         pretrained: folder or hub name; "digit-scenes" is the embedded model.
-        recipe: recipe file, or a published one such as llava-1.5-7b:60.
+        recipe: recipe file or folder, hub name, or a published one such as llava-1.5-7b:60.
         flops_reduction: budget to fit a recipe to, as a fraction.
         stats: statistics to fit from, made by `fitprune measure`.
         calibration: data to measure now instead, as for `fitprune measure --data`.
@@ -62,7 +62,8 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         device: for example cpu or cuda:1; by default this process' GPU, if there is one.
         device_map: how accelerate spreads one model over devices, such as "auto"; instead of `device`.
         attn_implementation: attention of the model; transformers' choice by default.
-        revision: branch, tag or commit on the hub.
+        quantization: quantize the weights while loading, such as bnb-4bit (docs/quantization.md).
+        revision: branch, tag or commit on the hub; the main branch by default.
         trust_remote_code: run the code that a hub repository brings; off.
         batch_size: questions in a batch.
         max_batch_size: accepted because lmms-eval hands it on; there is no automatic batch size.
@@ -92,7 +93,8 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         device: str | None = None,
         device_map: str | None = None,
         attn_implementation: str | None = None,
-        revision: str = "main",
+        quantization: str | None = None,
+        revision: str | None = None,
         trust_remote_code: bool = False,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -103,8 +105,8 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         self.batch_size = _positive(batch_size)
         if parse_name(method)[0] != "fitprune" and flops_reduction is None:
             raise ValueError(f"method={method}: is solved for a budget; state flops_reduction=0.6 too")
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
         # What can be read without the model is read before it: a wrong path is found in a second.
         used = Method(PruningRecipe.named(recipe)) if recipe is not None else None
         measured = AttentionStats.load(stats) if stats is not None else None
@@ -119,17 +121,16 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
                 "drop it, or drop device and run one process"
             )
         self.device = torch.device(device) if device is not None else self.accelerator.device
-        name = embedded.resolve(pretrained)
-        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        adapters.model_shape(AutoConfig.from_pretrained(name, **hub))  # before the weights
-        options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        if device_map is not None:
-            options["device_map"] = device_map
-        if attn_implementation is not None:
-            options["attn_implementation"] = attn_implementation
-        model = AutoModelForImageTextToText.from_pretrained(name, **hub, **options).eval()
-        self.model = model if device_map is not None else model.to(self.device)
-        self.processor = AutoProcessor.from_pretrained(name, **hub)
+        self.model, self.processor = load_model(
+            pretrained,
+            revision=revision,
+            dtype=dtype,
+            device=None if device_map is not None else self.device,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            quantization=quantization,
+        )
         self.processor.tokenizer.padding_side = "left"  # the dense model cannot generate behind right padding
         self.prompt_template = _template(prompt_template, self.processor)
 

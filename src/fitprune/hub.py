@@ -1,0 +1,190 @@
+"""Recipes on the Hugging Face hub: one small JSON file under one name, in a repository of its own or beside weights.
+
+Functions on huggingface_hub's HfApi and hf_hub_download instead of its ModelHubMixin: the mixin has to be a base class,
+so `fitprune --help` would import huggingface_hub; it sets attributes on every instance, which a frozen dataclass
+refuses; and it writes a config.json and a README.md wherever it saves, which beside a model's weights would be the
+model's own. This file knows names, bytes and errors of the hub, and nothing of recipes. It imports huggingface_hub
+where it talks to the hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+RECIPE_FILE = "fitprune_recipe.json"
+CARD_FILE = "README.md"
+
+_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+def split_name(name: str) -> tuple[str, str | None] | None:
+    """Read "owner/name" or "owner/name@revision"; None where `name` cannot be a hub name, as of a JSON file."""
+    matched = _NAME.fullmatch(name)
+    if matched is None or matched["repo"].endswith(".json"):
+        return None
+    return matched["repo"], matched["revision"]
+
+
+def download(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Path:
+    """Fetch the recipe file of a repository, through huggingface_hub's cache.
+
+    Args:
+        repo_id: "owner/name".
+        revision: branch, tag or commit; by default the main branch.
+        token: access token; True or None for the one that is logged in, False for none.
+        cache_dir: instead of huggingface_hub's own cache.
+        local_files_only: look into the cache alone.
+        force_download: fetch it though the cache has it.
+
+    Raises:
+        FileNotFoundError: no such repository, revision, or recipe in it.
+        PermissionError: the repository is gated.
+        ConnectionError: the hub is out of reach, and the cache has no such file.
+        OSError: the hub answers with another error.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _explained(repo_id, revision, local_files_only=local_files_only):
+        found = hf_hub_download(
+            repo_id,
+            RECIPE_FILE,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+    return Path(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """A repository that can be written to, as it stands.
+
+    Attributes:
+        repo_id: "owner/name".
+        revision: the branch that is meant; None for main.
+        names: the files and folders at its top.
+        card: its README.md; None where it has none.
+        api: the HfApi that found it, with its token.
+    """
+
+    repo_id: str
+    revision: str | None
+    names: tuple[str, ...]
+    card: str | None
+    api: Any
+
+    @classmethod
+    def open(
+        cls, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None
+    ) -> Repository:
+        """Make a model repository and its branch where they are missing, and look at what is there.
+
+        Args:
+            repo_id: "owner/name", or "name" for one's own.
+            private: whether a new repository is private; None for the owner's default.
+            token: as for `download`, with the right to write.
+            revision: branch; by default main.
+
+        Raises:
+            OSError: as for `download`.
+        """
+        from huggingface_hub import HfApi, hf_hub_download
+
+        api = HfApi(token=token)
+        with _explained(repo_id, revision, writing=True):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            names = tuple(found.path for found in api.list_repo_tree(repo_id, revision=revision))
+            card = None
+            if CARD_FILE in names:
+                path = hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token)
+                card = Path(path).read_text(encoding="utf-8", errors="replace")
+        return cls(repo_id, revision, names, card, api)
+
+    def commit(self, texts: Mapping[str, str], message: str, *, create_pr: bool = False) -> str:
+        """Write files in one commit: all of them or none.
+
+        Args:
+            texts: file name -> text.
+            message: the commit's.
+            create_pr: propose the commit as a pull request instead.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            OSError: as for `download`.
+        """
+        from huggingface_hub import CommitOperationAdd
+
+        operations = [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
+        with _explained(self.repo_id, self.revision, writing=True):
+            done = self.api.create_commit(
+                self.repo_id, operations, commit_message=message, revision=self.revision, create_pr=create_pr
+            )
+        return str(done.pr_url or done.commit_url)
+
+
+@contextlib.contextmanager
+def _explained(
+    repo_id: str, revision: str | None, *, writing: bool = False, local_files_only: bool = False
+) -> Iterator[None]:
+    """Turn the hub's errors into Python's own, with name, place and remedy."""
+    from huggingface_hub import constants, errors
+
+    at = "" if revision is None else f" at revision {revision!r}"
+    log_in = "log in with 'hf auth login' or pass token="
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise PermissionError(f"{repo_id} is gated on the hub: ask for access on its page, and {log_in}") from None
+    except errors.RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"{repo_id}: no such folder here and no such repository on the hub; check the name, and for a private one "
+            f"{log_in}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise FileNotFoundError(f"{repo_id} on the hub has no revision {revision!r}: check the name") from None
+    except errors.RemoteEntryNotFoundError:
+        raise FileNotFoundError(f"{repo_id} on the hub has no {RECIPE_FILE}{at}") from None
+    except errors.HfHubHTTPError as error:
+        message = f"{repo_id}: the hub refuses: {' '.join(str(error).split())}"
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise PermissionError(f"{message}; {log_in}") from error
+        raise OSError(message) from error
+    except Exception as error:
+        # Out of reach is told in several ways: not in the cache (and why), offline mode, and the errors of the HTTP
+        # client, which is another package in each huggingface_hub.
+        client = type(error).__module__.partition(".")[0].startswith("httpx")
+        if not client and not isinstance(error, (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
+            raise
+        why, remedy = "no connection to the hub", "connect"
+        if local_files_only:
+            why, remedy = "local_files_only=True", "leave that out"
+        elif constants.HF_HUB_OFFLINE:
+            why, remedy = "offline mode (HF_HUB_OFFLINE)", "unset it"
+        if writing:
+            raise ConnectionError(
+                f"{repo_id} on the hub cannot be written to: {why}; {remedy}, or save to a folder"
+            ) from error
+        raise ConnectionError(
+            f"{repo_id}{at} on the hub cannot be asked: {why}, and the cache has no {RECIPE_FILE} of it; "
+            f"{remedy}, or name a folder or file"
+        ) from error
