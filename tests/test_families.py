@@ -1,16 +1,20 @@
 """Every family, on a tiny random model built from its real config class. A new one is a row of `families.ROWS`."""
 
+import copy
+import dataclasses
 import functools
 
 import pytest
 import torch
+import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import COUNTED
 from families import ROWS
 from fitprune import PruningRecipe, fit, flops, measure, prune
-from fitprune.adapters import adapt
+from fitprune.adapters import adapt, model_shape
 from fitprune.images import read_images
+from fitprune.pruning import kept_positions
 
 STEPS = 8
 FRACTIONS = (0.8, 0.8, 0.6, 0.6, 0.3, 0.3)  # kept after each layer, where the family lets tokens leave
@@ -247,3 +251,130 @@ def test_measure_and_fit_give_a_recipe_that_the_model_takes(row):
     alone = measure(model, [row.collate(samples)])
     assert torch.allclose(alone.self_attention, stats.self_attention, atol=1e-5)
     assert torch.allclose(alone.cross_attention, stats.cross_attention, atol=1e-5)
+
+
+# Which tokens are one image: tokens of each image or frame of the first two samples, counted by hand.
+SHARES = {
+    "llava": [[16], [16, 16]],
+    "qwen2_5_vl": [[16], [32, 32]],
+    "qwen2_5_vl-video": [[16, 16], None],
+    "qwen3_vl-video": [[16, 16], None],
+    "glm4v-video": [[16, 16], None],
+    "llava_onevision-video": [[4, 4, 4, 5], None],
+    "llava_next_video": [[4, 4, 4, 4], None],
+    "video_llava": [[17, 17, 17, 17], None],
+    "internvl-video": [[9, 9, 9, 9], [9, 9, 9, 9, 9]],
+    "idefics3": [[20], [12, 12]],
+    "aya_vision": [[9], [27, 27]],
+    "cohere2_vision": [[9], [27, 27]],
+    "lfm2_vl": [[16], [44, 44]],
+    "mistral3": [[16], [18, 18]],
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_each_image_and_each_frame_has_its_own_share(name):
+    model, samples = built(name)
+    adapted = adapt(model)
+    recipe = recipe_for(model)
+    for sample, expected in zip(samples, SHARES[name], strict=False):
+        with torch.no_grad():
+            seen = read_images(adapted, sample)
+            columns = kept_positions(model, recipe, sample)[-1][0]
+        image = seen.image[0]
+        sizes = torch.bincount(image[image >= 0]).tolist()
+        assert expected is None or sizes == expected
+        left = torch.bincount(image[columns][image[columns] >= 0], minlength=len(sizes)).tolist()
+        assert left == [recipe.kept(size)[-2] for size in sizes]
+
+
+def test_frames_are_found_where_generate_has_encoded_the_video():
+    """There the grid is gone, and rotary positions tell."""
+    model, samples = built("qwen2_5_vl-video")
+    adapted = adapt(model)
+    for sample in samples[:3]:
+        with torch.no_grad():
+            seen = read_images(adapted, sample)
+            given = {k: sample[k] for k in ("input_ids", "attention_mask")} | seen.changed
+            positions, _ = model.model.get_rope_index(
+                sample["input_ids"],
+                sample["mm_token_type_ids"],
+                sample.get("image_grid_thw"),
+                sample.get("video_grid_thw"),
+            )
+            assert torch.equal(read_images(adapted, {**given, "position_ids": positions}).image, seen.image)
+            with pytest.raises(ValueError, match="frames of a video are unknown: pass video_grid_thw"):
+                read_images(adapted, given)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of flex_attention's masks
+@pytest.mark.parametrize("name", ["gemma3", "cohere2_vision"])
+def test_a_window_that_the_implementation_does_not_show(name):
+    row = next(row for row in ROWS if row.name == name)
+    model = row.make_model()
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    with (
+        torch.no_grad(),
+        prune(model, recipe_for(model)),
+        pytest.raises(ValueError, match="load the model with 'sdpa'"),
+    ):
+        model(**row.samples(model)[1])
+
+
+def test_the_generic_adapter_says_that_it_was_used(caplog):
+    model, _ = built("got_ocr2")
+    adapt(model)
+    assert "'got_ocr2' is not in the table of families" in caplog.text
+    caplog.clear()
+    adapt(built("llava")[0])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (tf.MllamaConfig(), "refused, because images enter by cross-attention"),
+        (tf.Blip2Config(), "refused, because its decoder may be an encoder-decoder"),
+        (tf.LlamaConfig(), "not supported, because it has no text_config"),
+        (tf.Gemma3nConfig(), "refused, because its layers share keys"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_families_that_are_refused_say_why(config, message):
+    with pytest.raises(ValueError, match=message):
+        model_shape(config)
+
+
+def test_tokens_leave_only_where_the_family_lets_them():
+    for name, layers in {"qwen3_vl": [0, 1], "qwen3_5": [0, 1, 3, 4], "lfm2_vl": None}.items():
+        model, _ = built(name)
+        shape = adapt(model).shape
+        forbidden = [layer for layer in range(6) if layer not in shape.decoder.prunable]
+        assert layers in (None, forbidden)
+        early = PruningRecipe((0.5,) * 6, shape, 16)
+        with pytest.raises(ValueError, match=r"recipe removes tokens at layers \[0\]"), prune(model, early):
+            pass
+
+
+def test_a_fingerprint_tells_models_of_one_shape_apart():
+    """Another image token or architecture is refused; fine-tunes, other vocabularies and force pass."""
+    model, samples = built("llava_next")
+    shape = adapt(model).shape
+    for changed, message in [
+        ({"image_token_id": 9}, "image_token_id 9 there"),
+        ({"config_hash": "other"}, "config_hash other there"),
+        ({"model_type": "llava"}, "model_type llava there"),
+    ]:
+        recipe = PruningRecipe((0.5,) * 6, dataclasses.replace(shape, **changed), 16)
+        with pytest.raises(ValueError, match=message), prune(model, recipe):
+            pass
+        with torch.no_grad(), prune(model, recipe, force=True):
+            model(**samples[0])
+    config = copy.deepcopy(model.config)
+    assert model_shape(config).config_hash == shape.config_hash
+    config.text_config.vocab_size += 64
+    config.text_config.attention_dropout = 0.5
+    assert model_shape(config).config_hash == shape.config_hash
+    config.text_config.head_dim = 32
+    assert model_shape(config).config_hash != shape.config_hash
+    assert PruningRecipe.from_json(PruningRecipe.dense(shape, 16).to_json()).model.config_hash == shape.config_hash

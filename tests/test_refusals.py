@@ -294,15 +294,6 @@ def test_a_pruned_cache_that_was_taken_apart(model, inputs):
             model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
-def test_a_text_model_with_a_sliding_window(model):
-    model.config.text_config.sliding_window = 8
-    with (
-        pytest.raises(ValueError, match=r"sliding_window=8\): masks .* full attention"),
-        prune(model, recipe_for(model)),
-    ):
-        pass
-
-
 def test_a_mask_of_another_batch(model, inputs):
     with prune(model, recipe_for(model)), pytest.raises(ValueError, match="3 rows for 1 samples"):
         model(**{**inputs, "attention_mask": inputs["attention_mask"].expand(3, -1)})

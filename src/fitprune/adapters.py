@@ -85,7 +85,7 @@ def adapt(model: Any) -> AdaptedModel:
     decoder = _part(base, "language_model", "text_model")
     decoder = getattr(decoder, "model", decoder)  # some wrap the text model's own ...ForCausalLM
     layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+    if base is model or not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise ValueError(
             f"model is a {type(model).__name__} without decoder layers at model.language_model.layers; "
             "pass the ...ForConditionalGeneration model"

@@ -296,6 +296,12 @@ def _analyze(args: argparse.Namespace) -> None:
     print(f"{args.output}: {len(written)} files, of which {NAME} holds all figures")
 
 
+def _families(args: argparse.Namespace) -> None:
+    from fitprune.families import table
+
+    print(table())
+
+
 def _demo(args: argparse.Namespace) -> None:
     from fitprune.demo import demo
 
@@ -498,6 +504,11 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--resamples", type=_positive, default=30, help="draws for each calibration size (default: 30)")
     made.add_argument("--seed", type=int, default=0, help="seed of draws and halves")
     made.add_argument("--no-pictures", action="store_true", help="JSON and tables alone; needs no matplotlib")
+
+    command(
+        "families", _families, "list the families of models: supported, refused and why, generic",
+        "fitprune families",
+    )  # fmt: skip
 
     made = command(
         "demo", _demo, "measure, fit and evaluate the embedded model: the whole way in one command",

@@ -72,7 +72,7 @@ FAMILIES = {
         Family(
             "mllama", "Llama 3.2 Vision", refused="images enter by cross-attention: no visual token is in the prompt"
         ),
-        Family("blip_2", "BLIP-2", refused="its decoder may be an encoder-decoder, and its 32 queries are few already"),
+        Family("blip-2", "BLIP-2", refused="its decoder may be an encoder-decoder, and its 32 queries are few already"),
         Family("instructblip", "InstructBLIP", refused="its 32 image queries are few already"),
         Family("gemma3n", "Gemma 3n", refused="its layers share keys and carry inputs of their own for every token"),
         Family("florence2", "Florence-2", refused="an encoder-decoder: its visual tokens are in the encoder"),
