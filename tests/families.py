@@ -37,6 +37,7 @@ class Row:
     samples: Callable[[tf.PreTrainedModel], list[dict]]
     collate: Callable[[list[dict]], dict]
     processor: Callable[[], Any] | None = None
+    image: str = ""  # its placeholder in a prompt
 
 
 # Tokens
@@ -207,6 +208,7 @@ def row(
         samples=lambda model: process(parts()[1], prompts_of(prompts, image, video, frames), **(call or {})),
         collate=collate,
         processor=(lambda: parts()[1]) if real else None,
+        image=image,
     )
 
 

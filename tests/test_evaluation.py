@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import batch_of, prompts, tiny_model
 from fitprune import AttentionStats, PruningRecipe, embedded, evaluate, evaluation, load_samples
-from fitprune.adapters import adapt, crops_of
+from fitprune.adapters import adapt
 from fitprune.baselines import Method, Sizes, make_method
 from fitprune.cli import main
 from fitprune.evaluation import entries_for
@@ -23,6 +23,7 @@ from fitprune.report import write_report
 from fitprune.results import Bootstrap, Results, beside, interval, table, verdict
 from fitprune.scoring import get_scorer
 from fitprune.summary import Entry
+from fitprune.vision import crops_of
 
 OPTIONS = ["--methods", "fitprune", "random", "dart", "--flops-reduction", "0.6", "0.9", "--seeds", "0", "1"]
 DATA = ["--data", "digit-scenes/test", "digit-details/test", "--samples", "12", "--batch-size", "5"]

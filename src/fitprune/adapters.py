@@ -7,6 +7,7 @@ Everything else works on what `adapt` returns.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -111,11 +112,18 @@ def adapt(model: Any) -> AdaptedModel:
             "prunes; 'fitprune families' lists what is supported"
         )
     if family is GENERIC:
-        logger.warning(
-            "model_type=%r is not in the table of families (fitprune families): the generic adapter serves it as "
-            "causal decoder with image token %d", config.model_type, _token_ids(config)["image"],
-        )  # fmt: skip
+        say_generic(config.model_type)
     return AdaptedModel(model, family, decoder, layers, attentions, mlps, norm, shape, _token_ids(config))
+
+
+@functools.cache
+def say_generic(model_type: str) -> None:
+    """Say, once for each type of model, that no entry of `families` stands behind it."""
+    logger.warning(
+        "model_type=%r is not in the table of families (fitprune families): served by the generic adapter, as a "
+        "decoder of the common shape",
+        model_type,
+    )
 
 
 def _part(whole: Any, *names: str) -> Any:
@@ -200,7 +208,9 @@ def model_shape(config: Any) -> ModelShape:
         linear_macs=costs[0],
         linear_chunk_macs=costs[1],
     )
-    return ModelShape(config.model_type, decoder, _tower(vision), _token_ids(config)["image"], _config_hash(config))
+    return ModelShape(
+        config.model_type, decoder, _tower(config.model_type, vision), _token_ids(config)["image"], _config_hash(config)
+    )
 
 
 def _linear_costs(text: Any) -> tuple[int, int]:
@@ -215,9 +225,9 @@ def _linear_costs(text: Any) -> tuple[int, int]:
     return hidden * (mixed + 2 * values + 2 * heads) + mixed * text.linear_conv_kernel_dim, heads * chunk
 
 
-def _tower(vision: Any) -> VisionShape | None:
-    """Read a CLIP tower's sizes; None for towers that the cost model does not know."""
-    if vision.model_type != "clip_vision_model":
+def _tower(model_type: str, vision: Any) -> VisionShape | None:
+    """Read a CLIP tower's sizes; None where the cost model does not know tower or projector."""
+    if vision.model_type != "clip_vision_model" or model_type not in ("llava", "llava_next", "llava_next_video"):
         return None
     return VisionShape(
         layers=vision.num_hidden_layers,

@@ -98,6 +98,13 @@ def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> 
     baseline = BASELINES[base]
     (entering, kept), used = baseline.schedule(target, budget, **given)
     n, model = target.visual_tokens, target.model
+    before = [n, *kept[:-1]]
+    steps = enumerate(zip(before, kept, strict=True))
+    if wrong := [layer for layer, (had, keeps) in steps if keeps < had and layer not in model.decoder.prunable]:
+        raise OutOfReach(
+            f"{name} removes tokens at layers {wrong}, which they may not leave in a {model.model_type} model: of its "
+            f"{model.decoder.layers} layers, {list(model.decoder.prunable)}"
+        )
     provenance = {
         "source": baseline.source,
         "method": name,
@@ -244,11 +251,12 @@ def _fitted(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
 
 
 def _uniform(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
-    """The same number leaves at every layer, as long as there are any."""
+    """The same number leaves at every layer that tokens may leave, as long as there are any."""
     decoder, n = target.model.decoder, target.visual_tokens
+    passed = [sum(layer <= last for layer in decoder.prunable) for last in range(decoder.layers)]
 
     def kept(rate: float) -> list[int]:
-        return [max(0, round(n - (layer + 1) * rate)) for layer in range(decoder.layers)]
+        return [max(0, round(n - removals * rate)) for removals in passed]
 
     def fits(rate: float) -> bool:
         return budget.met_by(budget.measured(decoder, n, kept(rate)))

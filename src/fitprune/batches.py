@@ -71,7 +71,7 @@ def make_batches(
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
     return (
         processor(
-            images=[sample.load_image() for sample in chunk],
+            images=[[sample.load_image()] for sample in chunk],  # nested, since some ask whose each is
             text=[format_prompt(processor, sample.text, prompt_template) for sample in chunk],
             padding=len(chunk) > 1,
             padding_side="left",  # whatever the tokenizer's own: a dense model cannot generate behind right padding

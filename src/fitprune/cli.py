@@ -174,7 +174,10 @@ def _cost(args: argparse.Namespace) -> None:
     if any(before):
         print(f"before each layer   {' '.join(str(n) for n in before)}")
     print(f"visual FLOPs        -{100 * cost.flops_reduction:.2f}% (the paper's accounting: visual tokens alone)")
-    print(f"prefill GFLOPs      {change(cost.prefill_flops / 1e9, cost.dense_prefill_flops / 1e9)}")
+    print(
+        f"prefill GFLOPs      {change(cost.prefill_flops / 1e9, cost.dense_prefill_flops / 1e9)}"
+        f"{'' if recipe.model.vision else '; without the vision tower, which is not priced'}"
+    )
     print(f"KV cache bytes      {change(cost.kv_bytes, cost.dense_kv_bytes)}")
 
 

@@ -210,19 +210,18 @@ class Judge:
         image = seen_images.image
         after = text_after(seen_images.visual, mask)
         asked = after & (torch.arange(ids.shape[1], device=ids.device) < batch.prompt)
-        seen: list[Heads] = []
+        seen: list[tuple[int, Heads]] = []
 
-        def tap(_: int, at: Attention) -> None:
+        def tap(layer: int, at: Attention) -> None:
             softmax = dataclasses.replace(at.softmax, valid=mask)
             here = head_attention(at.query, at.key, image, asked, softmax)
             used = head_attention(at.query, at.key, image, after, softmax, ("max",))["max"].amax(1)
-            seen.append(
-                Heads(torch.stack([here[kind] for kind in HEAD_KINDS], 1).flatten(1, 2).transpose(1, 2), used, image)
-            )
+            joined = torch.stack([here[kind] for kind in HEAD_KINDS], 1).flatten(1, 2).transpose(1, 2)
+            seen.append((layer, Heads(joined, used, image)))
 
         with torch.inference_mode(), tap_attention(self.adapted, tap):
             self.model(**batch.inputs)
-        yield from enumerate(seen)
+        yield from seen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,6 +170,7 @@ class OutputFitter:
         stats.model.require_same(adapt(model).shape, what="stats")  # before the model answers
         self.fitter = Fitter(stats, visual_tokens=visual_tokens)
         self.visual_tokens, self.layers = self.fitter.visual_tokens, stats.model.decoder.layers
+        self.prunable = stats.model.decoder.prunable
         self.seed, self.progress = seed, progress
         given = list(batches)
         last = len(given)
@@ -298,7 +299,7 @@ class OutputFitter:
         rng = np.random.default_rng([self.seed, 1])
         by_layer = [round(depth * self.layers) for depth in _DEPTHS]
         places = sorted(
-            {place for layer in {*by_layer, 1} if layer < self.layers for place in (2 * layer, 2 * layer + 1)}
+            {place for layer in {*by_layer, 1} if layer in self.prunable for place in (2 * layer, 2 * layer + 1)}
         )
         ones = [((place, 1.0),) for place in places]
         more: list[tuple[tuple[int, float], ...]] = []
@@ -334,6 +335,8 @@ class OutputFitter:
     def recipe(self, plan: Plan, budget: Budget) -> PruningRecipe | None:
         """Scale a plan to the budget, to within a token; None if it cannot meet it, or reads what is not there."""
         if plan[0].place == 0 and plan[0].scorer == "accumulated":
+            return None
+        if any(stage.place // 2 not in self.prunable for stage in plan):
             return None
         n, decoder = self.visual_tokens, self.fitter.model.decoder
         counts = _scaled(plan, budget, decoder, n)

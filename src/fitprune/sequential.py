@@ -7,7 +7,7 @@ attention is renormalised among those left. The dense totals come from saved sta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -82,7 +82,8 @@ def fit_sequential(
         """Tokens left after each layer, for each sample: [samples, layers]."""
         left = torch.zeros(len(held), decoder.layers, dtype=torch.long)
         for index, batch in enumerate(tqdm(held, desc=f"tolerance {tolerance:.3f}", disable=not progress)):
-            choose = _within(totals[index], tolerance, left[index])
+            left[index] = stats.visual_tokens[index]  # of layers where none leave before the first removal
+            choose = _within(totals[index], tolerance, left[index], decoder.prunable)
             # The default binds this sample's function; mypy cannot infer a lambda's default.
             with torch.no_grad(), removing(adapted, lambda _, same=choose: same):  # type: ignore[misc]
                 model(**to_model(batch, model), use_cache=False, logits_to_keep=1)
@@ -135,17 +136,17 @@ def _totals(stats: AttentionStats) -> list[torch.Tensor]:
     return [part.sum(2) for part in torch.split(pairs, list(stats.visual_tokens), dim=2)]
 
 
-def _within(totals: torch.Tensor, tolerance: float, left: torch.Tensor) -> Choose:
-    """Choose what leaves within the tolerance, and write down in `left` [layers] how many are left."""
+def _within(totals: torch.Tensor, tolerance: float, left: torch.Tensor, prunable: Collection[int]) -> Choose:
+    """Choose what leaves within the tolerance, and write down in `left` [layers] how many are left from there on."""
 
     def choose(view: LayerView) -> torch.Tensor | None:
         visual, layer = view.image >= 0, view.layer
-        if view.before or not bool(visual.any()):
+        if view.before or view.layer not in prunable or not bool(visual.any()):
             return None
         now = view.received
         floor = ((1 - tolerance) * totals[:, layer]).to(visual.device)
         leaving = lowest_in_both(now.self_attention, now.cross_attention, visual, floor[:1], floor[1:])
-        left[layer] = (visual & ~leaving).sum()
+        left[layer:] = (visual & ~leaving).sum()
         return ~leaving
 
     return choose
