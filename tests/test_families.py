@@ -10,7 +10,7 @@ import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import COUNTED
-from families import ROWS, picture
+from families import PADDING, ROWS, picture
 from fitprune import PruningRecipe, fit, flops, make_batches, measure, prune
 from fitprune.adapters import adapt, model_shape, say_generic
 from fitprune.calibration import Sample
@@ -406,3 +406,23 @@ def test_batches_of_the_real_processor_go_the_whole_way(row):
         for batch in batches():
             ids = model.generate(**batch, max_new_tokens=3, do_sample=False)
             assert ids.shape[1] == batch["input_ids"].shape[1] + 3
+
+
+def test_right_padding_is_exact_or_refused(row):
+    model, samples = built(row.name)
+    recipe, rows = recipe_for(model), samples[:3]
+    batch = row.collate(rows)
+    width = batch["input_ids"].shape[1]
+    for name in PADDING.keys() & batch.keys():
+        padded = [torch.nn.functional.pad(s[name], (0, width - s[name].shape[1]), value=PADDING[name]) for s in rows]
+        batch[name] = torch.cat(padded)
+    with torch.no_grad(), prune(model, recipe):
+        if adapt(model).needs_left_padding:
+            with pytest.raises(ValueError, match=r"has padding behind a token, .* pad on the left"):
+                greedy(model, batch)
+            return
+        together, answers, _ = greedy(model, batch)
+        for number, sample in enumerate(rows):
+            alone, answer, _ = greedy(model, sample)
+            assert relative(together[number], alone[0]) < 1e-4
+            assert torch.equal(answers[number], answer[0])

@@ -67,6 +67,19 @@ class AdaptedModel:
         window = getattr(self.attentions[layer], "sliding_window", None)
         return window if isinstance(window, int) and window > 0 else None
 
+    @property
+    def needs_left_padding(self) -> str:
+        """Why padding behind a token makes a row differ from its sample alone; empty where it does not."""
+        if self.shape.decoder.linear_layers:
+            return "its layers without attention run over padding as over tokens"
+        if any(self.window(layer) for layer in self.shape.decoder.attention_layers):
+            return "its windows count padding as tokens"
+        if self.family.bidirectional:
+            return "its image tokens attend to what is behind them"
+        if "mrope_section" in (getattr(self.decoder.config, "rope_parameters", None) or {}):
+            return "its multimodal positions go on from the last column"
+        return ""
+
     def input_norm(self, layer: int) -> Any:
         """The norm that a layer's attention reads its input through."""
         return _part(self.layers[layer], "input_layernorm", "operator_norm")

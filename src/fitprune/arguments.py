@@ -69,6 +69,19 @@ def valid_columns(given: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
     return None if bool(valid.all()) else valid, past
 
 
+def require_left_padding(adapted: AdaptedModel, valid: torch.Tensor | None) -> None:
+    """Refuse padding [B, P + Q] behind a token, for families where it changes what a row is."""
+    if valid is None or not (why := adapted.needs_left_padding):
+        return
+    behind = (valid[:, :-1] & ~valid[:, 1:]).any(1)
+    if bool(behind.any()):
+        raise ValueError(
+            f"attention_mask: sample {int(behind.int().argmax())} has padding behind a token, and from a "
+            f"{adapted.shape.model_type} model such a row is not what its sample is alone, since {why}: pad on the "
+            "left (tokenizer.padding_side = 'left')"
+        )
+
+
 def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any]) -> None:
     """Refuse a call without images that has visual tokens, or does not tell.
 

@@ -88,6 +88,7 @@ class Remover:
             if images is None:
                 return args, kwargs  # text alone, where even a generated image token is no image: as the dense model
         valid, past = arguments.valid_columns(given)
+        arguments.require_left_padding(self.adapted, valid)
         if images is not None:
             arguments.require_uncompiled_call()
             state, changed = self._prefill(given, valid, past)

@@ -183,8 +183,10 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         for messages in batch:
             text, shown = self.prompt(messages)
             prompts.append(text)
-            images += shown
-        inputs = self.processor(images=images or None, text=prompts, padding=len(prompts) > 1, return_tensors="pt")
+            images.append(shown)  # nested: of which question each is, some processors ask
+        inputs = self.processor(
+            images=images if any(images) else None, text=prompts, padding=len(prompts) > 1, return_tensors="pt"
+        )
         ids = self.model.generate(**to_model(inputs, self.model), **_generation(generation))
         texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
