@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from fitprune import families
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -20,3 +22,13 @@ def test_every_line_of_the_table_of_calls_names_a_test_that_exists():
         assert name, call
         latest = (ROOT / "tests" / (file[1] if file else "test_calling.py")).read_text()
         assert f"def {name[1]}(" in latest, name[1]
+
+
+def test_the_table_of_families_is_what_the_command_prints():
+    page = (ROOT / "docs/families.md").read_text()
+    shown = re.search(r"<!-- table: fitprune families -->\n(.*)\n<!-- end of table -->", page, re.S)
+    assert shown
+    assert shown[1] == families.table()
+    assert (
+        f"any of {sum(not f.refused for f in families.FAMILIES.values())} families" in (ROOT / "README.md").read_text()
+    )
