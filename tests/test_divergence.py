@@ -320,7 +320,7 @@ def used(heads, target):
 @pytest.mark.parametrize("feature", range(len(HEAD_KINDS) * HEADS_PER_LAYER))
 def test_the_one_head_that_matters_is_found(feature):
     """Layer 2 uses what one head of layer 1 receives: that head matters inside layer 1 and nowhere after layer 2."""
-    choice = HeadChoice(LAYERS, 12)
+    choice = HeadChoice(12)
     for seed in range(2):
         made = made_up(seed)
         made[2] = used(made[2], 7 * made[1].received[..., feature])  # the scale does not matter
@@ -335,7 +335,7 @@ def test_a_layers_own_use_counts_before_it_but_not_inside():
     made = made_up()
     made[1] = used(made[1], made[1].received[..., 4])
     made[3] = used(made[3], made[1].received[..., 7])
-    choice = HeadChoice(LAYERS, 12)
+    choice = HeadChoice(12)
     choice.add(enumerate(made))
     assert choice.terms(3) == [["last", 1, pytest.approx(1.0, rel=1e-3)]]
     assert sorted(choice.terms(2)) == [
@@ -346,7 +346,7 @@ def test_a_layers_own_use_counts_before_it_but_not_inside():
 
 def test_the_profile_is_the_mean_along_images_of_any_size():
     made = made_up()
-    choice = HeadChoice(LAYERS, 6)
+    choice = HeadChoice(6)
     choice.add(enumerate(made))
     for layer, heads in enumerate(made):
         values = [[] for _ in range(6)]
@@ -362,7 +362,7 @@ def test_the_profile_is_the_mean_along_images_of_any_size():
 def test_fitted_scorers_are_data_that_prune_takes(model):
     inputs = batch(model)
     judge = Judge(model, [reference(model, inputs, max_new_tokens=TOKENS)])
-    choice = HeadChoice(5, 16)
+    choice = HeadChoice(16)
     choice.add(judge.watch(0))
     assert specs(choice, "last", 3, 0.0) == {"name": "last"}
     assert specs(choice, "last", 3, 0.5) == {"name": "last", "parameters": {"diversity": 0.5}}

@@ -188,7 +188,7 @@ def test_pruned_logits_and_greedy_steps_equal_the_dense_oracle(row):
         expected[:, [*adapted.token_ids.values()]] = -torch.inf
         assert torch.equal(expected.argmax(-1), answer[0])
         held = [cache.layers[layer].keys.shape[-2] for layer in adapted.shape.decoder.attention_layers]
-        windows = [adapted.window(layer) for layer in adapted.shape.decoder.attention_layers]
+        windows = [adapted.windows[layer] for layer in adapted.shape.decoder.attention_layers]
         expected_held = [entered[layer] for layer in adapted.shape.decoder.attention_layers]
         for there, predicted, window in zip(held, expected_held, windows, strict=True):
             assert there == predicted or (window and there <= min(predicted, 2 * window))
@@ -417,7 +417,7 @@ def test_right_padding_is_exact_or_refused(row):
         batch[name] = torch.cat(padded)
     with torch.no_grad(), prune(model, recipe):
         if adapt(model).needs_left_padding:
-            with pytest.raises(ValueError, match=r"has padding behind a token, .* pad on the left"):
+            with pytest.raises(ValueError, match=r"has padding between tokens, .* pad on the left"):
                 greedy(model, batch)
             return
         together, answers, _ = greedy(model, batch)

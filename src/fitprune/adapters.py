@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -43,6 +44,7 @@ class AdaptedModel:
         attentions: for each layer its attention; None where it has none.
         mlps: for each layer its MLP.
         norm: the decoder's final norm.
+        windows: for each layer, how many tokens its attention looks back, its own counted; None for all.
         shape: type and sizes.
         token_ids: modality ("image", "video") -> id that marks its visual tokens in `input_ids`.
     """
@@ -54,6 +56,7 @@ class AdaptedModel:
     attentions: tuple[Any, ...]
     mlps: tuple[Any, ...]
     norm: Any
+    windows: tuple[int | None, ...]
     shape: ModelShape
     token_ids: dict[str, int]
 
@@ -62,27 +65,18 @@ class AdaptedModel:
         """The id that marks an image's visual tokens."""
         return self.token_ids["image"]
 
-    def window(self, layer: int) -> int | None:
-        """How many tokens a layer's attention looks back, its own counted; None for all."""
-        window = getattr(self.attentions[layer], "sliding_window", None)
-        return window if isinstance(window, int) and window > 0 else None
-
     @property
     def needs_left_padding(self) -> str:
         """Why padding behind a token makes a row differ from its sample alone; empty where it does not."""
         if self.shape.decoder.linear_layers:
             return "its layers without attention run over padding as over tokens"
-        if any(self.window(layer) for layer in self.shape.decoder.attention_layers):
+        if any(self.windows):
             return "its windows count padding as tokens"
         if self.family.bidirectional:
             return "its image tokens attend to what is behind them"
         if "mrope_section" in (getattr(self.decoder.config, "rope_parameters", None) or {}):
             return "its multimodal positions go on from the last column"
         return ""
-
-    def input_norm(self, layer: int) -> Any:
-        """The norm that a layer's attention reads its input through."""
-        return _part(self.layers[layer], "input_layernorm", "operator_norm")
 
 
 def adapt(model: Any) -> AdaptedModel:
@@ -126,7 +120,55 @@ def adapt(model: Any) -> AdaptedModel:
         )
     if family is GENERIC:
         say_generic(config.model_type)
-    return AdaptedModel(model, family, decoder, layers, attentions, mlps, norm, shape, _token_ids(config))
+    shape = dataclasses.replace(shape, decoder=_priced(config.text_config, shape.decoder, attentions, mlps))
+    windows = _windows(decoder.config, len(layers))
+    return AdaptedModel(model, family, decoder, layers, attentions, mlps, norm, windows, shape, _token_ids(config))
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    """Read each layer's window off the cache that transformers makes for the decoder: configs say it in many ways."""
+    from transformers import DynamicCache
+
+    held = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return tuple(held) if len(held) == layers else (None,) * layers
+
+
+def _priced(text: Any, shape: DecoderShape, attentions: Sequence[Any], mlps: Sequence[Any]) -> DecoderShape:
+    """Hold the cost model against the weights: an MLP of another kind is counted, another attention refused.
+
+    Raises:
+        ValueError: an attention has other weights than queries, keys, values, output and perhaps a gate of the queries.
+    """
+    chosen = _part(text, "num_experts_per_tok", "moe_topk", "top_k_experts") or 1
+    plain, gate = shape.input_macs + shape.hidden * shape.q_width, shape.hidden * shape.q_width
+    gated = False
+    for layer, attention in enumerate(attentions):
+        if attention is None or (extra := _macs(attention, chosen) - plain) == 0:
+            continue
+        gated = extra == gate and not shape.query_gate
+        if not gated:
+            raise ValueError(
+                f"the attention of layer {layer} ({type(attention).__name__}) has {plain + extra} weights where its "
+                f"sizes make {plain}: its cost is not modelled, so budgets would be wrong; not supported"
+            )
+    counted = tuple(_macs(mlp, chosen) for mlp in mlps)
+    usual = all(macs == shape.mlp_macs(layer) for layer, macs in enumerate(counted))
+    return dataclasses.replace(shape, query_gate=shape.query_gate or gated, mlps=() if usual else counted)
+
+
+def _macs(module: Any, chosen: int) -> int:
+    """Count a module's multiply-accumulates for one token, of which it goes through `chosen` experts."""
+    if hasattr(module, "in_features"):  # a Linear, quantized or not
+        return int(module.in_features * module.out_features)
+    parts = sum(_macs(child, chosen) for child in module.children())
+    if isinstance(module, nn.ModuleList):  # experts
+        return parts * chosen // len(module)
+    for weight in module.parameters(recurse=False):
+        if weight.ndim == 3:  # experts in one tensor
+            parts += weight.numel() // weight.shape[0] * chosen
+        elif weight.ndim == 2:
+            parts += weight.numel()
+    return parts
 
 
 @functools.cache
@@ -162,8 +204,8 @@ def family_of(config: Any) -> Family:
         problem = "is an encoder-decoder: visual tokens are not in the decoder's prompt"
     elif family is GENERIC and getattr(text, "num_kv_shared_layers", None):
         problem = "has layers that share keys, which a removed token would leave at different places"
-    elif family is GENERIC and getattr(text, "kv_lora_rank", None):
-        problem = "has latent attention (MLA), whose cost is not modelled"
+    elif family is GENERIC and getattr(text, "hidden_size_per_layer_input", None):
+        problem = "has layers with inputs of their own for every token"
     if problem:
         raise ValueError(
             f"model_type={model_type!r}: not supported, because it {problem}; must be one of "
@@ -188,20 +230,29 @@ def model_shape(config: Any) -> ModelShape:
     Raises:
         ValueError: the family is refused, or the config is of no multimodal model.
     """
-    family = family_of(config)
+    try:
+        return _read_shape(config, family_of(config))
+    except (AttributeError, TypeError, KeyError) as error:
+        text_type = getattr(getattr(config, "text_config", None), "model_type", None)
+        raise ValueError(
+            f"model_type={getattr(config, 'model_type', None)!r} with a text model {text_type!r}: not supported, "
+            f"because its config does not tell the decoder's sizes ({error}); see 'fitprune families'"
+        ) from None
+
+
+def _read_shape(config: Any, family: Family) -> ModelShape:
     text, vision = config.text_config, config.vision_config
     heads, hidden, layers = text.num_attention_heads, text.hidden_size, text.num_hidden_layers
-    intermediate, router = text.intermediate_size, 0
+    if isinstance(text.intermediate_size, int):
+        intermediate, router = text.intermediate_size, 0
+    else:
+        intermediate, router = max(text.intermediate_size), 0
     if getattr(text, "block_auto_adjust_ff_dim", False):  # LFM2 derives its width
         multiple, factor = text.block_multiple_of, text.block_ffn_dim_multiplier or 1
         intermediate = multiple * -(-int(factor * int(2 * intermediate / 3)) // multiple)
-    if experts := _part(text, "num_experts", "num_local_experts"):
+    if (experts := _part(text, "num_experts")) and getattr(text, "moe_intermediate_size", None):
+        # Of other mixtures `adapt` counts the weights.
         intermediate, router = text.num_experts_per_tok * text.moe_intermediate_size, experts
-        if getattr(text, "mlp_only_layers", None) or getattr(text, "decoder_sparse_step", 1) != 1:
-            raise ValueError(
-                f"mlp_only_layers={text.mlp_only_layers}, decoder_sparse_step={text.decoder_sparse_step}: experts must "
-                "be in every layer, since the cost model knows one MLP"
-            )
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
     linear = tuple(number for number, kind in enumerate(kinds[:layers]) if kind in ("linear_attention", "conv"))
     costs = _linear_costs(text) if linear else (0, 0)

@@ -9,6 +9,7 @@ tokens; those before them, if any, are the past that a cache holds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator
 
 import torch
@@ -41,7 +42,6 @@ class Softmax:
         valid: [B, K] bool, False at padding; None where nothing is padded. Not looked at where there is a mask.
         mask: [B or 1, H or 1, Q, K], the layer's own: bool, True where a row sees a key, or a number to add. None: a
             row sees all keys up to its own.
-        causal: whether no row sees a later key than its own, with a mask too.
         softcap: products are bent to stay within it.
         sinks: [H], a logit for each head that takes weight and gives nothing.
     """
@@ -49,17 +49,27 @@ class Softmax:
     scaling: float
     valid: torch.Tensor | None = None
     mask: torch.Tensor | None = None
-    causal: bool = True
     softcap: float | None = None
     sinks: torch.Tensor | None = None
 
+    @functools.cached_property
+    def causal(self) -> bool:
+        """Whether no row sees a later key than its own."""
+        if self.mask is None:
+            return True
+        seen = self.mask if self.mask.dtype == torch.bool else self.mask > torch.finfo(self.mask.dtype).min / 2
+        rows, keys = seen.shape[-2:]
+        return not bool(seen.triu(keys - rows + 1).any())
+
     def of(self, samples: slice) -> Softmax:
         """The same for some samples of the batch."""
-        return dataclasses.replace(
+        part = dataclasses.replace(
             self,
             valid=None if self.valid is None else self.valid[samples],
             mask=self.mask if self.mask is None or len(self.mask) == 1 else self.mask[samples],
         )
+        part.__dict__["causal"] = self.causal  # found out once
+        return part
 
     def weights(self, products: torch.Tensor, rows: torch.Tensor, past: int) -> torch.Tensor:
         """Make weights of scaled products [B, H, r, k] of the rows [r] of this forward and the first k keys: fp32."""

@@ -308,6 +308,10 @@ def _dart(target: Target, budget: Budget, *, k: int | None = None) -> tuple[Coun
     """One removal before layer k, which needs the keys of the layer before it."""
     _require_layer("dart", k, 1, target)
     at = _possible(target, budget, functools.partial(_before, target), 2, 1) if k is None else k
+    if at - 1 in target.model.decoder.linear_layers:
+        raise OutOfReach(
+            f"dart reads the keys of layer {at - 1}, which has no attention in a {target.model.model_type} model"
+        )
     return _solve(target, budget, functools.partial(_before, target, at), f"dart with k={at}"), {"k": at}
 
 

@@ -188,7 +188,9 @@ def adopt(cache: Any, adapted: AdaptedModel) -> None:
             continue
         held[number] = pruned = PrunedLayer()
         pruned.__dict__.update(layer.__dict__)
-        pruned.first, pruned.window = number == first, adapted.window(number)
+        pruned.first, pruned.window = number == first, adapted.windows[number]
+        if getattr(layer, "record_past", False):  # drafts will be taken back, so nothing may be let go of
+            pruned.window = None
         if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
             length, keys = layer.cumulative_length, layer.keys
             pruned.columns = torch.arange(length - keys.shape[-2], length, device=keys.device).expand(len(keys), -1)
@@ -232,5 +234,5 @@ def _is_plain(layer: Any, adapted: AdaptedModel, number: int) -> bool:
     if adapted.attentions[number] is None:
         return type(layer) is LinearAttentionLayer
     if type(layer) is DynamicSlidingWindowLayer:
-        return bool(layer.sliding_window == adapted.window(number)) and not layer.record_past
+        return bool(layer.sliding_window == adapted.windows[number])
     return type(layer) in (DynamicLayer, PrunedLayer)

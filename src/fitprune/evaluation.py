@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fitprune import results as figures
-from fitprune.adapters import adapt
+from fitprune.adapters import AdaptedModel, adapt
 from fitprune.baselines import BASELINES, Method, make_method, parse_name, random_scorer
 from fitprune.batches import make_batches
 from fitprune.benchmark import decode_seconds, prefill_seconds, time_ratios
@@ -38,7 +38,7 @@ from fitprune.recipe import PruningRecipe
 from fitprune.results import DENSE, Results
 from fitprune.scoring import Scorer
 from fitprune.summary import Entry, best_of, firsts, grouped, rows_of
-from fitprune.vision import crops_of
+from fitprune.vision import crops_of, watching
 
 MOST_DIVERGENCE = 1e6  # nats; stands for an infinite one, which JSON cannot hold
 PICTURE = 288  # longest side of an example's picture, pixels
@@ -94,6 +94,8 @@ def evaluate(
         [Entry(name, Method(recipe)) for name, recipe in methods.items()] if isinstance(methods, Mapping) else methods
     )
     adapted = adapt(model)
+    entries, blind = _seeing(adapted, entries)
+    skipped = [*skipped, *blind]
     _require_sound(tasks, entries, adapted.shape)
     processes = Processes()
     if processes.count > 1 and journal is None:
@@ -185,6 +187,20 @@ def _require_sound(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entr
         raise ValueError(f"methods has {twice[0]!r} twice ({DENSE!r} is the model without pruning): rename one")
     for entry in entries:
         entry.method.recipe.model.require_same(shape, what=f"recipe {entry.label!r}")
+
+
+def _seeing(adapted: AdaptedModel, entries: Sequence[Entry]) -> tuple[list[Entry], list[dict[str, Any]]]:
+    """Leave out methods that read a [CLS] token of the vision tower, where there is none; also says which and why."""
+    reason = ""
+    if any(entry.method.scorer.reads_vision for entry in entries):
+        try:
+            with watching(adapted):
+                pass
+        except ValueError as error:
+            reason = str(error)
+    left = [entry for entry in entries if reason and entry.method.scorer.reads_vision]
+    out = [{"method": entry.name, "budget": entry.budget, "reason": reason} for entry in left]
+    return [entry for entry in entries if entry not in left], out
 
 
 def _labels(entries: Sequence[Entry]) -> list[str]:

@@ -42,6 +42,8 @@ class DecoderShape:
             nothing to rank tokens by, so none leave there.
         linear_macs: multiply-accumulates of such a layer's mixer, for each token.
         linear_chunk_macs: the same, for each chunk of LINEAR_CHUNK tokens begun.
+        mlps: for each layer the multiply-accumulates of its MLP for one token, where it is not the gated one that
+            `intermediate` and `router` describe in every layer; else empty.
     """
 
     layers: int
@@ -58,16 +60,20 @@ class DecoderShape:
     linear_layers: tuple[int, ...] = ()
     linear_macs: int = 0
     linear_chunk_macs: int = 0
+    mlps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         optional = ("vocab", "router", "first_prunable", "linear_macs", "linear_chunk_macs")
-        _require_sizes(self, may_be_zero=optional, others=("query_gate", "bidirectional", "linear_layers"))
+        _require_sizes(self, may_be_zero=optional, others=("query_gate", "bidirectional", "linear_layers", "mlps"))
         for name in ("query_gate", "bidirectional"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false")
         object.__setattr__(self, "linear_layers", tuple(self.linear_layers))
         if any(type(layer) is not int or not 0 <= layer < self.layers for layer in self.linear_layers):
             raise ValueError(f"linear_layers={self.linear_layers!r}: must be layers from 0 to {self.layers - 1}")
+        object.__setattr__(self, "mlps", tuple(self.mlps))
+        if (self.mlps and len(self.mlps) != self.layers) or any(type(n) is not int or n < 1 for n in self.mlps):
+            raise ValueError(f"mlps={self.mlps!r}: must be empty or a count for each of the {self.layers} layers")
         if not self.prunable:
             raise ValueError(f"first_prunable={self.first_prunable}: no layer with attention is left to prune")
 
@@ -97,10 +103,9 @@ class DecoderShape:
         """Multiply-accumulates of a layer's queries, keys and values for one token."""
         return self.hidden * (self.q_width * (2 if self.query_gate else 1) + 2 * self.kv_width)
 
-    @property
-    def mlp_macs(self) -> int:
-        """Multiply-accumulates of a layer's MLP for one token."""
-        return self.hidden * (3 * self.intermediate + self.router)
+    def mlp_macs(self, layer: int) -> int:
+        """Count the multiply-accumulates of a layer's MLP for one token."""
+        return self.mlps[layer] if self.mlps else self.hidden * (3 * self.intermediate + self.router)
 
     @property
     def q_width(self) -> int:
@@ -239,7 +244,7 @@ def visual_macs(
     total = 0
     for layer, (n, count) in enumerate(zip(entering_counts(visual_tokens, removed, before), removed, strict=True)):
         left = n - count
-        total += decoder.mixer_macs(layer, n, projected=left) + left * decoder.mlp_macs
+        total += decoder.mixer_macs(layer, n, projected=left) + left * decoder.mlp_macs(layer)
     return total
 
 
@@ -349,6 +354,6 @@ def prefill_flops(
         decoder += 2 * shape.mixer_macs(layer, n + text)
         if count:
             scoring += scoring_flops(shape, n, text_before, text_after)
-        decoder += 2 * (n - count + text) * shape.mlp_macs
+        decoder += 2 * (n - count + text) * shape.mlp_macs(layer)
     vision = crops * model.vision.flops(shape.hidden) if model.vision else 0
     return PrefillFlops(vision=vision, decoder=decoder, scoring=scoring, head=2 * logits * shape.hidden * shape.vocab)

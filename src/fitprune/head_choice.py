@@ -23,8 +23,7 @@ _SMALLEST = 0.01  # weights below this share of the largest are left out
 class HeadChoice:
     """Gathers what the dense model's heads receive, batch by batch, and fits scorers' parameters to it."""
 
-    def __init__(self, layers: int, visual_tokens: int) -> None:
-        self.layers = layers
+    def __init__(self, visual_tokens: int) -> None:
         self.samples = 0
         self.places = min(visual_tokens, PROFILE)
         # By place, 2 * layer before a layer and 2 * layer + 1 inside it: Gram matrix, products with the target.
@@ -34,11 +33,10 @@ class HeadChoice:
 
     def add(self, batch: Iterable[tuple[int, Heads]]) -> None:
         """Take in one batch, as `Judge.watch` shows it."""
-        seen = [heads for _, heads in batch]
-        self.samples += len(seen[0].used)
-        later = torch.zeros_like(seen[0].used)
-        for layer in reversed(range(self.layers)):
-            heads = seen[layer]
+        seen = list(batch)
+        self.samples += len(seen[0][1].used)
+        later = torch.zeros_like(seen[0][1].used)
+        for layer, heads in reversed(seen):
             for place in (2 * layer + 1, 2 * layer):  # inside the layer only later ones still read
                 if place % 2 == 0:
                     later = later + heads.used

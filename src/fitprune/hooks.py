@@ -33,7 +33,6 @@ class _Tapped:
     tap: Tap
     number: int
     decoder_config: Any
-    causal: bool
 
 
 _TAPPED: weakref.WeakKeyDictionary[nn.Module, _Tapped] = weakref.WeakKeyDictionary()
@@ -56,7 +55,7 @@ def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[None]:
     given = [attention.config for _, attention in attentions]
     try:
         for number, attention in attentions:
-            _TAPPED[attention] = _Tapped(tap, number, adapted.decoder.config, not adapted.family.bidirectional)
+            _TAPPED[attention] = _Tapped(tap, number, adapted.decoder.config)
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = NAME
         yield
@@ -88,7 +87,7 @@ def _register(implementation: str) -> None:
                 "this model was copied while it was in use by fitprune, so its attention is not its own; "
                 "copy it outside of prune"
             )
-        tapped.tap(tapped.number, Attention(query, key, value, _softmax(query, tapped.causal, args, kwargs)))
+        tapped.tap(tapped.number, Attention(query, key, value, _softmax(query, args, kwargs)))
         implementation = tapped.decoder_config._attn_implementation  # asked for now: it may change inside the block
         if implementation == "eager":  # not in the registry: each modeling file has its own
             attend = sys.modules[type(module).__module__].eager_attention_forward
@@ -101,7 +100,7 @@ def _register(implementation: str) -> None:
     AttentionInterface.register(NAME, torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
 
 
-def _softmax(query: torch.Tensor, causal: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Softmax:
+def _softmax(query: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Softmax:
     """Read how a layer makes its weights from what it passes to its attention function."""
     if kwargs.get("position_bias") is not None:
         raise ValueError("the decoder's attention adds a position_bias, which scores do not know: not supported")
@@ -110,7 +109,6 @@ def _softmax(query: torch.Tensor, causal: bool, args: tuple[Any, ...], kwargs: d
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         # FlashAttention takes padding [batch, keys], flex_attention a mask of blocks: neither is one of rows and keys.
         mask=mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None,
-        causal=causal,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )

@@ -98,12 +98,12 @@ def read_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> Images:
         _require_features(marked, parts, modality, given)
         how = adapted.family.images if modality == "image" else adapted.family.video
         lengths = [len(part) for part in parts]
-        if how == "tiles" and ids is not None:
+        if how == "tiles":
             own = _by_tiles(marked, ids)
         elif how == "joined":
             between = torch.nn.functional.pad(marked[:, :-2] & marked[:, 2:], (1, 1))
             own = images_of(marked | between).masked_fill(~marked, -1)
-        elif how in ("runs", "tiles", ""):
+        elif how in ("runs", ""):
             own = images_of(marked)
         else:
             own = images_of(marked, lengths if modality == "image" else _frames(adapted, how, lengths, marked, given))
@@ -162,12 +162,17 @@ def _require_features(
         )
 
 
-def _by_tiles(marked: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _by_tiles(marked: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     """Number the images of each sample [B, N] where each is cut into tiles, which are runs of tokens.
 
     Processors mark each tile by a token before it; an image's last tile, which shows it whole, has a marker of its own.
     Every sample ends with such a tile, so its marker tells where images end.
     """
+    if ids is None:
+        raise ValueError(
+            "inputs_embeds are given without input_ids: this model's images are cut into tiles, which only ids tell "
+            "apart; pass input_ids"
+        )
     run = images_of(marked)
     image = torch.full_like(run, -1)
     for row, own in enumerate(run):

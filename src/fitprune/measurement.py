@@ -88,7 +88,7 @@ def _found_parts(adapted: AdaptedModel, files: list[Path], provenance: dict[str,
     return found if all(part.provenance == provenance for part in found) else None
 
 
-_NOT_MEASURED = {"labels", "shift_labels", "use_cache", "logits_to_keep"}
+_NOT_MEASURED = {"use_cache", "logits_to_keep"}
 
 
 def _measure_batch(
@@ -96,7 +96,6 @@ def _measure_batch(
 ) -> list[AttentionStats]:
     """Run one batch and split what its visual tokens received by sample."""
     model = adapted.model
-    # Of a training batch, what the loss needs is of no use here.
     inputs = {name: value for name, value in to_model(batch, model).items() if name not in _NOT_MEASURED}
     ids = inputs["input_ids"]
     padded, _ = valid_columns(inputs)
@@ -175,14 +174,17 @@ def forget_parts(parts: str | os.PathLike[str]) -> None:
 
 
 def to_model(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Move a batch to the model's device, and its floating-point tensors to the model's dtype."""
+    """Move a batch to the model's device, and its floating-point tensors to the model's dtype.
+
+    What a loss needs is left out: some processors give labels to a prompt too.
+    """
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
-    return {name: move(value) for name, value in batch.items()}
+    return {name: move(value) for name, value in batch.items() if name not in ("labels", "shift_labels")}
 
 
 def input_digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:

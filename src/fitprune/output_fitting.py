@@ -188,7 +188,7 @@ class OutputFitter:
         answered = tqdm(given, desc="answer", unit="batch", disable=not progress)
         self.judge = Judge(model, [reference(model, batch, max_new_tokens=max_new_tokens) for batch in answered], unit)
         self.search = [search[i] for i in np.random.default_rng(seed).permutation(len(search))]
-        self.choice = HeadChoice(self.layers, self.visual_tokens)
+        self.choice = HeadChoice(self.visual_tokens)
         self.passes = sum(map(len, self.judge.references)) / self.judge.unit
         for number in search:  # as many as are needed to weigh heads, the first ones given
             self.choice.add(self.judge.watch(number))

@@ -119,7 +119,9 @@ class Forward:
         """Make what a layer needs whose rows or keys are not those of the dense model."""
         (batch, rows, _), device, mask = hidden.shape, hidden.device, kwargs.get("attention_mask")
         kept = self.kept.to(device) if self.packed else None
-        replaced = {} if kept is None else rows_at(kwargs, kept.clamp(min=0))
+        replaced = (
+            {} if kept is None else rows_at(kwargs, kept.clamp(min=0), adapted.decoder.config._attn_implementation)
+        )
         if adapted.attentions[number] is None:  # it runs over the rows as they come, and padding must give it nothing
             assert kept is not None
             valid = kept >= 0
@@ -300,15 +302,22 @@ def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return rows.gather(1, index.to(rows.device)[..., None].expand(-1, -1, rows.shape[-1]))
 
 
-def rows_at(kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
-    """Cut position embeddings and position ids of a whole forward to the rows [B, m]."""
+def rows_at(kwargs: dict[str, Any], kept: torch.Tensor, implementation: str) -> dict[str, Any]:
+    """Cut position embeddings and position ids of a whole forward to the rows [B, m].
+
+    Ids next to embeddings tell FlashAttention where packed sequences begin, and it would take gaps for that: it gets
+    none.
+    """
     embeddings, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+    made: dict[str, Any] = {}
     if embeddings is not None:
-        # Next to embeddings, ids only tell FlashAttention where packed sequences begin: it would take gaps for that.
         several = isinstance(embeddings, tuple)
         cut = tuple(_rows_of(e, kept) for e in (embeddings if several else (embeddings,)))
-        return {"position_embeddings": cut if several else cut[0], "position_ids": None}
-    return {} if ids is None else {"position_ids": _rows_of(ids[..., None], kept)[..., 0]}
+        made["position_embeddings"] = cut if several else cut[0]
+    if ids is not None:
+        gaps = embeddings is not None and "flash" in implementation
+        made["position_ids"] = None if gaps else _rows_of(ids[..., None], kept)[..., 0]
+    return made
 
 
 def _rows_of(whole: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -339,7 +348,7 @@ def cut_mask(mask: torch.Tensor, kept: torch.Tensor | None, columns: torch.Tenso
 
 def _require_plain_mask(adapted: AdaptedModel, number: int, mask: Any, length: int) -> None:
     """Refuse a layer that hides more than later keys, where its attention implementation shows no mask to cut."""
-    window = adapted.window(number)
+    window = adapted.windows[number]
     windowed = window is not None and length > window
     if windowed or (adapted.family.bidirectional and mask is not None and not isinstance(mask, torch.Tensor)):
         what = f"looks back {window} of {length} tokens" if windowed else "attends to later tokens of an image"

@@ -219,11 +219,12 @@ class Remover:
         given = {**kwargs, "past_key_values": None}
         given["attention_mask"] = None if own is None else cut_mask(own, kept, columns)
         if state.packed:
-            given |= rows_at(given, kept.clamp(min=0))
+            given |= rows_at(given, kept.clamp(min=0), self.adapted.decoder.config._attn_implementation)
         state.ahead = []
         try:
             with torch.no_grad(), contextlib.suppress(_Seen):
-                self.adapted.attentions[number](hidden_states=self.adapted.input_norm(number)(hidden), **given)
+                # The layer's own forward, less the hooks around it, as far as its attention: it knows its norms.
+                self.adapted.layers[number].forward(hidden, **given)
             seen = state.ahead[0]
         finally:
             state.ahead = None
