@@ -284,6 +284,24 @@ LLAVA_ROWS = [
         lambda ids: llava_config(tf.LlavaConfig, tf.Qwen3Config(**TEXT, head_dim=16), ids, image_seq_length=16),
         llava_processor, **LLAVA,
     ),
+    # Text models that a LLaVA may have: norms behind, windows, experts, sinks, an MLP without gate.
+    *(
+        row(
+            f"llava-{name}", tf.LlavaForConditionalGeneration,
+            lambda ids, text=text: llava_config(tf.LlavaConfig, text(), ids, image_seq_length=16),
+            llava_processor, attention=attention, **LLAVA,
+        )
+        for name, text, attention in [
+            ("mistral-window", lambda: tf.MistralConfig(**TEXT, sliding_window=12), "sdpa"),
+            ("exaone4", lambda: tf.Exaone4Config(**TEXT, sliding_window=12, sliding_window_pattern=3), "sdpa"),
+            ("olmo2", lambda: tf.Olmo2Config(**TEXT), "sdpa"),
+            ("gpt_oss", lambda: tf.GptOssConfig(
+                **TEXT, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=12
+            ), "eager"),
+            ("mixtral", lambda: tf.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2), "sdpa"),
+            ("starcoder2", lambda: tf.Starcoder2Config(**TEXT, use_bias=True, sliding_window=None), "sdpa"),
+        ]
+    ),
     row(
         "llava_next", tf.LlavaNextForConditionalGeneration,
         lambda ids: llava_config(tf.LlavaNextConfig, tf.LlamaConfig(**TEXT), ids, image_grid_pinpoints=PINPOINTS),

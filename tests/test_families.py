@@ -425,3 +425,17 @@ def test_right_padding_is_exact_or_refused(row):
             alone, answer, _ = greedy(model, sample)
             assert relative(together[number], alone[0]) < 1e-4
             assert torch.equal(answers[number], answer[0])
+
+
+def test_a_layer_looked_at_ahead_ranks_as_it_does_from_inside(row):
+    """Tokens that leave before a layer are those that would have left inside it."""
+    model, samples = built(row.name)
+    shape = adapt(model).shape
+    layer = shape.decoder.prunable[0]
+    inside = (1.0,) * layer + (0.5,) * (6 - layer)
+    enter = PruningRecipe(inside, shape, 16, enter=inside)
+    batch = row.collate(samples[:3])
+    with torch.no_grad():
+        before = kept_positions(model, enter, batch)
+        after = kept_positions(model, PruningRecipe(inside, shape, 16), batch)
+    assert torch.equal(before[layer], after[layer + 1])

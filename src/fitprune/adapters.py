@@ -163,7 +163,9 @@ def _macs(module: Any, chosen: int) -> int:
     parts = sum(_macs(child, chosen) for child in module.children())
     if isinstance(module, nn.ModuleList):  # experts
         return parts * chosen // len(module)
-    for weight in module.parameters(recurse=False):
+    for name, weight in module.named_parameters(recurse=False):
+        if name.endswith("bias"):
+            continue
         if weight.ndim == 3:  # experts in one tensor
             parts += weight.numel() // weight.shape[0] * chosen
         elif weight.ndim == 2:
