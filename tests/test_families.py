@@ -439,3 +439,51 @@ def test_a_layer_looked_at_ahead_ranks_as_it_does_from_inside(row):
         before = kept_positions(model, enter, batch)
         after = kept_positions(model, PruningRecipe(inside, shape, 16), batch)
     assert torch.equal(before[layer], after[layer + 1])
+
+
+# Written down, since no test can run in two versions of transformers: what one made, the other must.
+CONFIG_HASHES = {
+    "llava": "ae9cb4a36b9049e0",
+    "llava-qwen3": "31cb0b92d831b1d4",
+    "llava-mistral-window": "213c15db4d92b5b3",
+    "llava-exaone4": "be8f077ea4a962da",
+    "llava-olmo2": "bfb07db8158866ab",
+    "llava-gpt_oss": "e2a58826dfd0e9f9",
+    "llava-mixtral": "ee24aae9a817b243",
+    "llava-starcoder2": "7bcfee6e556e3b43",
+    "llava_next": "7b8ca7330087b06d",
+    "llava_next-mistral": "ba6bc4cb48a2cd16",
+    "llava_next_video": "3cf8e145707245a5",
+    "llava_onevision": "3a2c37ba4cd3c909",
+    "llava_onevision-video": "3a2c37ba4cd3c909",
+    "vipllava": "2062b092cd639b3a",
+    "video_llava": "0720820468ece503",
+    "fast_vlm": "8dbc608d792e5270",
+    "deepseek_vl": "74b4a9e9aafadd86",
+    "qwen2_vl": "e9758ed73169cff9",
+    "qwen2_vl-video": "e9758ed73169cff9",
+    "qwen2_5_vl": "41b895a92c9d5c68",
+    "qwen2_5_vl-video": "41b895a92c9d5c68",
+    "qwen3_vl": "47d72bf5330421b3",
+    "qwen3_vl-video": "47d72bf5330421b3",
+    "qwen3_vl_moe": "fc5b71ddf41f0c07",
+    "qwen3_5": "d8208a936e67b96f",
+    "glm4v": "4b4c08b08b64bd06",
+    "glm4v-video": "4b4c08b08b64bd06",
+    "internvl": "027e6efcc4ffc3c6",
+    "internvl-video": "027e6efcc4ffc3c6",
+    "idefics3": "f063ebd5fc17778d",
+    "smolvlm": "7b27190b441acf02",
+    "gemma3": "520f91d24a1464b7",
+    "paligemma": "82e6e033770d7ea8",
+    "paligemma2": "20091a9c2cea0570",
+    "aya_vision": "d03fbe025805faad",
+    "cohere2_vision": "364a3a7fd6791857",
+    "mistral3": "f1a29fe57e4472d7",
+    "lfm2_vl": "1f2b7e8adf9062d8",
+    "got_ocr2": "d640f9d54688e047",
+}
+
+
+def test_the_config_hash_is_that_of_other_versions_of_transformers(row):
+    assert model_shape(row.make_model().config).config_hash == CONFIG_HASHES.get(row.name)

@@ -21,15 +21,31 @@ from fitprune.flops import LINEAR_CHUNK, DecoderShape, ModelShape, VisionShape
 
 logger = logging.getLogger(__name__)
 
-# What a config says of the architecture, under any of the names that configs use. Neither vocabulary nor training nor
-# what a new version of transformers adds: recipes are shared between fine-tunes and versions.
+# What a config says of the architecture, each under the names that families and versions of transformers have for it.
+# Neither vocabulary nor training nor what a new version adds: recipes are shared between fine-tunes and versions.
 _ARCHITECTURE = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "hidden_act", "layer_types", "sliding_window", "num_experts", "num_experts_per_tok",
-    "moe_intermediate_size", "depth", "num_heads", "embed_dim", "image_size", "patch_size", "temporal_patch_size",
-    "spatial_merge_size", "deepstack_visual_indexes", "vision_feature_layer", "vision_feature_select_strategy",
-    "image_grid_pinpoints", "downsample_ratio", "downsample_factor", "scale_factor", "mm_tokens_per_image",
-)  # fmt: skip
+    ("embed_dim", "hidden_size"),
+    ("intermediate_size",),
+    ("depth", "num_hidden_layers"),
+    ("num_heads", "num_attention_heads"),
+    ("num_key_value_heads",),
+    ("head_dim",),
+    ("layer_types",),
+    ("sliding_window",),
+    ("num_experts", "num_local_experts"),
+    ("num_experts_per_tok",),
+    ("moe_intermediate_size",),
+    ("image_size",),
+    ("patch_size",),
+    ("temporal_patch_size",),
+    ("spatial_merge_size",),
+    ("deepstack_visual_indexes",),
+    ("vision_feature_layers", "vision_feature_layer"),
+    ("vision_feature_select_strategy",),
+    ("image_grid_pinpoints",),
+    ("downsample_ratio", "downsample_factor", "scale_factor"),
+    ("mm_tokens_per_image",),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,10 +323,11 @@ def _tower(model_type: str, vision: Any) -> VisionShape | None:
 def _config_hash(config: Any) -> str:
     """Hash what a config says of the architecture; the same for fine-tunes, and in every version of transformers."""
     parts = {"": config, "text": config.text_config, "vision": config.vision_config}
-    said = {
-        f"{part}.{name}": value if isinstance(value, (int, float, str)) else [str(item) for item in value]
+    said: dict[str, Any] = {"model_type": config.model_type, "text.model_type": config.text_config.model_type}
+    said |= {
+        f"{part}.{names[0]}": value if isinstance(value, (int, float, str)) else [str(item) for item in value]
         for part, of in parts.items()
-        for name in _ARCHITECTURE
-        if (value := getattr(of, name, None)) is not None
+        for names in _ARCHITECTURE
+        if (value := _part(of, *names)) is not None
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

@@ -22,11 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="fitprune: %(message)s")
     try:
         args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         resumed = args.run in (_measure, _evaluate) or getattr(args, "objective", "") == "output"
         more = "; run the same command again to go on" if resumed else ""
         print(f"fitprune: interrupted{more}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of our output has had enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if args.debug:
             raise
