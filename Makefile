@@ -1,16 +1,21 @@
-# make demo: the whole way on the embedded model. make test: lint, types and tests. make test-integrations: the lmms-eval
-# plug-in, in an environment of its own. All work on a fresh clone.
+# make demo: the whole way on the embedded model. make test: lint, types and tests. make test-oldest: the engine's tests with
+# the oldest transformers that is supported. make test-integrations: the lmms-eval plug-in. The last two have environments
+# of their own. All work on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := .venv-integrations/bin
 
-.PHONY: demo test test-integrations lint train data clean
+.PHONY: demo test test-oldest test-integrations lint train data clean
 
 demo: .venv/installed
 	$(BIN)/fitprune demo
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest --durations=10
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest --durations=5 tests/test_families.py tests/test_full_sizes.py tests/test_pruning.py \
+		tests/test_refusals.py tests/test_conversations.py tests/test_hub.py
 
 test-integrations: .venv-integrations/installed
 	$(INTEGRATIONS)/python -m pytest tests/integrations --durations=5
@@ -24,6 +29,13 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-oldest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	sed 's/^transformers==.*/transformers==5.19.0/' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt \
+		-e . accelerate hypothesis pytest
 	touch $@
 
 # Apart from .venv, because lmms-eval needs torchvision, whose torch brings gigabytes of CUDA libraries.
@@ -40,4 +52,4 @@ data: .venv/installed
 	$(BIN)/python training/render.py --out src/fitprune/data
 
 clean:
-	rm -rf .venv .venv-integrations build dist demo-output src/*.egg-info
+	rm -rf .venv .venv-oldest .venv-integrations build dist demo-output src/*.egg-info

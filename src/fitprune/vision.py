@@ -117,8 +117,8 @@ def watching(adapted: AdaptedModel) -> Iterator[Tower]:
         or getattr(config, "vision_feature_select_strategy", None) != "default"
     ):
         raise ValueError(
-            f"the vision tower of this {config.model_type} model has no [CLS] token, or none whose attention is known to "
-            "rank the visual tokens (as CLIP's does where its last features but [CLS] are used): use another method"
+            f"the vision tower of this {config.model_type} model has no [CLS] token, or none whose attention is known "
+            "to rank the visual tokens (as CLIP's does where its features but [CLS] are used): use another method"
         )
     tower = Tower(adapted)
     encode, own = base.get_image_features, vars(base).get("get_image_features")
