@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaForCausalLM, StoppingCriteria, TextIteratorStreamer
 
 from conftest import IMAGE, Oracle, batch_of, converse, prompts, replay, tiny_model
@@ -375,6 +376,7 @@ def test_logits_keep_their_places(family):
     assert torch.equal((whole != 0).any(-1), there[:, :-1])
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.19."), reason="it takes no logits_to_keep by row")
 def test_logits_asked_for_by_row_end_the_question_of_that_row(family):
     """In every form that transformers takes: columns or a mask, for all rows or each."""
     model = tiny_model(family)

@@ -509,3 +509,18 @@ def test_ways_to_decode_agree_beyond_every_window(name):
         together = model.generate(**row.collate(samples[:2]), **options, num_beams=3)
         for number, sample in enumerate(samples[:2]):
             assert torch.equal(model.generate(**sample, **options, num_beams=3)[0, -new:], together[number, -new:])
+
+
+def test_decoding_without_a_cache_keeps_the_prompt_where_generate_encodes_nothing():
+    """As models did in transformers 5.19: the pixels come with every step, and the answer so far is no question."""
+    model, samples = built("qwen3_5")
+    asked = []
+
+    def scored(view):
+        asked.append(int(view.question.sum()))
+        return view.self_attention * view.cross_attention
+
+    with torch.no_grad(), prune(model, recipe_for(model), scorer=scored):
+        model.generate(**samples[1], use_cache=False, do_sample=False, max_new_tokens=4)
+    assert len(asked) == 8
+    assert len(set(asked)) == 1

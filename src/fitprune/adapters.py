@@ -216,8 +216,10 @@ def family_of(config: Any) -> Family:
         raise ValueError(f"model_type={model_type!r}: refused, because {family.refused}; see 'fitprune families'")
     text = getattr(config, "text_config", None)
     problem = ""
-    if text is None or getattr(config, "vision_config", None) is None or not _token_ids(config):
-        problem = "has no text_config, vision_config and image_token_id, as a multimodal model's config has"
+    lacking = [name for name in ("text_config", "vision_config") if getattr(config, name, None) is None]
+    lacking += [] if _token_ids(config) else ["image_token_id"]
+    if lacking:
+        problem = f"has no {', '.join(lacking)}, as a multimodal model's config has"
     elif family is GENERIC and getattr(config, "is_encoder_decoder", False):
         problem = "is an encoder-decoder: visual tokens are not in the decoder's prompt"
     elif family is GENERIC and getattr(text, "num_kv_shared_layers", None):
@@ -250,7 +252,9 @@ def model_shape(config: Any) -> ModelShape:
     """
     try:
         return _read_shape(config, family_of(config))
-    except (AttributeError, TypeError, KeyError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # configs of other families fail in ways of their own
         text_type = getattr(getattr(config, "text_config", None), "model_type", None)
         raise ValueError(
             f"model_type={getattr(config, 'model_type', None)!r} with a text model {text_type!r}: not supported, "
@@ -268,7 +272,7 @@ def _read_shape(config: Any, family: Family) -> ModelShape:
     if getattr(text, "block_auto_adjust_ff_dim", False):  # LFM2 derives its width
         multiple, factor = text.block_multiple_of, text.block_ffn_dim_multiplier or 1
         intermediate = multiple * -(-int(factor * int(2 * intermediate / 3)) // multiple)
-    if (experts := _part(text, "num_experts")) and getattr(text, "moe_intermediate_size", None):
+    if (experts := _part(text, "num_experts")) and isinstance(getattr(text, "moe_intermediate_size", None), int):
         # Of other mixtures `adapt` counts the weights.
         intermediate, router = text.num_experts_per_tok * text.moe_intermediate_size, experts
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
@@ -284,7 +288,7 @@ def _read_shape(config: Any, family: Family) -> ModelShape:
         vocab=text.vocab_size,
         router=router,
         query_gate="linear_attention" in kinds,
-        bidirectional=family.bidirectional,
+        bidirectional=family.bidirectional or bool(getattr(text, "use_bidirectional_attention", None)),
         first_prunable=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
         linear_layers=linear,
         linear_macs=costs[0],

@@ -215,6 +215,11 @@ class Forward:
             return output
         if isinstance(output, tuple):  # experts may tell their routing too
             return (self.scatter(output[0]), *output[1:])
+        if output.ndim != 3:
+            raise ValueError(
+                f"a layer's MLP gives {list(output.shape)} for rows {list(self.index.shape)}: the decoder is not of "
+                "the common shape, and cannot be pruned"
+            )
         batch, _, width = output.shape
         full = output.new_zeros(batch, self.kept.shape[1], width)
         return full.scatter(1, self.index.to(output.device)[..., None].expand(-1, -1, width), output)

@@ -28,7 +28,7 @@ from fitprune.adapters import AdaptedModel
 from fitprune.attention import Attention, text_after
 from fitprune.cache import PrunedLayer, adopt, is_pruned, require_plain, require_whole
 from fitprune.hooks import tap_attention
-from fitprune.images import given_images, read_images
+from fitprune.images import PIXELS, given_images, read_images
 from fitprune.packing import Forward, Plan, cut_mask, rows_at
 from fitprune.views import Prompt
 from fitprune.vision import Tower, watching
@@ -63,6 +63,9 @@ class Remover:
         self.tower = tower
         self.entered: list[torch.Tensor] = []
         self._names = list(inspect.signature(type(adapted.model).forward).parameters)[1:]
+        # Whether generate encodes images; where not (some models in transformers 5.19), each step has the same pixels.
+        sees = getattr(adapted.model, "input_modalities", ())
+        self._encodes_ahead = "mm_encoder_outputs" in self._names and any(kind in sees for kind in PIXELS)
         # By thread, innermost last: a hook may call the model again. None in a call that neither prunes nor continues.
         self._forwards: dict[int, list[Forward | None]] = {}
         self._uncached: dict[int, _Uncached] = {}  # by the id of the images
@@ -151,7 +154,8 @@ class Remover:
         generate(use_cache=False) sends prompt and answer so far at every step, and the answer must not become question.
         Its steps are known by the images that it encoded ahead.
         """
-        images, ids = given_images(given) if given.get("mm_encoder_outputs") else None, given.get("input_ids")
+        encoded = given.get("mm_encoder_outputs") or not self._encodes_ahead
+        images, ids = given_images(given) if encoded else None, given.get("input_ids")
         cached = given.get("past_key_values") is not None or given.get("use_cache") is not False
         if cached or ids is None or images is None:
             return length
