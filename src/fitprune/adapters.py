@@ -155,7 +155,7 @@ def _priced(text: Any, shape: DecoderShape, attentions: Sequence[Any], mlps: Seq
     Raises:
         ValueError: an attention has other weights than queries, keys, values, output and perhaps a gate of the queries.
     """
-    chosen = _part(text, "num_experts_per_tok", "moe_topk", "top_k_experts") or 1
+    chosen = _part(text, "num_experts_per_tok", "moe_topk", "top_k_experts")
     plain, gate = shape.input_macs + shape.hidden * shape.q_width, shape.hidden * shape.q_width
     gated = False
     for layer, attention in enumerate(attentions):
@@ -172,18 +172,28 @@ def _priced(text: Any, shape: DecoderShape, attentions: Sequence[Any], mlps: Seq
     return dataclasses.replace(shape, query_gate=shape.query_gate or gated, mlps=() if usual else counted)
 
 
-def _macs(module: Any, chosen: int) -> int:
-    """Count a module's multiply-accumulates for one token, of which it goes through `chosen` experts."""
+def _macs(module: Any, chosen: int | None) -> int:
+    """Count a module's multiply-accumulates for one token, which goes through `chosen` of its experts.
+
+    Raises:
+        ValueError: it has experts, and how many are chosen is not known.
+    """
     if hasattr(module, "in_features"):  # a Linear, quantized or not
         return int(module.in_features * module.out_features)
     parts = sum(_macs(child, chosen) for child in module.children())
-    if isinstance(module, nn.ModuleList):  # experts
-        return parts * chosen // len(module)
+    experts = isinstance(module, nn.ModuleList) or any(w.ndim == 3 for w in module.parameters(recurse=False))
+    if experts and chosen is None:
+        raise ValueError(
+            f"{type(module).__name__} holds experts, and the config does not say as num_experts_per_tok how many a token "
+            "goes through: its cost is not modelled, so budgets would be wrong; not supported"
+        )
+    if isinstance(module, nn.ModuleList):
+        return parts * int(chosen or 1) // len(module)
     for name, weight in module.named_parameters(recurse=False):
         if name.endswith("bias"):
             continue
         if weight.ndim == 3:  # experts in one tensor
-            parts += weight.numel() // weight.shape[0] * chosen
+            parts += weight.numel() // weight.shape[0] * int(chosen or 1)
         elif weight.ndim == 2:
             parts += weight.numel()
     return parts
