@@ -184,8 +184,8 @@ def _macs(module: Any, chosen: int | None) -> int:
     experts = isinstance(module, nn.ModuleList) or any(w.ndim == 3 for w in module.parameters(recurse=False))
     if experts and chosen is None:
         raise ValueError(
-            f"{type(module).__name__} holds experts, and the config does not say as num_experts_per_tok how many a token "
-            "goes through: its cost is not modelled, so budgets would be wrong; not supported"
+            f"{type(module).__name__} holds experts, and the config does not say as num_experts_per_tok how many a "
+            "token goes through: its cost is not modelled, so budgets would be wrong; not supported"
         )
     if isinstance(module, nn.ModuleList):
         return parts * int(chosen or 1) // len(module)
