@@ -11,11 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import COUNTED
 from families import PADDING, ROWS, picture
-from fitprune import PruningRecipe, fit, flops, make_batches, measure, prune
+from fitprune import PruningRecipe, fit, fit_output, fit_sequential, flops, make_batches, measure, prune
 from fitprune.adapters import adapt, model_shape, say_generic
+from fitprune.baselines import make_method
 from fitprune.calibration import Sample
+from fitprune.evaluation import readable
+from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.images import read_images
 from fitprune.pruning import kept_positions
+from fitprune.summary import Entry
 
 STEPS = 8
 FRACTIONS = (0.8, 0.8, 0.6, 0.6, 0.3, 0.3)  # kept after each layer, where the family lets tokens leave
@@ -194,16 +198,19 @@ def test_pruned_logits_and_greedy_steps_equal_the_dense_oracle(row):
             assert there == predicted or (window and there <= min(predicted, 2 * window))
 
 
+def assert_rows_as_alone(model, batch, samples):
+    together, answers, _ = greedy(model, batch)
+    for number, sample in enumerate(samples):
+        alone, answer, _ = greedy(model, sample)
+        assert relative(together[number], alone[0]) < 1e-4
+        assert torch.equal(answers[number], answer[0])
+
+
 def test_a_ragged_batch_equals_its_rows_alone(row):
     model, samples = built(row.name)
-    recipe = recipe_for(model)
     rows = samples[:3]
-    with torch.no_grad(), prune(model, recipe):
-        together, answers, _ = greedy(model, row.collate(rows))
-        for number, sample in enumerate(rows):
-            alone, answer, _ = greedy(model, sample)
-            assert relative(together[number], alone[0]) < 1e-4
-            assert torch.equal(answers[number], answer[0])
+    with torch.no_grad(), prune(model, recipe_for(model)):
+        assert_rows_as_alone(model, row.collate(rows), rows)
 
 
 def test_executed_flops_equal_the_cost_model(row):
@@ -420,11 +427,7 @@ def test_right_padding_is_exact_or_refused(row):
             with pytest.raises(ValueError, match=r"has padding between tokens, .* pad on the left"):
                 greedy(model, batch)
             return
-        together, answers, _ = greedy(model, batch)
-        for number, sample in enumerate(rows):
-            alone, answer, _ = greedy(model, sample)
-            assert relative(together[number], alone[0]) < 1e-4
-            assert torch.equal(answers[number], answer[0])
+        assert_rows_as_alone(model, batch, rows)
 
 
 def test_a_layer_looked_at_ahead_ranks_as_it_does_from_inside(row):
@@ -524,3 +527,43 @@ def test_decoding_without_a_cache_keeps_the_prompt_where_generate_encodes_nothin
         model.generate(**samples[1], use_cache=False, do_sample=False, max_new_tokens=4)
     assert len(asked) == 8
     assert len(set(asked)) == 1
+
+
+def test_a_method_that_reads_the_tower_is_left_out_where_it_cannot():
+    model, samples = built("qwen2_5_vl")
+    fitter, budget = Fitter(measure(model, samples)), checked_budget("flops_reduction", 0.3)
+    entries = [Entry(name, make_method(name, fitter, budget), 0.3) for name in ("visionzip", "fitprune")]
+    left, out = readable(adapt(model), entries)
+    assert [entry.name for entry in left] == ["fitprune"]
+    assert [(skipped["method"], skipped["budget"]) for skipped in out] == [("visionzip", 0.3)]
+    assert "the vision tower of this qwen2_5_vl model has no [CLS] token" in out[0]["reason"]
+    assert readable(adapt(built("llava")[0]), entries) == (entries, [])
+
+
+def test_methods_are_refused_where_their_layers_may_not_lose_tokens():
+    model, samples = built("qwen3_5")
+    fitter, budget = Fitter(measure(model, samples)), checked_budget("flops_reduction", 0.2)
+    for name in ("fastv", "divprune", "vtw"):
+        with pytest.raises(OutOfReach, match=rf"{name} removes tokens at layers \[.*\], which they may not leave"):
+            make_method(name, fitter, budget)
+    for name in ("fitprune", "random", "uniform"):
+        method = make_method(name, fitter, budget)
+        with torch.no_grad(), prune(model, method.recipe, method.scorer):
+            model(**samples[0])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "paligemma", "gemma3"])
+def test_every_fit_runs(name):
+    """The authors' procedure, and the search by what the model says, on families that are particular."""
+    model, samples = built(name)
+    row = next(row for row in ROWS if row.name == name)
+    stats = measure(model, samples)
+    prunable = set(stats.model.decoder.prunable)
+    halves = [row.collate(samples[:2])], [row.collate(samples[2:])]
+    for recipe in (
+        fit_sequential(model, samples, flops_reduction=0.15, stats=stats),
+        fit_output(model, halves[0], stats, validation=halves[1], flops_reduction=0.15, max_new_tokens=3, passes=2),
+    ):
+        cost = recipe.cost()
+        assert 0 < cost.flops_reduction < 0.3  # the sequential one rounds each layer down
+        assert {layer for layer, count in enumerate(recipe.counts(cost.visual_tokens)) if count} <= prunable

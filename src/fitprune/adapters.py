@@ -77,11 +77,6 @@ class AdaptedModel:
     token_ids: dict[str, int]
 
     @property
-    def image_token_id(self) -> int:
-        """The id that marks an image's visual tokens."""
-        return self.token_ids["image"]
-
-    @property
     def needs_left_padding(self) -> str:
         """Why padding behind a token makes a row differ from its sample alone; empty where it does not."""
         if self.shape.decoder.linear_layers:
@@ -136,7 +131,11 @@ def adapt(model: Any) -> AdaptedModel:
         )
     if family is GENERIC:
         say_generic(config.model_type)
-    shape = dataclasses.replace(shape, decoder=_priced(config.text_config, shape.decoder, attentions, mlps))
+    try:
+        shape = dataclasses.replace(shape, decoder=_priced(config.text_config, shape.decoder, attentions, mlps))
+    except ValueError:
+        if getattr(config, "quantization_config", None) is None:  # weights may be packed, and not tell their sizes
+            raise
     windows = _windows(decoder.config, len(layers))
     return AdaptedModel(model, family, decoder, layers, attentions, mlps, norm, windows, shape, _token_ids(config))
 

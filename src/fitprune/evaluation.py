@@ -94,7 +94,7 @@ def evaluate(
         [Entry(name, Method(recipe)) for name, recipe in methods.items()] if isinstance(methods, Mapping) else methods
     )
     adapted = adapt(model)
-    entries, blind = _seeing(adapted, entries)
+    entries, blind = readable(adapted, entries)
     skipped = [*skipped, *blind]
     _require_sound(tasks, entries, adapted.shape)
     processes = Processes()
@@ -189,7 +189,7 @@ def _require_sound(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entr
         entry.method.recipe.model.require_same(shape, what=f"recipe {entry.label!r}")
 
 
-def _seeing(adapted: AdaptedModel, entries: Sequence[Entry]) -> tuple[list[Entry], list[dict[str, Any]]]:
+def readable(adapted: AdaptedModel, entries: Sequence[Entry]) -> tuple[list[Entry], list[dict[str, Any]]]:
     """Leave out methods that read a [CLS] token of the vision tower, where there is none; also says which and why."""
     reason = ""
     if any(entry.method.scorer.reads_vision for entry in entries):

@@ -106,8 +106,6 @@ class Remover:
         """Start a forward that prunes; also says which arguments of the call change."""
         if (cache := given.get("past_key_values")) is not None:
             require_plain(cache, self.adapted)
-            # Before masks are made: the model reads their sizes off the cache.
-            adopt(cache, self.adapted)
         if self.adapted.model.training and getattr(self.adapted.decoder, "gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing runs layers again in the backward pass, when their tokens are gone: "
@@ -139,6 +137,8 @@ class Remover:
         else:
             question = torch.zeros_like(question)
         prompt_columns = asked if present is None else asked & present
+        if cache is not None:
+            adopt(cache, self.adapted)  # before masks are made: the model reads their sizes off the cache
         whole = Prompt(
             given.get("input_ids"),
             prompt_columns,
