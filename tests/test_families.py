@@ -567,3 +567,15 @@ def test_every_fit_runs(name):
         cost = recipe.cost()
         assert 0 < cost.flops_reduction < 0.3  # the sequential one rounds each layer down
         assert {layer for layer, count in enumerate(recipe.counts(cost.visual_tokens)) if count} <= prunable
+
+
+def test_tiles_are_told_apart_by_ids_alone():
+    model, samples = built("idefics3")
+    given = dict(samples[0])
+    given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
+    with (
+        torch.no_grad(),
+        prune(model, recipe_for(model)),
+        pytest.raises(ValueError, match=r"cut into tiles, .* input_ids"),
+    ):
+        model(**given)
