@@ -213,8 +213,8 @@ def test_a_ragged_batch_equals_its_rows_alone(row):
         assert_rows_as_alone(model, row.collate(rows), rows)
 
 
-def test_executed_flops_equal_the_cost_model(row):
-    """Decoder, scoring and head; the images are encoded ahead, as generate does."""
+def test_executed_flops_and_kv_bytes_equal_the_cost_model(row):
+    """FLOPs of decoder, scoring and head; the images are encoded ahead, as generate does."""
     model, samples = built(row.name)
     adapted, recipe = adapt(model), recipe_for(model)
     if hasattr(model, "set_experts_implementation"):
@@ -240,6 +240,12 @@ def test_executed_flops_equal_the_cost_model(row):
             adapted.shape, visual, removed, text_before=length - visual - after, text_after=after, logits=1
         )
         assert executed == pytest.approx(cost.decoder + cost.scoring + cost.head, rel=0.01)
+        with torch.no_grad(), prune(model, used):
+            cache = model(**{**call, "use_cache": True}).past_key_values
+        layers = [cache.layers[layer] for layer in adapted.shape.decoder.attention_layers]
+        held = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in layers)
+        priced = flops.kv_bytes(adapted.shape.decoder, visual, removed, text_tokens=length - visual, value_bytes=4)
+        assert held == priced or (any(adapted.windows) and held < priced)
 
 
 def test_measure_and_fit_give_a_recipe_that_the_model_takes(row):
