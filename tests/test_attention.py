@@ -126,3 +126,37 @@ def test_fewer_keys_than_queries_are_refused():
             torch.ones(1, 5, dtype=torch.bool),
             Softmax(1),
         )
+
+
+@pytest.mark.parametrize("what", ["plain", "valid", "window", "bool mask", "float mask", "softcap", "sinks"])
+def test_weights_are_made_as_a_layer_makes_them(what):
+    generator = torch.Generator().manual_seed(0)
+    batch, heads, length, past = 2, 3, 9, 4
+    keys = past + length
+    products = torch.randn(batch, heads, length, keys, generator=generator) * 3
+    rows = torch.arange(length)
+    seen = torch.arange(keys) <= past + rows[:, None]
+    logits, given = products.clone(), {}
+    if what == "valid":
+        given["valid"] = torch.rand(batch, keys, generator=generator) > 0.2
+        given["valid"][:, past:] = True
+        seen = seen & given["valid"][:, None, None]
+    elif what == "window":
+        given["window"] = 3
+        seen = seen & (torch.arange(keys) > past + rows[:, None] - 3)
+    elif what.endswith("mask"):
+        seen = torch.rand(batch, 1, length, keys, generator=generator) > 0.4
+        seen[..., 0] = True
+        given["mask"] = seen if what == "bool mask" else torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    elif what == "softcap":
+        given["softcap"], logits = 2.0, 2 * torch.tanh(products / 2)
+    logits = logits.masked_fill(~seen, -torch.inf)
+    if what == "sinks":
+        given["sinks"] = torch.randn(heads, generator=generator)
+        column = given["sinks"].view(1, heads, 1, 1).expand(batch, -1, length, 1)
+        expected = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+    else:
+        expected = logits.softmax(-1)
+    softmax = Softmax(1.0, **given)
+    assert torch.allclose(softmax.weights(products, rows, past), expected, atol=1e-6)
+    assert softmax.causal == (not what.endswith("mask"))

@@ -585,3 +585,20 @@ def test_tiles_are_told_apart_by_ids_alone():
         pytest.raises(ValueError, match=r"cut into tiles, .* input_ids"),
     ):
         model(**given)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of flex_attention's masks
+def test_statistics_do_not_depend_on_how_a_mask_is_shown():
+    """flex_attention shows blocks; windows are known without, attention to later tokens is refused."""
+    row = next(row for row in ROWS if row.name == "cohere2_vision")
+    model, samples = built(row.name)
+    other = row.make_model()
+    other.set_attn_implementation({"text_config": "flex_attention"})
+    expected, found = measure(model, samples[:1]), measure(other, samples[:1])
+    assert torch.allclose(found.self_attention, expected.self_attention, atol=1e-4)
+    assert torch.allclose(found.cross_attention, expected.cross_attention, atol=1e-4)
+    row = next(row for row in ROWS if row.name == "gemma3")
+    model = row.make_model()
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    with pytest.raises(ValueError, match="attends to later tokens of an image"):
+        measure(model, row.samples(model)[:1])

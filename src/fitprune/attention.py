@@ -42,6 +42,7 @@ class Softmax:
         valid: [B, K] bool, False at padding; None where nothing is padded. Not looked at where there is a mask.
         mask: [B or 1, H or 1, Q, K], the layer's own: bool, True where a row sees a key, or a number to add. None: a
             row sees all keys up to its own.
+        window: how many keys back a row looks, its own counted, where there is no mask to say it; None for all.
         softcap: products are bent to stay within it.
         sinks: [H], a logit for each head that takes weight and gives nothing.
     """
@@ -49,6 +50,7 @@ class Softmax:
     scaling: float
     valid: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
 
@@ -83,7 +85,8 @@ class Softmax:
                 logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else (logits + mask).clamp_(min=lowest)
             )
         else:
-            hidden = torch.arange(keys, device=rows.device)[None] > past + rows[:, None]
+            key, own = torch.arange(keys, device=rows.device)[None], past + rows[:, None]
+            hidden = key > own if self.window is None else (key > own) | (key <= own - self.window)
             if self.valid is not None:
                 hidden = hidden | ~self.valid[:, None, None, :keys]
             logits = logits.masked_fill_(hidden, lowest)

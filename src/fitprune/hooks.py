@@ -33,6 +33,8 @@ class _Tapped:
     tap: Tap
     number: int
     decoder_config: Any
+    bidirectional: bool
+    window: int | None
 
 
 _TAPPED: weakref.WeakKeyDictionary[nn.Module, _Tapped] = weakref.WeakKeyDictionary()
@@ -55,7 +57,9 @@ def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[None]:
     given = [attention.config for _, attention in attentions]
     try:
         for number, attention in attentions:
-            _TAPPED[attention] = _Tapped(tap, number, adapted.decoder.config)
+            _TAPPED[attention] = _Tapped(
+                tap, number, adapted.decoder.config, adapted.shape.decoder.bidirectional, adapted.windows[number]
+            )
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation = NAME
         yield
@@ -87,7 +91,7 @@ def _register(implementation: str) -> None:
                 "this model was copied while it was in use by fitprune, so its attention is not its own; "
                 "copy it outside of prune"
             )
-        tapped.tap(tapped.number, Attention(query, key, value, _softmax(query, args, kwargs)))
+        tapped.tap(tapped.number, Attention(query, key, value, _softmax(query, tapped, args, kwargs)))
         implementation = tapped.decoder_config._attn_implementation  # asked for now: it may change inside the block
         if implementation == "eager":  # not in the registry: each modeling file has its own
             attend = sys.modules[type(module).__module__].eager_attention_forward
@@ -100,15 +104,21 @@ def _register(implementation: str) -> None:
     AttentionInterface.register(NAME, torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
 
 
-def _softmax(query: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Softmax:
+def _softmax(query: torch.Tensor, tapped: _Tapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Softmax:
     """Read how a layer makes its weights from what it passes to its attention function."""
     if kwargs.get("position_bias") is not None:
         raise ValueError("the decoder's attention adds a position_bias, which scores do not know: not supported")
     mask, scaling = args[0] if args else kwargs.get("attention_mask"), kwargs.get("scaling")
+    if tapped.bidirectional and mask is not None and not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"layer {tapped.number} attends to later tokens of an image, which its mask ({type(mask).__name__}) does "
+            "not show to scores: load the model with 'sdpa' or 'eager'"
+        )
     return Softmax(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         # FlashAttention takes padding [batch, keys], flex_attention a mask of blocks: neither is one of rows and keys.
         mask=mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None,
+        window=tapped.window,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
