@@ -212,7 +212,8 @@ class Judge:
         asked = after & (torch.arange(ids.shape[1], device=ids.device) < batch.prompt)
         seen: list[tuple[int, Heads]] = []
 
-        def tap(layer: int, at: Attention) -> None:
+        def tap(layer: int, attention: Callable[[], Attention]) -> None:
+            at = attention()
             softmax = dataclasses.replace(at.softmax, valid=mask)
             here = head_attention(at.query, at.key, image, asked, softmax)
             used = head_attention(at.query, at.key, image, after, softmax, ("max",))["max"].amax(1)

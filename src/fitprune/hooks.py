@@ -20,8 +20,9 @@ from torch import nn
 from fitprune.adapters import AdaptedModel
 from fitprune.attention import Attention, Softmax
 
-# Sees one attention call: its layer's number, and its queries, keys and values.
-Tap = Callable[[int, Attention], None]
+# Sees one attention call: its layer's number, and what gives its queries, keys and values; to be asked only where they
+# matter, since a decoding step has a call in every layer.
+Tap = Callable[[int, Callable[[], Attention]], None]
 
 NAME = "fitprune"  # in transformers' attention registry; only tapped attention modules name it
 
@@ -91,7 +92,7 @@ def _register(implementation: str) -> None:
                 "this model was copied while it was in use by fitprune, so its attention is not its own; "
                 "copy it outside of prune"
             )
-        tapped.tap(tapped.number, Attention(query, key, value, _softmax(query, tapped, args, kwargs)))
+        tapped.tap(tapped.number, lambda: Attention(query, key, value, _softmax(query, tapped, args, kwargs)))
         implementation = tapped.decoder_config._attn_implementation  # asked for now: it may change inside the block
         if implementation == "eager":  # not in the registry: each modeling file has its own
             attend = sys.modules[type(module).__module__].eager_attention_forward

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ def _measure_batch(
             raise ValueError(f"sample {number} of the batch has no {what}: scores need an image and then a question")
     received: dict[int, ReceivedAttention] = {}
 
-    def tap(layer: int, at: Attention) -> None:
+    def tap(layer: int, attention: Callable[[], Attention]) -> None:
+        at = attention()
         softmax = dataclasses.replace(at.softmax, valid=padded)
         received[layer] = received_attention(at.query, at.key, seen.image, question, softmax)
 

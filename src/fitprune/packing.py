@@ -132,7 +132,7 @@ class Forward:
             _require_plain_mask(adapted, number, mask, self.past + self.length)
         if kept is not None:
             new = torch.where(kept < 0, -1, kept + self.past)
-        elif rows == 1 and own is None:
+        elif rows == 1 and adapted.windows[number] is None:
             return self._step(layer, hidden, adapted.decoder.config)
         else:
             new = torch.arange(self.past, self.past + self.length, device=device).expand(batch, -1)

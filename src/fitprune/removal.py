@@ -18,7 +18,7 @@ import dataclasses
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -240,7 +240,7 @@ class Remover:
         valid = None if bool(present.all()) else present
         return dataclasses.replace(seen, softmax=dataclasses.replace(seen.softmax, valid=valid))
 
-    def at_attention(self, number: int, attention: Attention) -> None:
+    def at_attention(self, number: int, attention: Callable[[], Attention]) -> None:
         """Choose, from the layer's own queries and keys, the tokens that stay."""
         if not self._forwards.get(threading.get_ident()):
             raise ValueError(
@@ -251,11 +251,12 @@ class Remover:
         if state is None or state.choose is None:
             return
         if state.ahead is not None:
-            state.ahead.append(attention)
+            state.ahead.append(attention())
             raise _Seen  # the attention itself is not needed
-        device = attention.query.device
+        now = attention()
+        device = now.query.device
         valid = None if state.keys_valid is None else state.keys_valid.to(device)
-        now = dataclasses.replace(attention, softmax=dataclasses.replace(attention.softmax, valid=valid))
+        now = dataclasses.replace(now, softmax=dataclasses.replace(now.softmax, valid=valid))
         state.previous = view = state.view(number, False, device, lambda: now)
         if (stays := state.choose(view)) is not None:
             state.leave(stays)
