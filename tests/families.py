@@ -173,6 +173,11 @@ def _processed(processor, prompts, nested, options):
     ]  # fmt: skip
 
 
+def missing(part, shape):
+    """What `torch.nn.functional.pad` has to add behind each axis but the first, the last axis first."""
+    return [n for d in reversed(range(len(shape))) for n in (0, shape[d] - part.shape[d + 1])]
+
+
 def collate(samples):
     """Tokens padded on the left; pixels one after another, padded with zeros on the right where their shapes differ."""
     names = dict.fromkeys(name for sample in samples for name in sample)
@@ -184,8 +189,7 @@ def collate(samples):
             parts = [torch.nn.functional.pad(part, (width - part.shape[1], 0), value=PADDING[name]) for part in parts]
         else:
             shape = [max(part.shape[d] for part in parts) for d in range(1, parts[0].dim())]
-            missing = lambda part: [n for d in reversed(range(len(shape))) for n in (0, shape[d] - part.shape[d + 1])]  # noqa: E731, B023
-            parts = [torch.nn.functional.pad(part, missing(part)) for part in parts]
+            parts = [torch.nn.functional.pad(part, missing(part, shape)) for part in parts]
         batch[name] = torch.cat(parts)
     return batch
 

@@ -83,7 +83,7 @@ class AdaptedModel:
             return "its layers without attention run over padding as over tokens"
         if any(self.windows):
             return "its windows count padding as tokens"
-        if self.family.bidirectional:
+        if self.shape.decoder.bidirectional:
             return "its image tokens attend to what is behind them"
         if "mrope_section" in (getattr(self.decoder.config, "rope_parameters", None) or {}):
             return "its multimodal positions go on from the last column"

@@ -73,11 +73,11 @@ def require_left_padding(adapted: AdaptedModel, valid: torch.Tensor | None) -> N
     """Refuse padding between tokens [B, P + Q], for families where it changes what a row is."""
     if valid is None or not (why := adapted.needs_left_padding):
         return
-    begun, ends = valid.long().cumsum(1) > 0, valid.flip(1).long().cumsum(1).flip(1) == 0
-    behind = (~valid & begun & ~ends).any(1)  # behind the last token it changes nothing yet
-    if bool(behind.any()):
+    # Tokens in more than one run; padding behind the last token changes nothing yet.
+    between = valid[:, 0].long() + (~valid[:, :-1] & valid[:, 1:]).sum(1) > 1
+    if bool(between.any()):
         raise ValueError(
-            f"attention_mask: sample {int(behind.int().argmax())} has padding between tokens, and from a "
+            f"attention_mask: sample {int(between.int().argmax())} has padding between tokens, and from a "
             f"{adapted.shape.model_type} model such a row is not what its sample is alone, since {why}: pad on the "
             "left (tokenizer.padding_side = 'left')"
         )

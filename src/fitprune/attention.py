@@ -65,13 +65,11 @@ class Softmax:
 
     def of(self, samples: slice) -> Softmax:
         """The same for some samples of the batch."""
-        part = dataclasses.replace(
+        return dataclasses.replace(
             self,
             valid=None if self.valid is None else self.valid[samples],
             mask=self.mask if self.mask is None or len(self.mask) == 1 else self.mask[samples],
         )
-        part.__dict__["causal"] = self.causal  # found out once
-        return part
 
     def weights(self, products: torch.Tensor, rows: torch.Tensor, past: int) -> torch.Tensor:
         """Make weights of scaled products [B, H, r, k] of the rows [r] of this forward and the first k keys: fp32."""

@@ -98,13 +98,6 @@ def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> 
     baseline = BASELINES[base]
     (entering, kept), used = baseline.schedule(target, budget, **given)
     n, model = target.visual_tokens, target.model
-    before = [n, *kept[:-1]]
-    steps = enumerate(zip(before, kept, strict=True))
-    if wrong := [layer for layer, (had, keeps) in steps if keeps < had and layer not in model.decoder.prunable]:
-        raise OutOfReach(
-            f"{name} removes tokens at layers {wrong}, which they may not leave in a {model.model_type} model: of its "
-            f"{model.decoder.layers} layers, {list(model.decoder.prunable)}"
-        )
     provenance = {
         "source": baseline.source,
         "method": name,
@@ -120,6 +113,11 @@ def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> 
         provenance,
         tuple(count / n for count in entering) if between else (),
     )
+    if wrong := [layer for layer in recipe.removing if layer not in model.decoder.prunable]:
+        raise OutOfReach(
+            f"{name} removes tokens at layers {wrong}, which they may not leave in a {model.model_type} model: of its "
+            f"{model.decoder.layers} layers, {list(model.decoder.prunable)}"
+        )
     return Method(recipe, baseline.scorer(seed))
 
 

@@ -217,15 +217,15 @@ def require_plain(cache: Any, adapted: AdaptedModel) -> None:
             the model's.
     """
     plain = type(cache) is DynamicCache and not cache.offloading
-    if plain and not cache.layers:
-        plain = cache.layer_class_to_replicate is DynamicLayer and not adapted.shape.decoder.linear_layers
-    elif plain:
-        plain = all(_is_plain(layer, adapted, number) for number, layer in enumerate(cache.layers))
-    if not cache.layers and adapted.shape.decoder.linear_layers:
+    if plain and not cache.layers and adapted.shape.decoder.linear_layers:
         raise ValueError(
             "past_key_values is a DynamicCache that knows no layers, and some of this model's have no keys: make it "
             "with DynamicCache(config=model.config)"
         )
+    if plain and cache.layers:
+        plain = all(_is_plain(layer, adapted, number) for number, layer in enumerate(cache.layers))
+    elif plain:
+        plain = cache.layer_class_to_replicate is DynamicLayer
     if not plain:
         kinds = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
         names = sorted(getattr(kind, "__name__", str(kind)) for kind in kinds)

@@ -100,9 +100,8 @@ class Forward:
         if not self.packed and columns is None:
             self.keys_valid = self.valid
             return kwargs
-        embeddings = kwargs.get("position_embeddings")
-        first = embeddings[0] if isinstance(embeddings, tuple) else embeddings
-        given = (columns, kwargs.get("attention_mask"), first, adapted.attentions[number] is None)
+        cut = (kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
+        given = (columns, *cut, adapted.attentions[number] is None)
         key = tuple(id(part) for part in given)
         if key not in self.stages:
             # What the ids are of is kept with what was made of it, so that no other tensor gets such an id.
@@ -355,7 +354,7 @@ def _require_plain_mask(adapted: AdaptedModel, number: int, mask: Any, length: i
     """Refuse a layer that hides more than later keys, where its attention implementation shows no mask to cut."""
     window = adapted.windows[number]
     windowed = window is not None and length > window
-    if windowed or (adapted.family.bidirectional and mask is not None and not isinstance(mask, torch.Tensor)):
+    if windowed or (adapted.shape.decoder.bidirectional and mask is not None and not isinstance(mask, torch.Tensor)):
         what = f"looks back {window} of {length} tokens" if windowed else "attends to later tokens of an image"
         raise ValueError(
             f"layer {number} {what}, and attn_implementation={adapted.decoder.config._attn_implementation!r} has no "

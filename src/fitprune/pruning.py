@@ -118,11 +118,8 @@ def _removing(
 
 def _require_prunable(recipe: PruningRecipe, adapted: AdaptedModel) -> None:
     """Refuse a recipe by which tokens leave where the model's family does not let them."""
-    before = (1.0, *recipe.keep[:-1])
-    steps = zip(before, recipe.entering, recipe.keep, strict=True)
-    removing = [layer for layer, (had, enters, keeps) in enumerate(steps) if enters < had or keeps < enters]
     allowed = adapted.shape.decoder.prunable
-    if wrong := [layer for layer in removing if layer not in allowed]:
+    if wrong := [layer for layer in recipe.removing if layer not in allowed]:
         raise ValueError(
             f"recipe removes tokens at layers {wrong}: from model_type={adapted.shape.model_type!r} tokens leave "
             f"{adapted.family.removal}, which are {list(allowed)}; fit a recipe from this model's statistics"

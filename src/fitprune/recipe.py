@@ -127,6 +127,12 @@ class PruningRecipe:
         """The fraction of the image's visual tokens that enters each layer."""
         return self.enter or (1.0, *self.keep[:-1])
 
+    @property
+    def removing(self) -> list[int]:
+        """The layers that tokens leave, inside or before them."""
+        before = (1.0, *self.keep[:-1])
+        return [layer for layer, (had, keeps) in enumerate(zip(before, self.keep, strict=True)) if keeps < had]
+
     def kept(self, visual_tokens: int) -> list[int]:
         """Count the visual tokens present after each layer, for an image of `visual_tokens`."""
         return tokens.kept_counts(self.keep, visual_tokens)
@@ -341,7 +347,9 @@ class PruningRecipe:
             OSError: a file cannot be written; each is written whole or not at all. Or as `push_to_hub`.
             ValueError: an argument of `push_to_hub` without it.
         """
-        more = {"private": private, "token": token, "commit_message": commit_message, "revision": revision}
+        more: dict[str, Any] = {
+            "private": private, "token": token, "commit_message": commit_message, "revision": revision
+        }  # fmt: skip
         given = {k: v for k, v in {**more, "repo_id": repo_id, "create_pr": create_pr or None}.items() if v is not None}
         if given and not push_to_hub:
             name = next(iter(given))
@@ -357,7 +365,7 @@ class PruningRecipe:
         if not push_to_hub:
             return None
         name = repo_id or folder.resolve().name
-        return self.push_to_hub(name, base_model=base_model, create_pr=create_pr, **more)  # type: ignore[arg-type]
+        return self.push_to_hub(name, base_model=base_model, create_pr=create_pr, **more)
 
     def push_to_hub(
         self,
