@@ -21,6 +21,8 @@ from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.video_utils import VideoMetadata
 
+from fitprune.models import llava_hr
+
 LAYERS = 6
 VOCABULARY = 320
 IMAGE_PROMPTS = ["look: {i} what?", "is {i} as {i}? say it", "{i}tell me", "one more talk {i}and so?"]
@@ -271,6 +273,21 @@ def video_llava_processor(tokens):
     return untyped(tf.VideoLlavaProcessor)(images, Videos(), tokens, patch_size=8)
 
 
+def llava_hr_config(ids):
+    vision = {key: size for key, size in VISION.items() if key not in ("image_size", "patch_size", "num_hidden_layers")}
+    return llava_hr.LlavaHrConfig(
+        text_config=tf.LlamaConfig(**TEXT), image_token_index=ids["<image>"],
+        vision_config=llava_hr.LlavaHrVisionConfig(
+            **vision, num_hidden_layers=4, image_size=16, patch_size=4, input_image_size=128,
+            convnext_depths=[1, 1, 2, 1], convnext_hidden_sizes=[8, 8, 16, 24],
+        ),
+    )  # fmt: skip
+
+
+def llava_hr_processor(tokens):
+    return llava_hr.make_processor(llava_hr_config(Ids(tokens)), tokens)
+
+
 LLAVA = {"image": "<image>", "named": {"image_token": "<image>"}}
 LLAVA_VIDEO = {
     "image": "<image>",
@@ -326,6 +343,7 @@ LLAVA_ROWS = [
         ),
         llava_next_video_processor, **LLAVA_VIDEO,
     ),
+    row("llava_hr", llava_hr.LlavaHrForConditionalGeneration, llava_hr_config, llava_hr_processor, **LLAVA),
     *(
         row(
             name, tf.LlavaOnevisionForConditionalGeneration,

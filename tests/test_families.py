@@ -460,6 +460,7 @@ CONFIG_HASHES = {
     "llava-gpt_oss": "e2a58826dfd0e9f9",
     "llava-mixtral": "ee24aae9a817b243",
     "llava-starcoder2": "7bcfee6e556e3b43",
+    "llava_hr": "4968b5490fab434d",
     "llava_next": "7b8ca7330087b06d",
     "llava_next-mistral": "ba6bc4cb48a2cd16",
     "llava_next_video": "3cf8e145707245a5",

@@ -10,7 +10,18 @@ import fitprune
 # docs/design.md explains the layers.
 LAYERS = [
     {"tokens", "flops", "families", "files", "hub", "card", "diversity", "processes", "tables"},
-    {"recipe", "journal", "results", "attention", "selection", "stats", "calibration", "embedded", "adapters"},
+    {
+        "recipe",
+        "journal",
+        "results",
+        "attention",
+        "selection",
+        "stats",
+        "calibration",
+        "embedded",
+        "adapters",
+        "models",
+    },
     {"fitting", "hooks", "batches", "cache", "images", "views", "vision", "lookup", "loading"},
     {"scoring", "packing", "arguments", "analysis"},
     {"measurement", "removal", "analysis_files"},

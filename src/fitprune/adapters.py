@@ -45,6 +45,9 @@ _ARCHITECTURE = (
     ("image_grid_pinpoints",),
     ("downsample_ratio", "downsample_factor", "scale_factor"),
     ("mm_tokens_per_image",),
+    ("input_image_size",),
+    ("convnext_depths",),
+    ("convnext_hidden_sizes",),
 )
 
 
@@ -322,6 +325,16 @@ def _linear_costs(text: Any) -> tuple[int, int]:
 
 def _tower(model_type: str, vision: Any) -> VisionShape | None:
     """Read a CLIP tower's sizes; None where the cost model does not know tower or projector."""
+    if vision.model_type == "llava_hr_vision":
+        return VisionShape(
+            layers=vision.num_hidden_layers,
+            hidden=vision.hidden_size,
+            intermediate=vision.intermediate_size,
+            image_size=vision.grid * vision.patch_size,
+            patch_size=vision.patch_size,
+            class_tokens=0,
+            beside_macs=_beside_macs(vision),
+        )
     if vision.model_type != "clip_vision_model" or model_type not in ("llava", "llava_next", "llava_next_video"):
         return None
     return VisionShape(
@@ -331,6 +344,19 @@ def _tower(model_type: str, vision: Any) -> VisionShape | None:
         image_size=vision.image_size,
         patch_size=vision.patch_size,
     )
+
+
+def _beside_macs(vision: Any) -> int:
+    """Price what LLaVA-HR has beside CLIP: ConvNeXt, adapters, fusion."""
+    side, before, macs = vision.input_image_size // 4, 3, 0
+    for stage, (depth, width) in enumerate(zip(vision.convnext_depths, vision.convnext_hidden_sizes, strict=True)):
+        side //= 2 if stage else 1
+        macs += side**2 * before * width * (4 if stage else 16)  # patches of 4 x 4 pixels, then of 2 x 2
+        macs += depth * side**2 * (49 * width + 8 * width**2)
+        before = width
+    fast, slow, patches = vision.hidden_size, before, vision.grid**2
+    adapter = side**2 * slow * (slow + fast) + patches * fast * (49 + fast) + (2 * fast + 1) * (fast // 2)
+    return int(macs + (3 * adapter if vision.use_adapters else 0) + patches * fast * (fast + slow))
 
 
 def _config_hash(config: Any) -> str:

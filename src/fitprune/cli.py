@@ -310,6 +310,13 @@ def _families(args: argparse.Namespace) -> None:
     print(table())
 
 
+def _convert_llava_hr(args: argparse.Namespace) -> None:
+    from fitprune.models.llava_hr_conversion import convert
+
+    done = convert(args.source, args.destination)
+    print(f"{done}: now 'fitprune generate {done} --recipe llava-hr-7b:60 --image IMAGE --question QUESTION'")
+
+
 def _demo(args: argparse.Namespace) -> None:
     from fitprune.demo import demo
 
@@ -512,6 +519,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--resamples", type=_positive, default=30, help="draws for each calibration size (default: 30)")
     made.add_argument("--seed", type=int, default=0, help="seed of draws and halves")
     made.add_argument("--no-pictures", action="store_true", help="JSON and tables alone; needs no matplotlib")
+
+    made = command(
+        "convert-llava-hr", _convert_llava_hr, "convert a LLaVA-HR checkpoint of its authors to transformers' format",
+        "fitprune convert-llava-hr llava-hr-7b-sft-1024 llava-hr-7b",
+    )  # fmt: skip
+    made.add_argument("source", metavar="SRC", help="folder with the authors' config.json, weights and tokenizer")
+    made.add_argument("destination", metavar="DST", help="folder to write; what a killed run left there is kept")
 
     command(
         "families", _families, "list the families of models: supported, refused and why, generic",

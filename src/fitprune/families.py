@@ -49,6 +49,7 @@ FAMILIES = {
         Family("llava", "LLaVA-1.5, Pixtral-12B, BakLLaVA"),
         Family("llava_next", "LLaVA-NeXT (1.6)"),
         Family("llava_next_video", "LLaVA-NeXT-Video", video="pooled"),
+        Family("llava_hr", "LLaVA-HR, LLaVA-HR-X (converted)"),
         Family("llava_onevision", "LLaVA-OneVision", video="pooled"),
         Family("vipllava", "ViP-LLaVA"),
         Family("video_llava", "Video-LLaVA", video="features"),

@@ -120,16 +120,24 @@ class DecoderShape:
 
 @dataclasses.dataclass(frozen=True)
 class VisionShape:
-    """Sizes of a ViT tower with a two-layer projector, for one image (or one crop) of fixed size."""
+    """Sizes of a ViT tower with a two-layer projector, for one image (or one crop) of fixed size.
+
+    Attributes:
+        layers, hidden, intermediate, image_size, patch_size: of the ViT, as in transformers.
+        class_tokens: tokens in the tower beside the patches.
+        beside_macs: multiply-accumulates for one image of what stands beside the ViT: LLaVA-HR's ConvNeXt and adapters.
+    """
 
     layers: int
     hidden: int
     intermediate: int
     image_size: int
     patch_size: int
+    class_tokens: int = 1
+    beside_macs: int = 0
 
     def __post_init__(self) -> None:
-        _require_sizes(self)
+        _require_sizes(self, may_be_zero=("class_tokens", "beside_macs"))
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size={self.image_size}: must be at least patch_size={self.patch_size}")
 
@@ -140,11 +148,11 @@ class VisionShape:
 
     def flops(self, decoder_hidden: int) -> int:
         """FLOPs of tower and projector for one crop."""
-        d, m, n = self.hidden, self.intermediate, self.patches + 1  # one class token
+        d, m, n = self.hidden, self.intermediate, self.patches + self.class_tokens
         embed = 2 * self.patches * d * 3 * self.patch_size**2
         tower = self.layers * (8 * n * d * d + 4 * n * n * d + 4 * n * d * m)
         projector = 2 * self.patches * (d * decoder_hidden + decoder_hidden**2)
-        return embed + tower + projector
+        return embed + tower + projector + 2 * self.beside_macs
 
 
 def _require_sizes(
@@ -178,8 +186,10 @@ class ModelShape:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; what is at its default or unknown is left out."""
         data = dataclasses.asdict(self)
-        kept = {field.name: field.default for field in dataclasses.fields(DecoderShape) if field.name != "vocab"}
-        data["decoder"] = {k: v for k, v in data["decoder"].items() if k not in kept or v != kept[k]}
+        for part, shape in (("decoder", DecoderShape), ("vision", VisionShape)):
+            kept = {field.name: field.default for field in dataclasses.fields(shape) if field.name != "vocab"}
+            if data[part] is not None:
+                data[part] = {k: v for k, v in data[part].items() if k not in kept or v != kept[k]}
         return {key: value for key, value in data.items() if value is not None or key == "vision"}
 
     @classmethod

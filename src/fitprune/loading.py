@@ -50,7 +50,7 @@ def load_model(
         ImportError: `quantization` or `device_map` needs a package that is missing.
         OSError: the files are not there.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
     from transformers.utils.hub import resolve_revision
 
     options: dict[str, Any] = {"dtype": _dtype(dtype)}
@@ -67,6 +67,10 @@ def load_model(
         raise ValueError(f"revision={revision!r}: {name} is a folder, which has none; leave it out")
     pinned = resolve_revision(folder, revision, token=token)  # config, weights and processor come from one commit
     hub = {"revision": pinned, "trust_remote_code": trust_remote_code, "token": token}
+    if PreTrainedConfig.get_config_dict(folder, **hub)[0].get("model_type") == "llava_hr":
+        from fitprune.models import llava_hr
+
+        llava_hr.register()
     # Before the weights: the wrong family is found in a second.
     config = AutoConfig.from_pretrained(folder, **hub)
     adapters.model_shape(config)

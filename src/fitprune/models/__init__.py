@@ -1,0 +1,1 @@
+"""Models of the paper that transformers does not have. Importing them registers nothing: call their `register`."""

@@ -1,0 +1,343 @@
+"""Convert the authors' LLaVA-HR checkpoints to `llava_hr`'s format: names, configuration, processor.
+
+A shard is read, renamed and written at a time; what is written is named after where it comes from, so a killed run goes
+on where it stopped. All weights are accounted for, by name and shape, before any is written.
+
+Knows the layout of github.com/luogen1996/LLaVA-HR (commit 1212ffb): timm's names for the ConvNeXt, and those of
+transformers 4.31 for CLIP and Llama.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.modeling_utils import load_state_dict
+
+from fitprune import files
+from fitprune.models.llava_hr import (
+    LlavaHrConfig,
+    LlavaHrForConditionalGeneration,
+    LlavaHrVisionConfig,
+    make_processor,
+)
+
+_SLOW = r"model\.vision_tower\.slow_vision_tower\.vision_tower\."
+_FAST = r"model\.vision_tower\.fast_vision_tower\.vision_tower\.vision_model\."
+_TOWER, _TO_TOWER = r"model\.vision_tower\.", "model.vision_tower."
+_BLOCK, _TO_BLOCK = _SLOW + r"stages\.(\d+)\.blocks\.(\d+)\.", _TO_TOWER + r"convnext.stages.\1.layers.\2."
+_RENAMED = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (_SLOW + r"stem\.0\.", _TO_TOWER + "convnext.embeddings.patch_embeddings."),
+        (_SLOW + r"stem\.1\.", _TO_TOWER + "convnext.embeddings.layernorm."),
+        (_SLOW + r"stages\.(\d+)\.downsample\.", _TO_TOWER + r"convnext.stages.\1.downsampling_layer."),
+        # A block's scale is "gamma" in timm; transformers 4.31 could not load that name, so the authors' is "weight".
+        (_BLOCK + r"(weight|gamma)$", _TO_BLOCK + "layer_scale_parameter"),
+        (_BLOCK + r"conv_dw\.", _TO_BLOCK + "dwconv."),
+        (_BLOCK + r"norm\.", _TO_BLOCK + "layernorm."),
+        (_BLOCK + r"mlp\.fc(\d)\.", _TO_BLOCK + r"pwconv\3."),
+        (_FAST, _TO_TOWER),
+        (_TOWER + r"align_stages_latent\.", _TO_TOWER + "adapters."),
+        (_TOWER + r"align_stages\.0\.", _TO_TOWER + "fusion."),
+        (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+        (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+        (r"model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
+        (r"lm_head\.", "lm_head."),
+    )
+]
+# No forward pass uses these: heads of the towers, and constants that older versions of transformers stored.
+_DROPPED = re.compile(
+    f"{_SLOW}head\\..*|{_FAST}post_layernorm\\..*|{_FAST}embeddings\\.position_ids|.*\\.rotary_emb\\.inv_freq"
+)
+_GROWN = ("model.language_model.embed_tokens.weight", "lm_head.weight")  # one row for each token
+_ROWS = 64  # the vocabulary is brought to a multiple of this, as transformers does for LLaVA
+_SMALLEST = 64 * 2**20  # bytes of an output shard, unless a single weight is larger
+_LLAMA = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "rope_scaling", "attention_bias",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+_REQUIRED = {"is_multipath_encoder": True, "mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
+_INDEX = "model.safetensors.index.json"
+_CLIP_HEAD = 64  # channels of an attention head, in every CLIP
+
+
+def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
+    """Convert a checkpoint. May be called again after it was cut off: what is done is kept.
+
+    Needs about 1.25 times the memory of the largest shard of the source, and as much disk as the source.
+
+    Args:
+        source: folder with the authors' config.json, weights (.bin or .safetensors) and tokenizer.
+        destination: folder to write; what `from_pretrained` loads.
+
+    Returns:
+        The destination.
+
+    Raises:
+        ValueError: the source is no LLaVA-HR checkpoint, weights are missing, unexpected or of other shapes, or the
+            destination holds something else.
+        OSError: a file is missing, or cannot be written.
+        ImportError: the tokenizer needs sentencepiece and protobuf.
+    """
+    source, destination = Path(source), Path(destination)
+    given = _read_config(source)
+    shards = _shards(source)
+    held = {shard: load_state_dict(shard, map_location="meta") for shard in shards}
+    tokenizer = _tokenizer(source)
+    config = _config(given, {name: w for part in held.values() for name, w in part.items()}, len(tokenizer))
+    names = _account(held, config)
+    identity = _identity(source, shards)
+    _require_ours(destination, identity)
+
+    limit = max(_SMALLEST, max(os.path.getsize(shard) for shard in shards) // 8)
+    plan = [(shard, group) for shard in shards for group in _groups(names[shard], held[shard], limit)]
+    weight_map: dict[str, str] = {}
+    total = 0
+    read: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
+    for number, (shard, group) in enumerate(tqdm(plan, desc="convert", unit="file"), 1):
+        path = destination / f"model-{number:05}-of-{len(plan):05}.safetensors"
+        weight_map |= dict.fromkeys(group, path.name)
+        total += sum(held[shard][name].nbytes for name in group.values())
+        if _source_of(path) == identity:
+            continue
+        if read[0] != shard:
+            read = (None, {})  # let go of the last one first
+            read = (shard, load_state_dict(shard))
+        weights = {target: _grown(target, read[1][name], config) for target, name in group.items()}
+        with files.replacing(path) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt", "source": identity})
+    index = {"metadata": {"total_size": total, "source": identity}, "weight_map": weight_map}
+    with files.replacing(destination / _INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=1) + "\n")
+    make_processor(config, tokenizer).save_pretrained(destination)
+    text = config.text_config
+    GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    ).save_pretrained(destination)
+    config.save_pretrained(destination)  # last: a folder with a config is whole
+    return destination
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    """Read the authors' config.json and refuse what is no LLaVA-HR."""
+    path = source / "config.json"
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"{source}: no such folder; fetch a checkpoint first, with 'hf download NAME --local-dir'"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{source}: has no config.json; must be a whole checkpoint of the authors")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error}); fetch it again") from None
+    if not isinstance(given, dict) or given.get("model_type") != "llava":
+        found = given.get("model_type") if isinstance(given, dict) else given
+        raise ValueError(
+            f"{path}: model_type={found!r}: must be 'llava', as in the authors' checkpoints on Llama; one that is "
+            "converted already ('llava_hr') needs no conversion"
+        )
+    for name, rule in _REQUIRED.items():
+        if given.get(name, False) != rule:
+            hint = "; for LLaVA-1.5 and LLaVA-NeXT see docs/llava-hr.md" if name == "is_multipath_encoder" else ""
+            raise ValueError(
+                f"{path}: {name}={given.get(name)!r}: must be {rule!r}, as in every LLaVA-HR checkpoint{hint}"
+            )
+    for name in ("input_image_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if type(given.get(name)) is not int or given[name] < 1:
+            raise ValueError(f"{path}: {name}={given.get(name)!r}: must be a positive integer")
+    return given
+
+
+def _shards(source: Path) -> list[Path]:
+    """Find the files with weights: what an index names, or the single one."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = source / f"{single}.index.json"
+        if index.is_file():
+            named = sorted({source / file for file in json.loads(index.read_text())["weight_map"].values()})
+            if lacking := [path.name for path in named if not path.is_file()]:
+                raise FileNotFoundError(f"{source}: lacks {', '.join(lacking)}, which {index.name} names; fetch them")
+            return named
+        if (source / single).is_file():
+            return [source / single]
+    raise FileNotFoundError(
+        f"{source}: has no weights; must hold pytorch_model.bin or model.safetensors, or shards with their index.json "
+        "(LoRA weights must be merged first, with the authors' scripts/merge_lora_weights.py)"
+    )
+
+
+def _tokenizer(source: Path) -> Any:
+    """Load Llama's tokenizer and add what LLaVA needs; saved and loaded again it stays as it is."""
+    wanted = ("sentencepiece", "google.protobuf")
+    if not (source / "tokenizer.json").is_file() and any(importlib.util.find_spec(name) is None for name in wanted):
+        raise ImportError(
+            "to read tokenizer.model, sentencepiece and protobuf are needed: pip install 'fitprune[llava-hr]'"
+        )
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise FileNotFoundError(f"{source}: has no tokenizer.model; fetch the whole checkpoint")
+    loaded = LlamaTokenizer.from_pretrained(source)
+    return PreTrainedTokenizerFast(
+        # LlamaTokenizer forgets how it begins a text when it is saved; this keeps what was loaded.
+        tokenizer_object=loaded.backend_tokenizer,
+        bos_token=loaded.bos_token,
+        eos_token=loaded.eos_token,
+        unk_token=loaded.unk_token,
+        pad_token=loaded.pad_token or loaded.unk_token,
+        add_bos_token=True,
+        model_max_length=loaded.model_max_length,
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _config(given: dict[str, Any], weights: dict[str, torch.Tensor], tokens: int) -> LlavaHrConfig:
+    """Read sizes off the authors' config and the weights' shapes; those of LLaVA-HR-7B where a weight is lacking."""
+    slow, fast = (
+        "model.vision_tower.slow_vision_tower.vision_tower.",
+        "model.vision_tower.fast_vision_tower.vision_tower.",
+    )
+    fast += "vision_model."
+    vision: dict[str, Any] = {}
+    patches = weights.get(f"{fast}embeddings.patch_embedding.weight")
+    positions = weights.get(f"{fast}embeddings.position_embedding.weight")
+    wide = weights.get(f"{fast}encoder.layers.0.mlp.fc1.weight")
+    if patches is not None and positions is not None and wide is not None:
+        vision = {
+            "hidden_size": patches.shape[0],
+            "num_attention_heads": max(1, patches.shape[0] // _CLIP_HEAD),
+            "patch_size": patches.shape[-1],
+            "image_size": math.isqrt(positions.shape[0] - 1) * patches.shape[-1],
+            "intermediate_size": wide.shape[0],
+            "num_hidden_layers": _count(weights, re.escape(f"{fast}encoder.layers.")),
+        }
+    depths = [_count(weights, re.escape(f"{slow}stages.{stage}.blocks.")) for stage in range(4)]
+    firsts = [weights.get(f"{slow}stages.{stage}.blocks.0.conv_dw.weight") for stage in range(4)]
+    if all(depths) and all(first is not None for first in firsts):
+        vision |= {"convnext_depths": depths, "convnext_hidden_sizes": [len(w) for w in firsts if w is not None]}
+    embedded, rows = weights.get("model.embed_tokens.weight"), given.get("vocab_size", 0)
+    if embedded is not None:
+        rows = embedded.shape[0]
+    text = {name: given[name] for name in _LLAMA if given.get(name) is not None}
+    return LlavaHrConfig(
+        vision_config=LlavaHrVisionConfig(
+            input_image_size=given["input_image_size"],
+            use_adapters=not given.get("freeze_vision", False),  # frozen in the first stage of training, without them
+            convnext_norm_eps=1e-5 if "xxlarge" in str(given.get("vision_tower_slow")) else 1e-6,
+            **vision,
+        ),
+        text_config=LlamaConfig(**text, vocab_size=rows if tokens <= rows else -(-tokens // _ROWS) * _ROWS),
+        image_token_index=tokens - 1,
+        dtype=torch.float16 if embedded is None else embedded.dtype,
+        architectures=[LlavaHrForConditionalGeneration.__name__],
+    )
+
+
+def _count(weights: dict[str, torch.Tensor], prefix: str) -> int:
+    """How many numbers follow a prefix."""
+    return len({found[1] for name in weights if (found := re.match(prefix + r"(\d+)\.", name))})
+
+
+def _account(held: dict[Path, dict[str, torch.Tensor]], config: LlavaHrConfig) -> dict[Path, dict[str, str]]:
+    """Say for each shard which weight becomes which, target -> name.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of other shapes; the message lists them all.
+    """
+    with torch.device("meta"):
+        wanted = {name: weight.shape for name, weight in LlavaHrForConditionalGeneration(config).state_dict().items()}
+    names: dict[Path, dict[str, str]] = {shard: {} for shard in held}
+    found: set[str] = set()
+    unexpected, misshapen = [], []
+    for shard, part in held.items():
+        for name, weight in part.items():
+            if _DROPPED.fullmatch(name):
+                continue
+            target = next((pattern.sub(to, name) for pattern, to in _RENAMED if pattern.match(name)), None)
+            if target is None or target not in wanted or target in found:
+                unexpected.append(name)
+                continue
+            found.add(target)
+            names[shard][target] = name
+            shape, must = list(weight.shape), list(wanted[target])
+            if shape != must and not (target in _GROWN and shape[0] < must[0] and shape[1:] == must[1:]):
+                misshapen.append(f"{name} {shape} instead of {must}")
+    missing = sorted(set(wanted) - found)
+    if missing or unexpected or misshapen:
+        said = {"missing": missing, "unexpected": sorted(unexpected), "of another shape": misshapen}
+        raise ValueError(
+            "the weights are not those of LLaVA-HR; nothing was written"
+            + "".join(f"\n{what} ({len(listed)}): {', '.join(listed)}" for what, listed in said.items() if listed)
+        )
+    return names
+
+
+def _groups(names: dict[str, str], held: dict[str, torch.Tensor], limit: int) -> Iterator[dict[str, str]]:
+    """Cut a shard's weights into groups of at most `limit` bytes, or of one weight."""
+    group: dict[str, str] = {}
+    size = 0
+    for target, name in names.items():
+        if group and size + held[name].nbytes > limit:
+            yield group
+            group, size = {}, 0
+        group[target] = name
+        size += held[name].nbytes
+    if group:
+        yield group
+
+
+def _grown(target: str, weight: torch.Tensor, config: LlavaHrConfig) -> torch.Tensor:
+    """Give a weight as it is written; a new token's row is the mean of the others', which no answer prefers to them."""
+    more = config.text_config.vocab_size - weight.shape[0] if target in _GROWN else 0
+    if more:
+        mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+        weight = torch.cat([weight, mean.expand(more, -1)])
+    return weight.contiguous()
+
+
+def _identity(source: Path, shards: list[Path]) -> str:
+    """Tell one source from another: by its config, and by sizes and times of its shards."""
+    said = [(source / "config.json").read_text(encoding="utf-8")]
+    said += [f"{shard.name} {shard.stat().st_size} {shard.stat().st_mtime_ns}" for shard in shards]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def _source_of(path: Path) -> str | None:
+    """The identity of the source that a written shard names; None if it is not there."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as written:
+            return str((written.metadata() or {}).get("source", ""))
+    except SafetensorError:
+        return ""
+
+
+def _require_ours(destination: Path, identity: str) -> None:
+    """Refuse a destination with anything but what an earlier run of the same conversion left; make it if need be."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for left in destination.glob(".model-*.part"):
+        left.unlink()  # of a killed run
+    there = sorted(destination.iterdir())
+    foreign = [path.name for path in there if path.suffix == ".safetensors" and _source_of(path) != identity]
+    if there and not foreign and not any(path.suffix == ".safetensors" for path in there):
+        foreign = [path.name for path in there]
+    if foreign:
+        raise ValueError(
+            f"{destination}: holds {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}, not of this "
+            "conversion; choose another folder, or delete it"
+        )
