@@ -15,7 +15,7 @@ test: .venv/installed lint
 
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest --durations=5 tests/test_families.py tests/test_full_sizes.py tests/test_pruning.py \
-		tests/test_refusals.py tests/test_conversations.py tests/test_hub.py
+		tests/test_refusals.py tests/test_conversations.py tests/test_hub.py tests/test_llava_hr.py
 
 test-integrations: .venv-integrations/installed
 	$(INTEGRATIONS)/python -m pytest tests/integrations --durations=5
@@ -35,7 +35,7 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv-oldest
 	sed 's/^transformers==.*/transformers==5.19.0/' constraints.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt \
-		-e . accelerate hypothesis pytest
+		-e '.[llava-hr]' accelerate hypothesis pytest
 	touch $@
 
 # Apart from .venv, because lmms-eval needs torchvision, whose torch brings gigabytes of CUDA libraries.

@@ -21,13 +21,14 @@ from fitprune.flops import DecoderShape, ModelShape, VisionShape
 
 SCHEMA = 1
 
-# The published shapes: Llama-7B decoders with CLIP ViT-L/14 at 336 px. LLaVA-HR's tower is not a plain ViT: not priced.
+# The published shapes: Llama-7B decoders with CLIP ViT-L/14, in LLaVA-HR without its class token and with a ConvNeXt-L.
 _LLAMA_7B = (32, 32, 128, 32064)  # heads, kv_heads, head_dim, vocab
 _CLIP_L_336 = VisionShape(layers=24, hidden=1024, intermediate=4096, image_size=336, patch_size=14)
-_PUBLISHED_TYPES: dict[str, tuple[str, VisionShape | None]] = {
+_HIGH_RESOLUTION = dataclasses.replace(_CLIP_L_336, image_size=448, class_tokens=0, beside_macs=736_194_201_088)
+_PUBLISHED_TYPES: dict[str, tuple[str, VisionShape]] = {
     "llava-1.5-7b": ("llava", _CLIP_L_336),
     "llava-next-7b": ("llava_next", _CLIP_L_336),
-    "llava-hr-7b": ("llava_hr", None),
+    "llava-hr-7b": ("llava_hr", _HIGH_RESOLUTION),
 }
 
 

@@ -78,7 +78,7 @@ _CLIP_HEAD = 64  # channels of an attention head, in every CLIP
 def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
     """Convert a checkpoint. May be called again after it was cut off: what is done is kept.
 
-    Needs about 1.25 times the memory of the largest shard of the source, and as much disk as the source.
+    Needs little more memory than the largest shard of the source has bytes, and as much disk as the source.
 
     Args:
         source: folder with the authors' config.json, weights (.bin or .safetensors) and tokenizer.
@@ -120,6 +120,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
         weights = {target: _grown(target, read[1][name], config) for target, name in group.items()}
         with files.replacing(path) as temporary:
             save_file(weights, temporary, metadata={"format": "pt", "source": identity})
+        del weights  # which hold the shard
     index = {"metadata": {"total_size": total, "source": identity}, "weight_map": weight_map}
     with files.replacing(destination / _INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1) + "\n")
