@@ -22,7 +22,7 @@ from fitprune import PruningRecipe, load_model
 from fitprune.adapters import model_shape
 from fitprune.cli import main
 from fitprune.models import llava_hr
-from fitprune.models.llava_hr_conversion import convert
+from fitprune.models.llava_hr.conversion import convert
 
 RECORD = json.loads((reference.DATA / "llava_hr.json").read_text())
 KEPT = load_file(reference.DATA / "llava_hr.safetensors")
@@ -206,7 +206,7 @@ def test_a_conversion_that_was_cut_off_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         save_file(*args, **kwargs)
 
-    monkeypatch.setattr("fitprune.models.llava_hr_conversion.save_file", dying)
+    monkeypatch.setattr("fitprune.models.llava_hr.conversion.save_file", dying)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "ours")
     assert not (tmp_path / "ours" / "config.json").exists()
@@ -259,6 +259,7 @@ def test_a_checkpoint_without_a_vision_tower_lists_what_is_missing(tmp_path):
         ({"is_multipath_encoder": False}, "is_multipath_encoder=False: must be True.*docs/llava-hr.md"),
         ({"mm_projector_type": "linear"}, "mm_projector_type='linear': must be 'mlp2x_gelu'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end=True: must be False"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres': must be 'pad' or 'square'"),
         ({"input_image_size": None}, "input_image_size=None: must be a positive integer"),
         ({"input_image_size": 1000}, "input_image_size=1000: must be a multiple of 32"),
         ({"input_image_size": 512}, "input_image_size=512.*do not fall on each other; must be 768 or more"),
@@ -320,7 +321,7 @@ def test_memory_stays_below_one_and_a_half_times_the_largest_shard(tmp_path, suf
     (source / "config.json").write_text(json.dumps({**config, "intermediate_size": wide}))
     largest = max(file.stat().st_size for file in source.iterdir())
     code = (
-        "import re, sys, torch; from fitprune.models.llava_hr_conversion import convert\n"
+        "import re, sys, torch; from fitprune.models.llava_hr.conversion import convert\n"
         "def peak(): return 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "before = peak(); convert(sys.argv[1], sys.argv[2]); print(peak() - before)"
     )  # not getrusage: its peak is the parent's too
@@ -462,7 +463,7 @@ def test_a_tokenizer_with_another_image_token_is_refused(converted):
 def test_nothing_is_registered_before_it_is_asked_for(converted):
     code = (
         "import sys, transformers as t, fitprune\n"
-        "import fitprune.models.llava_hr, fitprune.models.llava_hr_conversion\n"
+        "import fitprune.models.llava_hr, fitprune.models.llava_hr.conversion\n"
         "try: t.AutoConfig.from_pretrained(sys.argv[1])\n"
         "except ValueError: print('unknown')\n"
         "fitprune.models.llava_hr.register(); print(type(t.AutoConfig.from_pretrained(sys.argv[1])).__name__)"

@@ -311,7 +311,7 @@ def _families(args: argparse.Namespace) -> None:
 
 
 def _convert_llava_hr(args: argparse.Namespace) -> None:
-    from fitprune.models.llava_hr_conversion import convert
+    from fitprune.models.llava_hr.conversion import convert
 
     done = convert(args.source, args.destination)
     print(f"{done}: now 'fitprune generate {done} --recipe llava-hr-7b:60 --image IMAGE --question QUESTION'")

@@ -1,10 +1,7 @@
-"""Convert the authors' LLaVA-HR checkpoints to `llava_hr`'s format: names, configuration, processor.
+"""Convert the authors' LLaVA-HR checkpoints to this package's format: names, configuration, processor.
 
 A shard is read, renamed and written at a time; what is written is named after where it comes from, so a killed run goes
 on where it stopped. All weights are accounted for, by name and shape, before any is written.
-
-Knows the layout of github.com/luogen1996/LLaVA-HR (commit 1212ffb): timm's names for the ConvNeXt, and those of
-transformers 4.31 for CLIP and Llama.
 """
 
 from __future__ import annotations
@@ -12,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,56 +18,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import GenerationConfig, LlamaConfig, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_utils import load_state_dict
 
 from fitprune import files
-from fitprune.models.llava_hr import (
-    LlavaHrConfig,
-    LlavaHrForConditionalGeneration,
-    LlavaHrVisionConfig,
-    make_processor,
-)
+from fitprune.models.llava_hr.configuration import LlavaHrConfig
+from fitprune.models.llava_hr.names import GROWN, account, config_of
+from fitprune.models.llava_hr.processing import make_processor
 
-_SLOW = r"model\.vision_tower\.slow_vision_tower\.vision_tower\."
-_FAST = r"model\.vision_tower\.fast_vision_tower\.vision_tower\.vision_model\."
-_TOWER, _TO_TOWER = r"model\.vision_tower\.", "model.vision_tower."
-_BLOCK, _TO_BLOCK = _SLOW + r"stages\.(\d+)\.blocks\.(\d+)\.", _TO_TOWER + r"convnext.stages.\1.layers.\2."
-_RENAMED = [
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (_SLOW + r"stem\.0\.", _TO_TOWER + "convnext.embeddings.patch_embeddings."),
-        (_SLOW + r"stem\.1\.", _TO_TOWER + "convnext.embeddings.layernorm."),
-        (_SLOW + r"stages\.(\d+)\.downsample\.", _TO_TOWER + r"convnext.stages.\1.downsampling_layer."),
-        # A block's scale is "gamma" in timm; transformers 4.31 could not load that name, so the authors' is "weight".
-        (_BLOCK + r"(weight|gamma)$", _TO_BLOCK + "layer_scale_parameter"),
-        (_BLOCK + r"conv_dw\.", _TO_BLOCK + "dwconv."),
-        (_BLOCK + r"norm\.", _TO_BLOCK + "layernorm."),
-        (_BLOCK + r"mlp\.fc(\d)\.", _TO_BLOCK + r"pwconv\3."),
-        (_FAST, _TO_TOWER),
-        (_TOWER + r"align_stages_latent\.", _TO_TOWER + "adapters."),
-        (_TOWER + r"align_stages\.0\.", _TO_TOWER + "fusion."),
-        (r"model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
-        (r"model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
-        (r"model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1."),
-        (r"lm_head\.", "lm_head."),
-    )
-]
-# No forward pass uses these: heads of the towers, and constants that older versions of transformers stored.
-_DROPPED = re.compile(
-    f"{_SLOW}head\\..*|{_FAST}post_layernorm\\..*|{_FAST}embeddings\\.position_ids|.*\\.rotary_emb\\.inv_freq"
-)
-_GROWN = ("model.language_model.embed_tokens.weight", "lm_head.weight")  # one row for each token
-_ROWS = 64  # the vocabulary is brought to a multiple of this, as transformers does for LLaVA
 _SMALLEST = 64 * 2**20  # bytes of an output shard, unless a single weight is larger
-_LLAMA = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-    "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "rope_scaling", "attention_bias",
-    "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
 _REQUIRED = {"is_multipath_encoder": True, "mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
 _INDEX = "model.safetensors.index.json"
-_CLIP_HEAD = 64  # channels of an attention head, in every CLIP
 
 
 def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
@@ -98,8 +54,8 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
     shards = _shards(source)
     held = {shard: load_state_dict(shard, map_location="meta") for shard in shards}
     tokenizer = _tokenizer(source)
-    config = _config(given, {name: w for part in held.values() for name, w in part.items()}, len(tokenizer))
-    names = _account(held, config)
+    config = config_of(given, {name: w for part in held.values() for name, w in part.items()}, len(tokenizer))
+    names = account(held, config)
     identity = _identity(source, shards)
     _require_ours(destination, identity)
 
@@ -124,7 +80,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
     index = {"metadata": {"total_size": total, "source": identity}, "weight_map": weight_map}
     with files.replacing(destination / _INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1) + "\n")
-    make_processor(config, tokenizer).save_pretrained(destination)
+    make_processor(config, tokenizer, pad=given.get("image_aspect_ratio") == "pad").save_pretrained(destination)
     text = config.text_config
     GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -158,6 +114,8 @@ def _read_config(source: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: {name}={given.get(name)!r}: must be {rule!r}, as in every LLaVA-HR checkpoint{hint}"
             )
+    if (ratio := given.get("image_aspect_ratio", "square")) not in ("pad", "square"):
+        raise ValueError(f"{path}: image_aspect_ratio={ratio!r}: must be 'pad' or 'square' (one view of each image)")
     for name in ("input_image_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if type(given.get(name)) is not int or given[name] < 1:
             raise ValueError(f"{path}: {name}={given.get(name)!r}: must be a positive integer")
@@ -206,87 +164,6 @@ def _tokenizer(source: Path) -> Any:
     )
 
 
-def _config(given: dict[str, Any], weights: dict[str, torch.Tensor], tokens: int) -> LlavaHrConfig:
-    """Read sizes off the authors' config and the weights' shapes; those of LLaVA-HR-7B where a weight is lacking."""
-    slow, fast = (
-        "model.vision_tower.slow_vision_tower.vision_tower.",
-        "model.vision_tower.fast_vision_tower.vision_tower.",
-    )
-    fast += "vision_model."
-    vision: dict[str, Any] = {}
-    patches = weights.get(f"{fast}embeddings.patch_embedding.weight")
-    positions = weights.get(f"{fast}embeddings.position_embedding.weight")
-    wide = weights.get(f"{fast}encoder.layers.0.mlp.fc1.weight")
-    if patches is not None and positions is not None and wide is not None:
-        vision = {
-            "hidden_size": patches.shape[0],
-            "num_attention_heads": max(1, patches.shape[0] // _CLIP_HEAD),
-            "patch_size": patches.shape[-1],
-            "image_size": math.isqrt(positions.shape[0] - 1) * patches.shape[-1],
-            "intermediate_size": wide.shape[0],
-            "num_hidden_layers": _count(weights, re.escape(f"{fast}encoder.layers.")),
-        }
-    depths = [_count(weights, re.escape(f"{slow}stages.{stage}.blocks.")) for stage in range(4)]
-    firsts = [weights.get(f"{slow}stages.{stage}.blocks.0.conv_dw.weight") for stage in range(4)]
-    if all(depths) and all(first is not None for first in firsts):
-        vision |= {"convnext_depths": depths, "convnext_hidden_sizes": [len(w) for w in firsts if w is not None]}
-    embedded, rows = weights.get("model.embed_tokens.weight"), given.get("vocab_size", 0)
-    if embedded is not None:
-        rows = embedded.shape[0]
-    text = {name: given[name] for name in _LLAMA if given.get(name) is not None}
-    return LlavaHrConfig(
-        vision_config=LlavaHrVisionConfig(
-            input_image_size=given["input_image_size"],
-            use_adapters=not given.get("freeze_vision", False),  # frozen in the first stage of training, without them
-            convnext_norm_eps=1e-5 if "xxlarge" in str(given.get("vision_tower_slow")) else 1e-6,
-            **vision,
-        ),
-        text_config=LlamaConfig(**text, vocab_size=rows if tokens <= rows else -(-tokens // _ROWS) * _ROWS),
-        image_token_index=tokens - 1,
-        dtype=torch.float16 if embedded is None else embedded.dtype,
-        architectures=[LlavaHrForConditionalGeneration.__name__],
-    )
-
-
-def _count(weights: dict[str, torch.Tensor], prefix: str) -> int:
-    """How many numbers follow a prefix."""
-    return len({found[1] for name in weights if (found := re.match(prefix + r"(\d+)\.", name))})
-
-
-def _account(held: dict[Path, dict[str, torch.Tensor]], config: LlavaHrConfig) -> dict[Path, dict[str, str]]:
-    """Say for each shard which weight becomes which, target -> name.
-
-    Raises:
-        ValueError: weights are missing, unexpected or of other shapes; the message lists them all.
-    """
-    with torch.device("meta"):
-        wanted = {name: weight.shape for name, weight in LlavaHrForConditionalGeneration(config).state_dict().items()}
-    names: dict[Path, dict[str, str]] = {shard: {} for shard in held}
-    found: set[str] = set()
-    unexpected, misshapen = [], []
-    for shard, part in held.items():
-        for name, weight in part.items():
-            if _DROPPED.fullmatch(name):
-                continue
-            target = next((pattern.sub(to, name) for pattern, to in _RENAMED if pattern.match(name)), None)
-            if target is None or target not in wanted or target in found:
-                unexpected.append(name)
-                continue
-            found.add(target)
-            names[shard][target] = name
-            shape, must = list(weight.shape), list(wanted[target])
-            if shape != must and not (target in _GROWN and shape[0] < must[0] and shape[1:] == must[1:]):
-                misshapen.append(f"{name} {shape} instead of {must}")
-    missing = sorted(set(wanted) - found)
-    if missing or unexpected or misshapen:
-        said = {"missing": missing, "unexpected": sorted(unexpected), "of another shape": misshapen}
-        raise ValueError(
-            "the weights are not those of LLaVA-HR; nothing was written"
-            + "".join(f"\n{what} ({len(listed)}): {', '.join(listed)}" for what, listed in said.items() if listed)
-        )
-    return names
-
-
 def _groups(names: dict[str, str], held: dict[str, torch.Tensor], limit: int) -> Iterator[dict[str, str]]:
     """Cut a shard's weights into groups of at most `limit` bytes, or of one weight."""
     group: dict[str, str] = {}
@@ -303,7 +180,7 @@ def _groups(names: dict[str, str], held: dict[str, torch.Tensor], limit: int) ->
 
 def _grown(target: str, weight: torch.Tensor, config: LlavaHrConfig) -> torch.Tensor:
     """Give a weight as it is written; a new token's row is the mean of the others', which no answer prefers to them."""
-    more = config.text_config.vocab_size - weight.shape[0] if target in _GROWN else 0
+    more = config.text_config.vocab_size - weight.shape[0] if target in GROWN else 0
     if more:
         mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
         weight = torch.cat([weight, mean.expand(more, -1)])
