@@ -62,6 +62,9 @@ PROMPTS = [
     "No image here",
     "<image><image> both?",
     "at the end<image>",
+    "<image>\n<image>\n",
+    " <image> behind a space",
+    " no image, behind a space",
 ]
 CONVERSATIONS = [["What is it?"], ["What is it?", "A cat.", "Sure?"]]
 

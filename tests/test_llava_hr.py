@@ -210,7 +210,8 @@ def test_a_conversion_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "ours")
     assert not (tmp_path / "ours" / "config.json").exists()
-    (tmp_path / "ours" / ".model-00003-of-00003.safetensors.x.part").write_bytes(b"left by a killed process")
+    assert (tmp_path / "ours" / ".unfinished").is_dir()
+    (tmp_path / "ours" / ".unfinished" / ".tmpXYZ").write_bytes(b"left by a killed process")
     done = {file: file.stat().st_mtime_ns for file in (tmp_path / "ours").glob("*.safetensors")}
     assert len(done) == 2
     convert(source, tmp_path / "ours")
@@ -235,11 +236,37 @@ def test_all_missing_and_unexpected_weights_are_listed(tmp_path):
     with pytest.raises(ValueError, match="nothing was written") as error:
         convert(source, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
-    assert str(error.value).splitlines()[1:] == [
+    assert str(error.value).split("; ")[2:] == [
         "missing (2): model.multi_modal_projector.linear_2.bias, model.vision_tower.adapters.2.gate.0.weight",
         "unexpected (1): model.vision_tower.align_stages.1.fast_proj.weight",
-        "of another shape (1): model.norm.weight [63] instead of [64]",
+        "of another shape or type (1): model.norm.weight [63] float32 instead of [64]",
     ]
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_rows_that_are_lost_are_not_made_up(tmp_path, name):
+    def shorten(weights):
+        weights[name] = weights[name][:100].clone()
+
+    with pytest.raises(ValueError, match=rf"{name} \[100, 64\] float32 instead of \[384, 64\]"):
+        convert(synthetic(tmp_path / "authors", change=shorten), tmp_path / "ours")
+
+
+def test_packed_weights_are_refused(tmp_path):
+    def pack(weights):
+        weights["model.norm.weight"] = torch.ones(64, dtype=torch.int8)
+
+    with pytest.raises(ValueError, match=r"model.norm.weight \[64\] int8 instead of"):
+        convert(synthetic(tmp_path / "authors", change=pack), tmp_path / "ours")
+
+
+def test_another_tokenizer_is_another_conversion(tmp_path):
+    source = synthetic(tmp_path / "authors")
+    convert(source, tmp_path / "ours")
+    (source / "added_tokens.json").write_text(json.dumps({f"<more-{n}>": 384 + n for n in range(100)}))
+    with pytest.raises(ValueError, match="not of this conversion"):
+        convert(source, tmp_path / "ours")
+    assert len(load_model(convert(source, tmp_path / "new"))[1].tokenizer) == 485
 
 
 def test_a_checkpoint_without_a_vision_tower_lists_what_is_missing(tmp_path):
@@ -304,6 +331,47 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
         with pytest.raises(ValueError, match="not of this conversion; choose another folder"):
             convert(source, folder)
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", b"{", "config.json: is no JSON"),
+        ("pytorch_model-00001-of-00003.bin", b"noise", "00001-of-00003.bin: damaged, or no file of weights"),
+        ("pytorch_model-00001-of-00003.bin", b"", "00001-of-00003.bin: damaged, or no file of weights"),
+        ("pytorch_model.bin.index.json", b"{}", "index.json: cannot be used .KeyError.*fetch it again"),
+        ("pytorch_model.bin.index.json", b"[", "index.json: cannot be used .*fetch it again"),
+        ("pytorch_model.bin.index.json", b'{"weight_map": {}}', "index.json: names no weights"),
+        ("tokenizer.model", b"noise", "tokenizer.model: cannot be used .*fetch the files of the tokenizer again"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, file, content, message):
+    source = synthetic(tmp_path / "authors")
+    (source / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_left_alone(tmp_path):
+    (tmp_path / "ours").write_text("mine")
+    with pytest.raises(ValueError, match="is there and is no folder; choose another destination"):
+        convert(synthetic(tmp_path / "authors"), tmp_path / "ours")
+    assert (tmp_path / "ours").read_text() == "mine"
+
+
+def test_images_are_cut_where_the_authors_do_not_pad(tmp_path):
+    source = synthetic(tmp_path / "authors", "384")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "image_aspect_ratio": "square"}))
+    _, processor = load_model(convert(source, tmp_path / "ours"))
+    assert processor.image_processor.do_pad is False
+    assert processor(text="<image>", images=reference.photo(0), return_tensors="pt")["pixel_values"].shape[-1] == 384
+
+
+def test_what_is_not_converted_is_not_loaded(tmp_path):
+    with pytest.raises(ValueError, match="layout of LLaVA's authors; convert it with fitprune convert-llava-hr"):
+        load_model(synthetic(tmp_path / "authors"))
 
 
 @pytest.mark.slow
@@ -385,24 +453,25 @@ def test_it_trains_with_gradient_checkpointing_as_without(converted):
     gradients = []
     image_id = 384
     ids = torch.tensor([[1, *[image_id] * 576, 5, 6]])
-    for checkpointing in (False, True):
+    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         model = AutoModelForImageTextToText.from_pretrained(converted("384")).train()
         if checkpointing:
-            model.activation_checkpointing_enable() if hasattr(
-                model, "activation_checkpointing_enable"
-            ) else model.gradient_checkpointing_enable()
+            name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # in 5.19
+            getattr(model, f"{name}_checkpointing_enable")(checkpointing)
             assert model.model.vision_tower.gradient_checkpointing
         model(input_ids=ids, pixel_values=reference.image(384), labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     unused = {"model.vision_tower.embeddings.class_embedding"}
     assert {name for name, _ in model.named_parameters()} - gradients[0].keys() == unused
-    assert gradients[0].keys() == gradients[1].keys()
-    assert all(torch.allclose(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-6) for name in gradients[0])
+    for other in gradients[1:]:
+        assert gradients[0].keys() == other.keys()
+        assert all(torch.allclose(gradients[0][name], other[name], rtol=1e-4, atol=1e-6) for name in other)
 
 
-def test_a_device_map_keeps_the_towers_together(converted):
-    spread = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
-    spread |= {"model.language_model": "disk"}
+@pytest.mark.parametrize("offloaded", ["vision_tower", "language_model"])
+def test_a_device_map_keeps_the_towers_together(converted, offloaded):
+    parts = ["vision_tower", "multi_modal_projector", "language_model"]
+    spread = {f"model.{part}": "disk" if part == offloaded else "cpu" for part in parts} | {"lm_head": "cpu"}
     given = {"input_ids": torch.tensor([[1, *[384] * 576, 5, 6]]), "pixel_values": reference.image(384)}
     model = AutoModelForImageTextToText.from_pretrained(
         converted("384"), device_map=spread, offload_folder=converted("384") / "offload"

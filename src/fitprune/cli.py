@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        resumed = args.run in (_measure, _evaluate) or getattr(args, "objective", "") == "output"
+        resumed = args.run in (_measure, _evaluate, _convert_llava_hr) or getattr(args, "objective", "") == "output"
         more = "; run the same command again to go on" if resumed else ""
         print(f"fitprune: interrupted{more}", file=sys.stderr)
         return 1

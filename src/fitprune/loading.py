@@ -67,7 +67,11 @@ def load_model(
         raise ValueError(f"revision={revision!r}: {name} is a folder, which has none; leave it out")
     pinned = resolve_revision(folder, revision, token=token)  # config, weights and processor come from one commit
     hub = {"revision": pinned, "trust_remote_code": trust_remote_code, "token": token}
-    if PreTrainedConfig.get_config_dict(folder, **hub)[0].get("model_type") == "llava_hr":
+    said = PreTrainedConfig.get_config_dict(folder, **hub)[0]
+    if "mm_vision_tower" in said and "text_config" not in said:  # transformers would build a 7B of random weights
+        remedy = "fitprune convert-llava-hr" if said.get("is_multipath_encoder") else "transformers' conversion script"
+        raise ValueError(f"{name}: is in the layout of LLaVA's authors; convert it with {remedy} (docs/llava-hr.md)")
+    if said.get("model_type") == "llava_hr":
         from fitprune.models import llava_hr
 
         llava_hr.register()

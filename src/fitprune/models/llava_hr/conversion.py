@@ -6,10 +6,12 @@ on where it stopped. All weights are accounted for, by name and shape, before an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,10 @@ from fitprune.models.llava_hr.processing import make_processor
 
 _SMALLEST = 64 * 2**20  # bytes of an output shard, unless a single weight is larger
 _REQUIRED = {"is_multipath_encoder": True, "mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
+_TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
+)  # fmt: skip
+_FORMAT = 1  # raised whenever the same source is written otherwise
 _INDEX = "model.safetensors.index.json"
 
 
@@ -52,12 +58,15 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
     source, destination = Path(source), Path(destination)
     given = _read_config(source)
     shards = _shards(source)
-    held = {shard: load_state_dict(shard, map_location="meta") for shard in shards}
+    held = {shard: _read(shard, "meta") for shard in shards}
     tokenizer = _tokenizer(source)
-    config = config_of(given, {name: w for part in held.values() for name, w in part.items()}, len(tokenizer))
-    names = account(held, config)
+    weights = {name: weight for part in held.values() for name, weight in part.items()}
+    with _named(source / "config.json", "fetch it again, or mend it", passing=(ValueError,)):
+        config = config_of(given, weights, len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
+        names = account(held, config, given["vocab_size"])
+    processor = make_processor(config, tokenizer, pad=given.get("image_aspect_ratio") == "pad")
     identity = _identity(source, shards)
-    _require_ours(destination, identity)
+    unfinished = _require_ours(destination, identity)
 
     limit = max(_SMALLEST, max(os.path.getsize(shard) for shard in shards) // 8)
     plan = [(shard, group) for shard in shards for group in _groups(names[shard], held[shard], limit)]
@@ -72,21 +81,45 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
             continue
         if read[0] != shard:
             read = (None, {})  # let go of the last one first
-            read = (shard, load_state_dict(shard))
+            read = (shard, _read(shard, "cpu"))
         weights = {target: _grown(target, read[1][name], config) for target, name in group.items()}
-        with files.replacing(path) as temporary:
-            save_file(weights, temporary, metadata={"format": "pt", "source": identity})
-        del weights  # which hold the shard
+        save_file(weights, unfinished / path.name, metadata={"format": "pt", "source": identity})
+        os.replace(unfinished / path.name, path)
+        weights = {}  # they hold the shard
     index = {"metadata": {"total_size": total, "source": identity}, "weight_map": weight_map}
     with files.replacing(destination / _INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1) + "\n")
-    make_processor(config, tokenizer, pad=given.get("image_aspect_ratio") == "pad").save_pretrained(destination)
+    processor.save_pretrained(destination)
     text = config.text_config
     GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=tokenizer.pad_token_id
     ).save_pretrained(destination)
+    shutil.rmtree(unfinished)
     config.save_pretrained(destination)  # last: a folder with a config is whole
     return destination
+
+
+@contextlib.contextmanager
+def _named(path: Path, remedy: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Name the file in whatever error comes of reading it, but those that are `passing`."""
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:  # tokenizers and strict configs fail in ways of their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{path}: cannot be used ({reason}); {remedy}") from error
+
+
+def _read(shard: Path, device: str) -> dict[str, torch.Tensor]:
+    """Read a shard; on "meta" its names, shapes and types alone."""
+    try:
+        read = load_state_dict(shard, map_location=device)
+    except Exception as error:  # whose own advice, to read without care, is no remedy
+        raise ValueError(f"{shard}: damaged, or no file of weights ({type(error).__name__}); fetch it again") from error
+    if not isinstance(read, dict) or not all(isinstance(weight, torch.Tensor) for weight in read.values()):
+        raise ValueError(f"{shard}: must hold weights by name, as model.save_pretrained writes them")
+    return read
 
 
 def _read_config(source: Path) -> dict[str, Any]:
@@ -116,7 +149,14 @@ def _read_config(source: Path) -> dict[str, Any]:
             )
     if (ratio := given.get("image_aspect_ratio", "square")) not in ("pad", "square"):
         raise ValueError(f"{path}: image_aspect_ratio={ratio!r}: must be 'pad' or 'square' (one view of each image)")
-    for name in ("input_image_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+    for name in (
+        "vocab_size",
+        "input_image_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    ):
         if type(given.get(name)) is not int or given[name] < 1:
             raise ValueError(f"{path}: {name}={given.get(name)!r}: must be a positive integer")
     return given
@@ -127,7 +167,10 @@ def _shards(source: Path) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = source / f"{single}.index.json"
         if index.is_file():
-            named = sorted({source / file for file in json.loads(index.read_text())["weight_map"].values()})
+            with _named(index, "fetch it again"):
+                named = sorted({source / file for file in json.loads(index.read_text())["weight_map"].values()})
+            if not named:
+                raise ValueError(f"{index}: names no weights; fetch it again")
             if lacking := [path.name for path in named if not path.is_file()]:
                 raise FileNotFoundError(f"{source}: lacks {', '.join(lacking)}, which {index.name} names; fetch them")
             return named
@@ -135,7 +178,8 @@ def _shards(source: Path) -> list[Path]:
             return [source / single]
     raise FileNotFoundError(
         f"{source}: has no weights; must hold pytorch_model.bin or model.safetensors, or shards with their index.json "
-        "(LoRA weights must be merged first, with the authors' scripts/merge_lora_weights.py)"
+        "(the first stage of training saves mm_projector.bin alone, which is no model; LoRA weights must be merged "
+        "first, with the authors' scripts/merge_lora_weights.py)"
     )
 
 
@@ -148,7 +192,8 @@ def _tokenizer(source: Path) -> Any:
         )
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FileNotFoundError(f"{source}: has no tokenizer.model; fetch the whole checkpoint")
-    loaded = LlamaTokenizer.from_pretrained(source)
+    with _named(source / "tokenizer.model", "fetch the files of the tokenizer again"):
+        loaded = LlamaTokenizer.from_pretrained(source)
     return PreTrainedTokenizerFast(
         # LlamaTokenizer forgets how it begins a text when it is saved; this keeps what was loaded.
         tokenizer_object=loaded.backend_tokenizer,
@@ -188,9 +233,10 @@ def _grown(target: str, weight: torch.Tensor, config: LlavaHrConfig) -> torch.Te
 
 
 def _identity(source: Path, shards: list[Path]) -> str:
-    """Tell one source from another: by its config, and by sizes and times of its shards."""
-    said = [(source / "config.json").read_text(encoding="utf-8")]
-    said += [f"{shard.name} {shard.stat().st_size} {shard.stat().st_mtime_ns}" for shard in shards]
+    """Tell one source from another: by its config, by sizes and times of its other files, and by this format."""
+    said = [(source / "config.json").read_text(encoding="utf-8"), str(_FORMAT)]
+    others = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    said += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in (*shards, *others)]
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
@@ -205,17 +251,29 @@ def _source_of(path: Path) -> str | None:
         return ""
 
 
-def _require_ours(destination: Path, identity: str) -> None:
-    """Refuse a destination with anything but what an earlier run of the same conversion left; make it if need be."""
-    destination.mkdir(parents=True, exist_ok=True)
-    for left in destination.glob(".model-*.part"):
-        left.unlink()  # of a killed run
-    there = sorted(destination.iterdir())
-    foreign = [path.name for path in there if path.suffix == ".safetensors" and _source_of(path) != identity]
-    if there and not foreign and not any(path.suffix == ".safetensors" for path in there):
-        foreign = [path.name for path in there]
+def _require_ours(destination: Path, identity: str) -> Path:
+    """Refuse a destination with anything but what an earlier run of the same conversion left; make it if need be.
+
+    Returns:
+        An empty folder in it, for files that are not finished.
+    """
+    if os.path.lexists(destination) and not destination.is_dir():
+        raise ValueError(f"{destination}: is there and is no folder; choose another destination")
+    unfinished = destination / ".unfinished"
+    there = [path for path in sorted(destination.iterdir()) if path != unfinished] if destination.is_dir() else []
+    shards = [path for path in there if path.suffix == ".safetensors"]
+    foreign = [path for path in shards if _source_of(path) != identity] or ([] if shards else there)
     if foreign:
+        named = ", ".join(path.name for path in foreign[:3])
         raise ValueError(
-            f"{destination}: holds {', '.join(foreign[:3])}{' and more' if len(foreign) > 3 else ''}, not of this "
-            "conversion; choose another folder, or delete it"
+            f"{destination}: holds {named}{' and more' if len(foreign) > 3 else ''}, not of this conversion; choose "
+            "another folder, or delete it"
         )
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write {destination}: {error.strerror}; choose another destination"
+        ) from None
+    return unfinished

@@ -74,8 +74,7 @@ class ConvNext(nn.Module):
                 module.eps = config.convnext_norm_eps  # which transformers fixes at 1e-6
 
     def blocks(self) -> Iterator[nn.Module]:
-        """All that an image goes through, in order."""
-        yield self.embeddings
+        """All that an image goes through behind the embeddings, in order."""
         for stage in self.stages:
             yield from stage.downsampling_layer
             yield from stage.layers
@@ -180,7 +179,7 @@ class LlavaHrVisionModel(CLIPVisionModel):  # type: ignore[misc]
 
     def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] to the ConvNeXt's [B, S, h, h]."""
-        features = pixel_values
+        features: torch.Tensor = self.convnext.embeddings(pixel_values)
         for block in self.convnext.blocks():
             if self.gradient_checkpointing and self.training:
                 features = self._gradient_checkpointing_func(block.__call__, features)
@@ -194,7 +193,8 @@ class LlavaHrVisionModel(CLIPVisionModel):  # type: ignore[misc]
         pixels = (config.grid * config.patch_size,) * 2
         small = functional.interpolate(pixel_values.float(), size=pixels, mode="bilinear", align_corners=True)
         patches = _as_tokens(weights.patch_embedding(small.to(pixel_values.dtype)))
-        positions = weights.position_embedding.weight[None, 1:]
+        # Through the module, as accelerate brings weights from where they are; 0 is the class token's.
+        positions = weights.position_embedding(torch.arange(1, weights.num_positions, device=patches.device))[None]
         if positions.shape[1] != patches.shape[1]:
             grid = _as_map(positions.float())
             grid = functional.interpolate(grid, size=(config.grid,) * 2, mode="bicubic", antialias=True)

@@ -56,8 +56,17 @@ _LLAMA = (
 _CLIP_HEAD = 64  # channels of an attention head, in every CLIP
 
 
-def config_of(given: Mapping[str, Any], weights: Mapping[str, torch.Tensor], tokens: int) -> LlavaHrConfig:
-    """Read sizes off the authors' config and the weights' shapes; those of LLaVA-HR-7B where a weight is lacking."""
+def config_of(
+    given: Mapping[str, Any], weights: Mapping[str, torch.Tensor], tokens: int, image_id: int
+) -> LlavaHrConfig:
+    """Read sizes off the authors' config and the weights' shapes; those of LLaVA-HR-7B where a weight is lacking.
+
+    Args:
+        given: the authors' config.json.
+        weights: name -> weight.
+        tokens: how many the tokenizer has.
+        image_id: that of "<image>".
+    """
     slow = "model.vision_tower.slow_vision_tower.vision_tower."
     fast = "model.vision_tower.fast_vision_tower.vision_tower.vision_model."
     vision: dict[str, Any] = {}
@@ -77,19 +86,20 @@ def config_of(given: Mapping[str, Any], weights: Mapping[str, torch.Tensor], tok
     firsts = [weights.get(f"{slow}stages.{stage}.blocks.0.conv_dw.weight") for stage in range(4)]
     if all(depths) and all(first is not None for first in firsts):
         vision |= {"convnext_depths": depths, "convnext_hidden_sizes": [len(w) for w in firsts if w is not None]}
-    embedded, rows = weights.get("model.embed_tokens.weight"), given.get("vocab_size", 0)
-    if embedded is not None:
-        rows = embedded.shape[0]
+    embedded, rows = weights.get("model.embed_tokens.weight"), given["vocab_size"]
+    # ConvNeXt-XXL, told by its name, or without one by its width.
+    name = given.get("vision_tower_slow")
+    xxlarge = "xxlarge" in name if isinstance(name, str) else vision.get("convnext_hidden_sizes", [0])[-1] == 3072
     text = {name: given[name] for name in _LLAMA if given.get(name) is not None}
     return LlavaHrConfig(
         vision_config=LlavaHrVisionConfig(
             input_image_size=given["input_image_size"],
             use_adapters=not given.get("freeze_vision", False),  # frozen in the first stage of training, without them
-            convnext_norm_eps=1e-5 if "xxlarge" in str(given.get("vision_tower_slow")) else 1e-6,
+            convnext_norm_eps=1e-5 if xxlarge else 1e-6,
             **vision,
         ),
         text_config=LlamaConfig(**text, vocab_size=rows if tokens <= rows else -(-tokens // _ROWS) * _ROWS),
-        image_token_index=tokens - 1,
+        image_token_index=image_id,
         dtype=torch.float16 if embedded is None else embedded.dtype,
         architectures=[LlavaHrForConditionalGeneration.__name__],
     )
@@ -100,11 +110,18 @@ def _count(weights: Mapping[str, torch.Tensor], prefix: str) -> int:
     return len({found[1] for name in weights if (found := re.match(prefix + r"(\d+)\.", name))})
 
 
-def account(held: dict[Path, Mapping[str, torch.Tensor]], config: LlavaHrConfig) -> dict[Path, dict[str, str]]:
+def account(
+    held: Mapping[Path, Mapping[str, torch.Tensor]], config: LlavaHrConfig, rows: int
+) -> dict[Path, dict[str, str]]:
     """Say for each shard which weight becomes which, target -> name.
 
+    Args:
+        held: the shards.
+        config: of the model that is to come out.
+        rows: the authors' vocabulary, which that model's may exceed.
+
     Raises:
-        ValueError: weights are missing, unexpected or of other shapes; the message lists them all.
+        ValueError: weights are missing, unexpected, of other shapes or of no floating type; the message lists them all.
     """
     with torch.device("meta"):
         wanted = {name: weight.shape for name, weight in LlavaHrForConditionalGeneration(config).state_dict().items()}
@@ -122,13 +139,15 @@ def account(held: dict[Path, Mapping[str, torch.Tensor]], config: LlavaHrConfig)
             found.add(target)
             names[shard][target] = name
             shape, must = list(weight.shape), list(wanted[target])
-            if shape != must and not (target in GROWN and shape[0] < must[0] and shape[1:] == must[1:]):
-                misshapen.append(f"{name} {shape} instead of {must}")
+            if target in GROWN:
+                must[0] = rows
+            if shape != must or not weight.is_floating_point():
+                misshapen.append(f"{name} {shape} {weight.dtype} instead of {must}".replace("torch.", ""))
     missing = sorted(set(wanted) - found)
     if missing or unexpected or misshapen:
-        said = {"missing": missing, "unexpected": sorted(unexpected), "of another shape": misshapen}
+        said = {"missing": missing, "unexpected": sorted(unexpected), "of another shape or type": misshapen}
         raise ValueError(
             "the weights are not those of LLaVA-HR; nothing was written"
-            + "".join(f"\n{what} ({len(listed)}): {', '.join(listed)}" for what, listed in said.items() if listed)
+            + "".join(f"; {what} ({len(listed)}): {', '.join(listed)}" for what, listed in said.items() if listed)
         )
     return names

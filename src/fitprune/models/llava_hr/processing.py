@@ -83,10 +83,11 @@ class LlavaHrProcessor(LlavaProcessor):  # type: ignore[misc]
 
     def _apart(self, prompt: str) -> str:
         """Begin the text behind an image with a space, as the authors' tokenizer does with every text of its own."""
-        image = re.escape(self.image_token)
+        image, special = re.escape(self.image_token), "|".join(map(re.escape, self.tokenizer.all_special_tokens))
         # A tokenizer that adds a space adds none to a text that begins with one.
-        where = "(?= )" if self.adds_space else f"(?!{image}|$)"
-        return re.sub(image + where, f"{self.image_token} ", prompt)
+        where = "(?= )" if self.adds_space else rf"(?!{image}|{special}|\Z)"
+        gap = " " if prompt.startswith(" ") else ""
+        return gap + re.sub(image + where, f"{self.image_token} ", prompt)
 
 
 def make_processor(config: LlavaHrConfig, tokenizer: Any, *, pad: bool = True) -> LlavaHrProcessor:
