@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -220,10 +220,25 @@ def test_a_conversion_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert not list((tmp_path / "ours").glob(".*"))
 
 
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    source = synthetic(tmp_path / "authors")
+
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("fitprune.models.llava_hr.conversion.save_file", full)
+    with pytest.raises(OSError, match=r"No space left.*run it again to go on"):
+        convert(source, tmp_path / "ours")
+    monkeypatch.undo()
+    assert (convert(source, tmp_path / "ours") / "config.json").is_file()
+
+
 def test_a_conversion_that_is_done_is_left_as_it_is(tmp_path):
     source = synthetic(tmp_path / "authors")
     times = [{f: f.stat().st_mtime_ns for f in convert(source, tmp_path / "ours").glob("*.safetensors")} for _ in "12"]
     assert times[0] == times[1]
+    readable = (tmp_path / "ours" / "config.json").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "ours").glob("*.safetensors")} == {readable}
 
 
 def test_all_missing_and_unexpected_weights_are_listed(tmp_path):

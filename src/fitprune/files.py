@@ -23,7 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target, temporary = _open_beside(path)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
+        make_readable(temporary)
         os.replace(temporary, target)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror}; nothing was changed") from error
@@ -40,6 +40,13 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     _open_beside(path)[1].unlink()
 
 
+def make_readable(path: Path) -> None:
+    """Give a file that was made as a temporary one, for its owner alone, the rights of any new file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 def _open_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Give the file meant by `path`, links followed, and a new temporary file beside it."""
     target = Path(os.path.realpath(path))
@@ -54,9 +61,3 @@ def _open_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
         raise type(error)(error.errno, f"cannot write {path}: {error.strerror}; choose another output path") from None
     os.close(handle)
     return target, Path(name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

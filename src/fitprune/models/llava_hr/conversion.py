@@ -83,8 +83,12 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
             read = (None, {})  # let go of the last one first
             read = (shard, _read(shard, "cpu"))
         weights = {target: _grown(target, read[1][name], config) for target, name in group.items()}
-        save_file(weights, unfinished / path.name, metadata={"format": "pt", "source": identity})
-        os.replace(unfinished / path.name, path)
+        try:
+            save_file(weights, unfinished / path.name, metadata={"format": "pt", "source": identity})
+            files.make_readable(unfinished / path.name)
+            os.replace(unfinished / path.name, path)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"cannot write {path}: {error}; what is done is kept: run it again to go on") from error
         weights = {}  # they hold the shard
     index = {"metadata": {"total_size": total, "source": identity}, "weight_map": weight_map}
     with files.replacing(destination / _INDEX) as temporary:
