@@ -368,6 +368,12 @@ def test_a_damaged_file_is_named(tmp_path, file, content, message):
     assert not (tmp_path / "ours").exists()
 
 
+def test_what_reads_the_tokenizer_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("fitprune.models.llava_hr.conversion.is_protobuf_available", lambda: False)
+    with pytest.raises(ImportError, match=r"pip install 'fitprune\[llava-hr\]'"):
+        convert(synthetic(tmp_path / "authors"), tmp_path / "ours")
+
+
 def test_a_file_in_the_place_of_the_folder_is_left_alone(tmp_path):
     (tmp_path / "ours").write_text("mine")
     with pytest.raises(ValueError, match="is there and is no folder; choose another destination"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_utils import load_state_dict
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from fitprune import files
 from fitprune.models.llava_hr.configuration import LlavaHrConfig
@@ -189,8 +189,8 @@ def _shards(source: Path) -> list[Path]:
 
 def _tokenizer(source: Path) -> Any:
     """Load Llama's tokenizer and add what LLaVA needs; saved and loaded again it stays as it is."""
-    wanted = ("sentencepiece", "google.protobuf")
-    if not (source / "tokenizer.json").is_file() and any(importlib.util.find_spec(name) is None for name in wanted):
+    reads_model = is_sentencepiece_available() and is_protobuf_available()
+    if not (source / "tokenizer.json").is_file() and not reads_model:
         raise ImportError(
             "to read tokenizer.model, sentencepiece and protobuf are needed: pip install 'fitprune[llava-hr]'"
         )
