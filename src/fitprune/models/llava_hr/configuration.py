@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
-class LlavaHrVisionConfig(CLIPVisionConfig):  # type: ignore[misc]
+class LlavaHrVisionConfig(CLIPVisionConfig):
     """Configuration of the vision towers: CLIP's, and what the ConvNeXt and the adapters add to it.
 
     By default those of LLaVA-HR: CLIP ViT-L/14-336 and ConvNeXt-L, for images of 1,024 pixels. LLaVA-HR-X has
@@ -81,7 +81,7 @@ class LlavaHrVisionConfig(CLIPVisionConfig):  # type: ignore[misc]
         return self.grid**2
 
 
-class LlavaHrConfig(PreTrainedConfig):  # type: ignore[misc]
+class LlavaHrConfig(PreTrainedConfig):
     """Configuration of LLaVA-HR; by default LLaVA-HR-7B.
 
     Args:
@@ -91,8 +91,8 @@ class LlavaHrConfig(PreTrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "llava_hr"
-    attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012
-    sub_configs = {"vision_config": LlavaHrVisionConfig, "text_config": AutoConfig}  # noqa: RUF012
+    attribute_map: ClassVar[dict[str, str]] = {"image_token_id": "image_token_index"}
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": LlavaHrVisionConfig, "text_config": AutoConfig}
     # Fixed in this architecture; transformers' projector asks for them.
     vision_feature_layer = -1
     projector_hidden_act = "gelu"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -121,11 +121,12 @@ class ResolutionFusion(nn.Module):
         return projected
 
 
-class LlavaHrVisionModel(CLIPVisionModel):  # type: ignore[misc]
+class LlavaHrVisionModel(CLIPVisionModel):
     """CLIP with a ConvNeXt beside it, and what joins them."""
 
     config_class = LlavaHrVisionConfig
-    _no_split_modules = ["LlavaHrVisionModel"]  # noqa: RUF012  (the towers meet four times: they stay on one device)
+    # The towers meet four times: they stay on one device.
+    _no_split_modules: ClassVar[list[str]] = ["LlavaHrVisionModel"]
 
     def __init__(self, config: LlavaHrVisionConfig) -> None:
         super().__init__(config)
@@ -203,7 +204,7 @@ class LlavaHrVisionModel(CLIPVisionModel):  # type: ignore[misc]
         return embedded
 
 
-class LlavaHrModel(LlavaModel):  # type: ignore[misc]
+class LlavaHrModel(LlavaModel):
     """LLaVA with LLaVA-HR's vision tower, without a language modelling head."""
 
     config_class = LlavaHrConfig
@@ -235,7 +236,7 @@ class LlavaHrModel(LlavaModel):  # type: ignore[misc]
         return encoded if return_dict is None or return_dict else encoded.to_tuple()
 
 
-class LlavaHrForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
+class LlavaHrForConditionalGeneration(LlavaForConditionalGeneration):
     """LLaVA-HR with its language modelling head."""
 
     config_class = LlavaHrConfig

@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class LlavaHrProcessor(LlavaProcessor):  # type: ignore[misc]
+class LlavaHrProcessor(LlavaProcessor):
     """LLaVA's processor, which tokenizes as the authors do: the text between two images apart.
 
     Args:
@@ -83,11 +83,11 @@ class LlavaHrProcessor(LlavaProcessor):  # type: ignore[misc]
 
     def _apart(self, prompt: str) -> str:
         """Begin the text behind an image with a space, as the authors' tokenizer does with every text of its own."""
-        image, special = re.escape(self.image_token), "|".join(map(re.escape, self.tokenizer.all_special_tokens))
+        special = "|".join(map(re.escape, {self.image_token, *self.tokenizer.all_special_tokens}))
         # A tokenizer that adds a space adds none to a text that begins with one.
-        where = "(?= )" if self.adds_space else rf"(?!{image}|{special}|\Z)"
+        where = "(?= )" if self.adds_space else rf"(?!{special}|\Z)"
         gap = " " if prompt.startswith(" ") else ""
-        return gap + re.sub(image + where, f"{self.image_token} ", prompt)
+        return gap + re.sub(re.escape(self.image_token) + where, f"{self.image_token} ", prompt)
 
 
 def make_processor(config: LlavaHrConfig, tokenizer: Any, *, pad: bool = True) -> LlavaHrProcessor:
