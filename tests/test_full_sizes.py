@@ -65,12 +65,14 @@ def test_dense_prefill_flops_and_kv_bytes_are_those_that_run(entry, built):
 
 @ENTRIES
 def test_the_image_encoder_makes_as_many_visual_tokens(entry, built):
-    if entry.encoder_inputs is None:  # it reads its grid's values, and mixes devices with "meta"
+    if entry.reads_grid:  # it mixes devices with "meta"
         vision = built(entry).config.vision_config
-        assert entry.visual_tokens == (entry.side // vision.patch_size // vision.spatial_merge_size) ** 2
+        assert entry.visual_tokens == (entry.shape.side // vision.patch_size // vision.spatial_merge_size) ** 2
         return
+    pixels = entry.shape.pixels()
+    pixels["pixel_values"] = pixels["pixel_values"].to("meta", torch.bfloat16)
     with torch.no_grad():
-        features = built(entry).get_image_features(**entry.encoder_inputs()).pooler_output
+        features = built(entry).get_image_features(**pixels).pooler_output
     shapes = [image.shape for image in features]
     assert sum(shape[0] for shape in shapes) == entry.visual_tokens
     assert {shape[1] for shape in shapes} == {entry.decoder.hidden}
