@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import COUNTED, IMAGE, Oracle, greedy_logits, tiny_inputs, tiny_model
-from fitprune import PruningRecipe, embedded, fit, load_samples, make_batches, measure, prune
+from fitprune import PruningRecipe, embedded, fit, flops, load_samples, make_batches, measure, prune
 from fitprune.adapters import adapt
 from fitprune.flops import prefill_flops
 from fitprune.pruning import kept_positions
@@ -142,7 +142,10 @@ def test_two_images_keep_their_own_shares_and_text_stays():
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_executed_flops_equal_the_cost_model_within_one_percent(family, attention, batch):
+def test_executed_flops_equal_the_cost_model_within_one_percent(family, attention, batch, monkeypatch):
+    if attention == "eager":  # it tells no log-sum-exp, so the softmax is made, in smaller blocks
+        monkeypatch.setattr(flops, "SCORE_BLOCK", 64)
+        monkeypatch.setattr(flops, "LSE_COLUMNS", 0)
     model = tiny_model(family, attention=attention)
     inputs = tiny_inputs(model, batch=batch, before=4, after=9)
     recipe = recipe_for(model, inputs)

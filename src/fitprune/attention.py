@@ -2,6 +2,10 @@
 
 Never holds a map of all queries x all keys: memory is bounded by BLOCK_BYTES whatever the prompt's length.
 
+Where the layer's attention kernel tells the log-sum-exp of each row, as PyTorch's does, a weight is the exponential of
+a product less that; so the maximum over heads is taken of the products, in the model's own dtype, and one exponential
+is left for all heads together.
+
 Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, D head size. The last Q keys are the queries' own
 tokens; those before them, if any, are the past that a cache holds.
 """
@@ -14,10 +18,11 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from fitprune.flops import SCORE_BLOCK
+from fitprune.flops import LSE_COLUMNS, SCORE_BLOCK
 
 HEAD_KINDS = ("mean", "max", "last", "self")
-BLOCK_BYTES = 16 * 2**20  # of fp32 attention weights held at a time; a few such blocks live at once
+BLOCK_BYTES = 16 * 2**20  # of attention weights or products held at a time; a few such blocks live at once
+_SOFTMAX_ROWS = 64  # rows whose softmax is made at a time, where it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,23 +76,33 @@ class Softmax:
             mask=self.mask if self.mask is None or len(self.mask) == 1 else self.mask[samples],
         )
 
+    def hidden(self, rows: torch.Tensor, past: int, keys: int) -> torch.Tensor:
+        """Mark which of the first `keys` keys the rows [r] of this forward do not see: [B or 1, H or 1, r, keys] bool.
+
+        Not where the mask is one of numbers.
+        """
+        if self.mask is not None:
+            return ~self.mask[:, :, rows, :keys]
+        key, own = torch.arange(keys, device=rows.device), past + rows[:, None]
+        hidden = key > own if self.window is None else (key > own) | (key <= own - self.window)
+        return hidden[None, None] if self.valid is None else hidden | ~self.valid[:, None, None, :keys]
+
+    @property
+    def plain(self) -> bool:
+        """Whether a weight is the exponential of a product less its row's log-sum-exp, or hidden in all heads."""
+        masked_alike = self.mask is None or (self.mask.dtype == torch.bool and self.mask.shape[1] == 1)
+        return masked_alike and self.softcap is None and self.sinks is None
+
     def weights(self, products: torch.Tensor, rows: torch.Tensor, past: int) -> torch.Tensor:
         """Make weights of scaled products [B, H, r, k] of the rows [r] of this forward and the first k keys: fp32."""
         logits, keys = products.float(), products.shape[-1]
         lowest = torch.finfo(torch.float32).min  # not -inf: a padded row sees no key and must not turn into NaN
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        if self.mask is not None:
-            mask = self.mask[:, :, rows, :keys]
-            logits = (
-                logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else (logits + mask).clamp_(min=lowest)
-            )
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            logits = (logits + self.mask[:, :, rows, :keys]).clamp_(min=lowest)
         else:
-            key, own = torch.arange(keys, device=rows.device)[None], past + rows[:, None]
-            hidden = key > own if self.window is None else (key > own) | (key <= own - self.window)
-            if self.valid is not None:
-                hidden = hidden | ~self.valid[:, None, None, :keys]
-            logits = logits.masked_fill_(hidden, lowest)
+            logits = logits.masked_fill_(self.hidden(rows, past, keys), lowest)
         if self.sinks is None:
             return logits.softmax(-1)
         sinks = self.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
@@ -103,17 +118,25 @@ class Attention:
         key: [B, G, K, D], after rotary embedding.
         value: [B, G, K, D].
         softmax: how its weights are made.
+        lse: [B, H, Q] fp32, log-sum-exp of each row's scaled products over the keys that it sees, where the attention
+            itself told it.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     softmax: Softmax
+    lse: torch.Tensor | None = None
 
 
 @torch.no_grad()
 def received_attention(
-    query: torch.Tensor, key: torch.Tensor, image: torch.Tensor, question: torch.Tensor, softmax: Softmax
+    query: torch.Tensor,
+    key: torch.Tensor,
+    image: torch.Tensor,
+    question: torch.Tensor,
+    softmax: Softmax,
+    lse: torch.Tensor | None = None,
 ) -> ReceivedAttention:
     """Compute the attention that visual tokens receive in one layer, from rows of this forward.
 
@@ -123,6 +146,8 @@ def received_attention(
         image: [B, Q] int64, number of the image that each token belongs to, -1 for text and padding.
         question: [B, Q] bool, the rows whose mean is cross attention; see `text_after`.
         softmax: how the layer makes its weights.
+        lse: see `Attention`. With it a weight is as exact as a logarithm of it in the dtype of `query`: to 2^-9 times
+            that logarithm in bf16.
 
     Returns:
         Received self and cross attention, [B, Q] each. With several images, self attention comes from rows of the same
@@ -142,17 +167,20 @@ def received_attention(
     row_weight = torch.stack([_own_image_weights(image), _mean_weights(question)], 1)  # [B, 2, Q]
 
     received = torch.zeros(batch, 2, length, device=query.device)
-    per_sample = max(1, BLOCK_BYTES // (heads * SCORE_BLOCK * keys * 4))
-    for first in range(0, batch, per_sample):
-        rows = slice(first, first + per_sample)
-        _accumulate(
-            received[rows],
-            query[rows],
-            key[rows],
-            image[rows],
-            row_weight[rows],
-            softmax.of(rows),
-        )
+    known = lse if softmax.plain else None
+    if known is None:
+        sample_bytes = heads * _SOFTMAX_ROWS * keys * 4
+    else:  # a sample's heads of one key head at least
+        sample_bytes = heads // key.shape[1] * SCORE_BLOCK * keys * query.element_size()
+    several = max(1, BLOCK_BYTES // sample_bytes)
+    for first in range(0, batch, several):
+        samples = slice(first, first + several)
+        own = softmax.of(samples)
+        if known is None:
+            strongest = _strongest_by_softmax(query[samples], key[samples], row_weight[samples], own)
+        else:
+            strongest = _strongest_by_lse(query[samples], key[samples], known[samples], row_weight[samples], own)
+        _accumulate(received[samples], strongest, image[samples], row_weight[samples])
     received.masked_fill_(image[:, None] < 0, 0)
     return ReceivedAttention(received[:, 0], received[:, 1])
 
@@ -183,7 +211,7 @@ def head_attention(
     made = {kind: torch.zeros(batch, heads, length, device=query.device) for kind in kinds}
     needed = {kind: question if kind == "max" else weight[kind] > 0 for kind in kinds}
     wanted = torch.stack(list(needed.values())).any(0)  # [B, Q]
-    per_sample = max(1, BLOCK_BYTES // (heads * SCORE_BLOCK * key.shape[2] * 4))
+    per_sample = max(1, BLOCK_BYTES // (heads * _SOFTMAX_ROWS * key.shape[2] * 4))
     for first in range(0, batch, per_sample):
         rows = slice(first, first + per_sample)
         for index, own, weights in _row_blocks(query[rows], key[rows], wanted[rows].any(0), softmax.of(rows)):
@@ -227,24 +255,63 @@ def _own_image_weights(image: torch.Tensor) -> torch.Tensor:
     return (image >= 0) / sizes.gather(1, image + 1)
 
 
-def _accumulate(
-    received: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    image: torch.Tensor,
-    row_weight: torch.Tensor,
-    softmax: Softmax,
-) -> None:
-    """Add each needed row block's share to `received` [B, 2, Q]."""
-    past = key.shape[2] - query.shape[2]
+# Row numbers [r], of how many of the last Q keys, and the strongest weight of any head there, [B, r, those] fp32.
+_Strongest = Iterator[tuple[torch.Tensor, int, torch.Tensor]]
+
+
+def _accumulate(received: torch.Tensor, strongest: _Strongest, image: torch.Tensor, row_weight: torch.Tensor) -> None:
+    """Add each row block's share to `received` [B, 2, Q]."""
     several = bool((image > 0).any())
-    needed = (row_weight > 0).any(1).any(0)  # rows that some sample needs
-    for index, own, weights in _row_blocks(query, key, needed, softmax):
-        strongest = weights.amax(1)[..., past:]
-        received[:, 1:, :own] += row_weight[:, 1:, index] @ strongest
+    for index, own, weights in strongest:
+        received[:, 1:, :own] += row_weight[:, 1:, index] @ weights
         if several:
-            strongest = strongest * (image[:, index, None] == image[:, None, :own])
-        received[:, :1, :own] += row_weight[:, :1, index] @ strongest
+            weights = weights * (image[:, index, None] == image[:, None, :own])
+        received[:, :1, :own] += row_weight[:, :1, index] @ weights
+
+
+def _strongest_by_softmax(
+    query: torch.Tensor, key: torch.Tensor, row_weight: torch.Tensor, softmax: Softmax
+) -> _Strongest:
+    """Make the weights of rows that some sample needs, and take the maximum over heads."""
+    past = key.shape[2] - query.shape[2]
+    for index, own, weights in _row_blocks(query, key, (row_weight > 0).any(1).any(0), softmax):
+        yield index, own, weights.amax(1)[..., past:]
+
+
+def _strongest_by_lse(
+    query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, row_weight: torch.Tensor, softmax: Softmax
+) -> _Strongest:
+    """Take the maximum over heads of products less log-sum-exp, and then one exponential.
+
+    The log-sum-exp rides along in the product: as LSE_COLUMNS more columns of the queries, which hold what rounding to
+    their dtype has left of it, against ones in the keys.
+    """
+    batch, heads, length, width = query.shape
+    groups, keys = key.shape[1:3]
+    past, each = keys - length, heads // groups
+    long_key = key.new_ones(batch, groups, width + LSE_COLUMNS, keys)
+    long_key[:, :, :width] = key.transpose(2, 3)
+    for index, own, block in _needed_rows(query, (row_weight > 0).any(1).any(0), softmax.causal):
+        seen = past + own
+        rest = -lse[:, :, index]
+        rest = torch.where(rest.isfinite(), rest, 0)  # a row that sees no key: hidden below, but must be no NaN
+        long_query = query.new_empty(batch, heads, len(index), width + LSE_COLUMNS)
+        torch.mul(block, softmax.scaling, out=long_query[..., :width])
+        for column in range(width, width + LSE_COLUMNS):
+            long_query[..., column] = rest
+            rest = rest - long_query[..., column]
+        some = max(1, BLOCK_BYTES // (batch * each * len(index) * seen * query.element_size()))
+        strongest = None
+        for first in range(0, groups, some):
+            rows = long_query[:, first * each : (first + some) * each].reshape(
+                batch, -1, each * len(index), width + LSE_COLUMNS
+            )
+            products = rows @ long_key[:, first : first + some, :, :seen]
+            here = products.view(batch, -1, len(index), seen).amax(1)
+            strongest = here if strongest is None else torch.maximum(strongest, here, out=strongest)
+        assert strongest is not None
+        weights = strongest.float().exp_().masked_fill_(softmax.hidden(index, past, seen)[:, 0], 0)
+        yield index, own, weights[..., past:]
 
 
 def _row_blocks(
@@ -258,15 +325,26 @@ def _row_blocks(
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     past = key.shape[2] - length
-    rows = torch.nonzero(needed)[:, 0]
-    for first in range(0, len(rows), SCORE_BLOCK):  # torch.split would give one block of no rows
-        index = rows[first : first + SCORE_BLOCK]
-        # In a causal layer later keys are behind every row of the block.
-        end = int(index[-1]) + 1
-        own = end if softmax.causal else length
+    for index, own, block in _needed_rows(query, needed, softmax.causal, _SOFTMAX_ROWS):
         keys = past + own
-        contiguous = end - int(index[0]) == len(index)
-        block = query[:, :, int(index[0]) : end] if contiguous else query[:, :, index]
-        block = (block * softmax.scaling).reshape(batch, groups, heads // groups * len(index), width)
-        products = (block @ key[:, :, :keys].transpose(2, 3)).view(batch, heads, len(index), keys)
+        rows = (block * softmax.scaling).reshape(batch, groups, heads // groups * len(index), width)
+        products = (rows @ key[:, :, :keys].transpose(2, 3)).view(batch, heads, len(index), keys)
         yield index, own, softmax.weights(products, index, past)
+
+
+def _needed_rows(
+    query: torch.Tensor, needed: torch.Tensor, causal: bool, size: int = SCORE_BLOCK
+) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
+    """Give the needed rows [Q] bool in blocks, ascending.
+
+    Yields:
+        Row numbers [r], how many of the last Q keys the block looks at, and its queries [B, H, r, D].
+    """
+    length = query.shape[2]
+    rows = torch.nonzero(needed)[:, 0]
+    for first in range(0, len(rows), size):  # torch.split would give one block of no rows
+        index = rows[first : first + size]
+        begin, end = int(index[0]), int(index[-1]) + 1
+        block = query[:, :, begin:end] if end - begin == len(index) else query[:, :, index]
+        # In a causal layer later keys are behind every row of the block.
+        yield index, end if causal else length, block

@@ -51,6 +51,16 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
         """Let the next `update` in: its mask is made for these columns, which hold from then on."""
         self._expected = (columns, covered, padded)
 
+    @property
+    def shows_all(self) -> bool:
+        """Whether a later token may see every key held, so that decoding one needs no mask."""
+        return not self.padded and self.window is None
+
+    def expect_step(self) -> None:
+        """Let the next `update` in, of a token that sees all keys held."""
+        if self.columns is not None:
+            self._expected = (self.columns, self.covered, self.padded)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -212,15 +213,14 @@ class Judge:
         asked = after & (torch.arange(ids.shape[1], device=ids.device) < batch.prompt)
         seen: list[tuple[int, Heads]] = []
 
-        def tap(layer: int, attention: Callable[[], Attention]) -> None:
-            at = attention()
+        def look(layer: int, at: Attention) -> None:
             softmax = dataclasses.replace(at.softmax, valid=mask)
             here = head_attention(at.query, at.key, image, asked, softmax)
             used = head_attention(at.query, at.key, image, after, softmax, ("max",))["max"].amax(1)
             joined = torch.stack([here[kind] for kind in HEAD_KINDS], 1).flatten(1, 2).transpose(1, 2)
             seen.append((layer, Heads(joined, used, image)))
 
-        with torch.inference_mode(), tap_attention(self.adapted, tap):
+        with torch.inference_mode(), tap_attention(self.adapted, lambda layer, _: functools.partial(look, layer)):
             self.model(**batch.inputs)
         yield from seen
 

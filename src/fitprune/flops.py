@@ -20,9 +20,10 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
-SCORE_BLOCK = 64  # query rows scored at a time; `attention` works in these blocks, and the cost of scoring follows them
-
-
+SCORE_BLOCK = (
+    256  # query rows scored at a time; `attention` works in these blocks, and the cost of scoring follows them
+)
+LSE_COLUMNS = 3  # that the log-sum-exp takes beside a query: 3 numbers of 8 bits hold one of 24
 LINEAR_CHUNK = 64  # tokens that a linear-attention layer takes at a time
 
 
@@ -305,14 +306,15 @@ def scoring_flops(decoder: DecoderShape, visual_tokens: int, text_before: int, t
     """Count the FLOPs of recomputing the query-key products that score one layer's visual tokens.
 
     Rows are the visual tokens and the text after them, SCORE_BLOCK at a time, each block against the keys up to its
-    last row; in a bidirectional decoder against all.
+    last row; in a bidirectional decoder against all. A row's log-sum-exp stands in LSE_COLUMNS more columns.
     """
     first, rows = text_before, visual_tokens + text_after
+    width = decoder.heads * (decoder.head_dim + LSE_COLUMNS)
     if decoder.bidirectional:
-        return 2 * decoder.q_width * rows * (first + rows)
+        return 2 * width * rows * (first + rows)
     blocks, rest = divmod(rows, SCORE_BLOCK)
     pairs = SCORE_BLOCK * blocks * first + SCORE_BLOCK**2 * blocks * (blocks + 1) // 2 + rest * (first + rows)
-    return 2 * decoder.q_width * pairs
+    return 2 * width * pairs
 
 
 @dataclasses.dataclass(frozen=True)

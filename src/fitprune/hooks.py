@@ -16,14 +16,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitprune.adapters import AdaptedModel
 from fitprune.attention import Attention, Softmax
 
-# Sees one attention call: its layer's number, and what gives its queries, keys and values; to be asked only where they
-# matter, since a decoding step has a call in every layer.
-Tap = Callable[[int, Callable[[], Attention]], None]
+# Hears of an attention call before it runs: its layer's number, and what gives its queries, keys and values. Returns
+# what is to see the call once it has run, its log-sum-exp with it; None if nothing is.
+Tap = Callable[[int, Callable[[], Attention]], "Callable[[Attention], None] | None"]
 
+COPIED = (
+    "this model was copied while it was in use by fitprune, so its attention is not its own; copy it outside of prune"
+)
 NAME = "fitprune"  # in transformers' attention registry; only tapped attention modules name it
 
 
@@ -39,35 +43,64 @@ class _Tapped:
 
 
 _TAPPED: weakref.WeakKeyDictionary[nn.Module, _Tapped] = weakref.WeakKeyDictionary()
+_IN_USE: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders inside a block of ours, their tap on or off
 
 
-@contextlib.contextmanager
-def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[None]:
-    """Call `tap` at every attention of the decoder, before its output is computed; undone on exit.
+class AttentionTap:
+    """Shows a decoder's attention calls to a function, while it is on.
 
     Each attention module gets a copy of its config that names our function. The model's own config, and with it masks
     and all else that asks for the attention implementation, stays the user's.
+    """
+
+    def __init__(self, adapted: AdaptedModel, tap: Tap) -> None:
+        config, bidirectional = adapted.decoder.config, adapted.shape.decoder.bidirectional
+        self._tapped = {
+            attention: _Tapped(tap, number, config, bidirectional, adapted.windows[number])
+            for number, attention in enumerate(adapted.attentions)
+            if attention is not None
+        }
+        self._given: dict[nn.Module, Any] = {}  # each module's own config, while the tap is on
+
+    def on(self) -> None:
+        """Put it on, if it is off."""
+        if self._given:
+            return
+        for attention, tapped in self._tapped.items():
+            _TAPPED[attention] = tapped  # first: another thread may be about to call the module
+            self._given[attention] = attention.config
+            attention.config = copy.copy(attention.config)
+            attention.config._attn_implementation = NAME
+
+    def off(self) -> None:
+        """Take it off, if it is on."""
+        for attention, config in self._given.items():
+            attention.config = config
+            _TAPPED.pop(attention, None)
+        self._given.clear()
+
+
+@contextlib.contextmanager
+def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[AttentionTap]:
+    """Call `tap` at every attention of the decoder; undone on exit.
+
+    Yields:
+        The tap, which is on.
 
     Raises:
         ValueError: the decoder is tapped already, or its attention does not go through transformers' registry.
     """
-    attentions = [(n, attention) for n, attention in enumerate(adapted.attentions) if attention is not None]
-    if any(attention.config._attn_implementation == NAME for _, attention in attentions):
+    if adapted.decoder in _IN_USE:
         raise ValueError("the model is in use by fitprune; leave that block first")
     _register(adapted.decoder.config._attn_implementation)
-    given = [attention.config for _, attention in attentions]
+    made = AttentionTap(adapted, tap)
+    _IN_USE.add(adapted.decoder)
     try:
-        for number, attention in attentions:
-            _TAPPED[attention] = _Tapped(
-                tap, number, adapted.decoder.config, adapted.shape.decoder.bidirectional, adapted.windows[number]
-            )
-            attention.config = copy.copy(attention.config)
-            attention.config._attn_implementation = NAME
-        yield
+        made.on()
+        yield made
     finally:
-        for (_, attention), config in zip(attentions, given, strict=True):
-            attention.config = config
-            _TAPPED.pop(attention, None)
+        made.off()
+        _IN_USE.discard(adapted.decoder)
 
 
 def _register(implementation: str) -> None:
@@ -88,18 +121,25 @@ def _register(implementation: str) -> None:
     ) -> Any:
         tapped = _TAPPED.get(module)
         if tapped is None:
-            raise ValueError(
-                "this model was copied while it was in use by fitprune, so its attention is not its own; "
-                "copy it outside of prune"
-            )
-        tapped.tap(tapped.number, lambda: Attention(query, key, value, _softmax(query, tapped, args, kwargs)))
+            raise ValueError(COPIED)
+
+        def given() -> Attention:
+            return Attention(query, key, value, _softmax(query, tapped, args, kwargs))
+
+        look = tapped.tap(tapped.number, given)
         implementation = tapped.decoder_config._attn_implementation  # asked for now: it may change inside the block
         if implementation == "eager":  # not in the registry: each modeling file has its own
             attend = sys.modules[type(module).__module__].eager_attention_forward
         else:
             attend = ALL_ATTENTION_FUNCTIONS[implementation]
         seen = _Untapped(module, tapped.decoder_config) if "flash" in implementation else module
-        return attend(seen, query, key, value, *args, **kwargs)
+        if look is None:
+            return attend(seen, query, key, value, *args, **kwargs)
+        # Another implementation may call PyTorch's kernel too, but for other rows, as with packed sequences.
+        with _LogSumExp() if implementation == "sdpa" else contextlib.nullcontext() as watched:
+            output = attend(seen, query, key, value, *args, **kwargs)
+        look(dataclasses.replace(given(), lse=None if watched is None else watched.found))
+        return output
 
     # Disabled under torch.compile: what it sees and stores must be real tensors. (torch leaves `disable` untyped.)
     AttentionInterface.register(NAME, torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
@@ -123,6 +163,23 @@ def _softmax(query: torch.Tensor, tapped: _Tapped, args: tuple[Any, ...], kwargs
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
+
+
+class _LogSumExp(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Watches an attention for the log-sum-exp that PyTorch's kernel for CPUs gives beside the output, [B, H, Q] fp32.
+
+    On CUDA the fused kernel of scores makes its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: torch.Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.found = result[1].detach()
+        return result
 
 
 class _Untapped:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,11 @@ def _measure_batch(
             raise ValueError(f"sample {number} of the batch has no {what}: scores need an image and then a question")
     received: dict[int, ReceivedAttention] = {}
 
-    def tap(layer: int, attention: Callable[[], Attention]) -> None:
-        at = attention()
+    def look(layer: int, at: Attention) -> None:
         softmax = dataclasses.replace(at.softmax, valid=padded)
-        received[layer] = received_attention(at.query, at.key, seen.image, question, softmax)
+        received[layer] = received_attention(at.query, at.key, seen.image, question, softmax, at.lse)
 
-    with torch.no_grad(), tap_attention(adapted, tap):
+    with torch.no_grad(), tap_attention(adapted, lambda layer, _: functools.partial(look, layer)):
         seen = read_images(adapted, inputs)
         model(**{**inputs, **seen.changed}, use_cache=False, logits_to_keep=1)
     # A layer without attention shows none; nothing leaves there.

@@ -71,6 +71,11 @@ class Forward:
     keys_valid: torch.Tensor | None = None
     stages: dict[tuple[int, ...], tuple[Any, _Stage]] = dataclasses.field(default_factory=dict)
 
+    def is_plain_step(self, cache: Any, mask: Any) -> bool:
+        """Whether one token is decoded that sees every key held, so that each layer runs as in the dense model."""
+        plain = self.choose is None and self.length == 1 and self.valid is None and mask is None and cache is not None
+        return plain and all(layer.shows_all for layer in cache.layers if isinstance(layer, PrunedLayer))
+
     def enter(
         self,
         adapted: AdaptedModel,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import threading
 import weakref
@@ -27,7 +28,7 @@ from fitprune import arguments
 from fitprune.adapters import AdaptedModel
 from fitprune.attention import Attention, text_after
 from fitprune.cache import PrunedLayer, adopt, is_pruned, require_plain, require_whole
-from fitprune.hooks import tap_attention
+from fitprune.hooks import COPIED, AttentionTap, tap_attention
 from fitprune.images import PIXELS, given_images, read_images
 from fitprune.packing import Forward, Plan, cut_mask, rows_at
 from fitprune.views import Prompt
@@ -62,6 +63,8 @@ class Remover:
         self.needs_question = needs_question
         self.tower = tower
         self.entered: list[torch.Tensor] = []
+        self.hooks: LayerHooks | None = None
+        self.lock = threading.Lock()  # while it is held no call begins, and no hook comes or goes
         self._names = list(inspect.signature(type(adapted.model).forward).parameters)[1:]
         # Whether generate encodes images; where not (some models in transformers 5.19), each step has the same pixels.
         sees = getattr(adapted.model, "input_modalities", ())
@@ -77,10 +80,19 @@ class Remover:
 
     def begin(self) -> None:
         """Make a place for a call's state, before any other hook can fail: `after_model` takes it away in any case."""
-        self._forwards.setdefault(threading.get_ident(), []).append(None)
+        with self.lock:
+            self._forwards.setdefault(threading.get_ident(), []).append(None)
 
-    def before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def alone(self) -> bool:
+        """Whether this thread's outermost call is the only one that runs."""
+        return list(self._forwards) == [threading.get_ident()] and len(self._forwards[threading.get_ident()]) == 1
+
+    def before_model(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Find the visual tokens of a prefill, and refuse what cannot be pruned rightly."""
+        if model is not self.adapted.model:
+            raise ValueError(COPIED)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache: Any = given.get("past_key_values")
         images = given_images(given)
@@ -191,6 +203,27 @@ class Remover:
                 "join them before leaving the prune block"
             )
 
+    def before_first_layer(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Put the other hooks on where the call needs them, and go on as at any layer."""
+        assert self.hooks is not None
+        if not self._forwards.get(threading.get_ident()):
+            raise ValueError(
+                "the decoder of a pruned model runs, but not through a call of the model itself, so nothing was "
+                "pruned: call the model that prune was given, neither a part of it nor a torch.compile'd wrapper"
+            )
+        state = self._state
+        if state is None:
+            return hidden, kwargs
+        cache = kwargs.get("past_key_values")
+        if state.is_plain_step(cache, kwargs.get("attention_mask")):
+            self.hooks.off_if(self.alone)
+            for layer in cache.layers:  # type: ignore[union-attr]  # a plain step has one
+                if isinstance(layer, PrunedLayer):
+                    layer.expect_step()
+            return hidden, kwargs
+        self.hooks.on()
+        return self.before_layer(0, hidden, kwargs)
+
     def before_layer(
         self, number: int, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -240,20 +273,18 @@ class Remover:
         valid = None if bool(present.all()) else present
         return dataclasses.replace(seen, softmax=dataclasses.replace(seen.softmax, valid=valid))
 
-    def at_attention(self, number: int, attention: Callable[[], Attention]) -> None:
-        """Choose, from the layer's own queries and keys, the tokens that stay."""
-        if not self._forwards.get(threading.get_ident()):
-            raise ValueError(
-                "the decoder of a pruned model runs, but not through a call of the model itself, so nothing was "
-                "pruned: call the model that prune was given, neither a part of it nor a torch.compile'd wrapper"
-            )
+    def at_attention(self, number: int, attention: Callable[[], Attention]) -> Callable[[Attention], None] | None:
+        """Give what chooses, from the layer's own queries and keys, the tokens that stay."""
         state = self._state
         if state is None or state.choose is None:
-            return
+            return None
         if state.ahead is not None:
             state.ahead.append(attention())
             raise _Seen  # the attention itself is not needed
-        now = attention()
+        return lambda now: self._choose(state, number, now)
+
+    def _choose(self, state: Forward, number: int, now: Attention) -> None:
+        assert state.choose is not None
         device = now.query.device
         valid = None if state.keys_valid is None else state.keys_valid.to(device)
         now = dataclasses.replace(now, softmax=dataclasses.replace(now.softmax, valid=valid))
@@ -283,15 +314,64 @@ class Remover:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _enter_layer(
-    remover: Remover, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Call `before_layer` on a layer's arguments, its input by place or by name."""
-    if args:
-        hidden, kwargs = remover.before_layer(number, args[0], kwargs)
-        return (hidden, *args[1:]), kwargs
-    hidden, kwargs = remover.before_layer(number, kwargs["hidden_states"], kwargs)
-    return (), {**kwargs, "hidden_states": hidden}
+Entering = Callable[[torch.Tensor, dict[str, Any]], tuple[torch.Tensor, dict[str, Any]]]
+
+
+def _entering(
+    enter: Entering,
+) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Make a hook that calls `enter` on a layer's arguments, its input by place or by name."""
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            hidden, kwargs = enter(args[0], kwargs)
+            return (hidden, *args[1:]), kwargs
+        hidden, kwargs = enter(kwargs["hidden_states"], kwargs)
+        return (), {**kwargs, "hidden_states": hidden}
+
+    return hook
+
+
+class LayerHooks:
+    """The hooks inside the decoder, on while some call needs them.
+
+    A step of decoding in which no layer hides a key goes without: their time would be a tenth of a small model's step.
+    """
+
+    def __init__(self, remover: Remover, tap: AttentionTap) -> None:
+        self._remover = remover
+        self._tap = tap
+        self._handles: list[Any] = []
+
+    def on(self) -> None:
+        """Put them on, if they are off."""
+        remover, adapted = self._remover, self._remover.adapted
+        with remover.lock:
+            self._tap.on()
+            if self._handles:
+                return
+            for number, (layer, mlp) in enumerate(zip(adapted.layers, adapted.mlps, strict=True)):
+                if number:
+                    enter = functools.partial(remover.before_layer, number)
+                    self._handles.append(layer.register_forward_pre_hook(_entering(enter), with_kwargs=True))
+                self._handles += [
+                    mlp.register_forward_pre_hook(lambda _, args: (remover.before_mlp(args[0]), *args[1:])),
+                    mlp.register_forward_hook(lambda _, __, output: remover.after_mlp(output)),
+                    layer.register_forward_hook(
+                        lambda _, __, output, number=number: remover.after_layer(number, output)
+                    ),
+                ]
+
+    def off_if(self, allowed: Callable[[], bool] = lambda: True) -> None:
+        """Take them off, if they are on and `allowed` says so; no call begins between the question and the deed."""
+        if not self._handles:
+            return
+        with self._remover.lock:
+            if allowed():
+                self._tap.off()
+                for handle in self._handles:
+                    handle.remove()
+                self._handles.clear()
 
 
 @contextlib.contextmanager
@@ -315,27 +395,19 @@ def removing(
         tower = stack.enter_context(watching(adapted)) if reads_vision else None
         remover = Remover(adapted, plan, needs_question, tower)
         stack.callback(remover.require_idle)
-        stack.enter_context(tap_attention(adapted, remover.at_attention))
+        tap = stack.enter_context(tap_attention(adapted, remover.at_attention))
+        remover.hooks = hooks = LayerHooks(remover, tap)
+        stack.callback(hooks.off_if)
         handles = [
             adapted.model.register_forward_pre_hook(lambda *_: remover.begin(), prepend=True),
             adapted.model.register_forward_pre_hook(
                 # Compiled code must come out of itself here, to be found and refused. (torch leaves `disable` untyped.)
-                torch.compiler.disable(lambda _, args, kwargs: remover.before_model(args, kwargs)),  # type: ignore[no-untyped-call]
+                torch.compiler.disable(remover.before_model),  # type: ignore[no-untyped-call]
                 with_kwargs=True,
             ),
             adapted.model.register_forward_hook(lambda *_: remover.after_model(), always_call=True),
+            adapted.layers[0].register_forward_pre_hook(_entering(remover.before_first_layer), with_kwargs=True),
         ]
-        for number, layer in enumerate(adapted.layers):
-            handles += [
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, number=number: _enter_layer(remover, number, args, kwargs), with_kwargs=True
-                ),
-                adapted.mlps[number].register_forward_pre_hook(
-                    lambda _, args: (remover.before_mlp(args[0]), *args[1:])
-                ),
-                adapted.mlps[number].register_forward_hook(lambda _, __, output: remover.after_mlp(output)),
-                layer.register_forward_hook(lambda _, __, output, number=number: remover.after_layer(number, output)),
-            ]
         for handle in handles:
             stack.callback(handle.remove)
         yield remover
