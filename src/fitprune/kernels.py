@@ -129,7 +129,7 @@ def _logits(q, k, scaling, SOFTCAP: tl.constexpr):
 def _seen(rows, columns, valid, sample, past, keys, WINDOW: tl.constexpr):
     """Which of the keys `columns` [BLOCK] each of the rows [BLOCK] sees: [BLOCK, BLOCK]."""
     own = past + rows[:, None]
-    seen = (columns[None, :] <= own) & (columns[None, :] < keys)
+    seen = columns[None, :] <= own
     if WINDOW is not None:
         seen = seen & (columns[None, :] > own - WINDOW)
     if valid is not None:
