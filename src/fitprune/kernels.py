@@ -94,9 +94,8 @@ def received_on_gpu(
     sizes = launch_sizes(width, query.element_size())
     blocks = triton.cdiv(length, sizes["sums"]["BLOCK"])
     splits = min(SPLITS, blocks)
-    lse = torch.empty(batch, heads, length, device=query.device)
-    parts = torch.empty(splits, batch, 2, length, device=query.device)
-    received = torch.empty(batch, 2, length, device=query.device)
+    shapes = ((batch, heads, length), (splits, batch, 2, length), (batch, 2, length))
+    lse, parts, received = (torch.empty(shape, device=query.device, dtype=torch.float32) for shape in shapes)
     # Only queries and keys are large: the others are copied where they are not contiguous, which spares strides.
     image, row_weight = image.contiguous(), row_weight.contiguous()
     valid = None if valid is None else valid.contiguous()
