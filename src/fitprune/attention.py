@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Collection, Iterator
 
 import torch
@@ -165,6 +166,12 @@ def received_attention(
         raise ValueError(f"{length} queries against {keys} keys: each query's own key must be among the keys")
     # One weight per query row and kind: the mean over rows is a weighted sum over all rows.
     row_weight = torch.stack([_own_image_weights(image), _mean_weights(question)], 1)  # [B, 2, Q]
+    if _fused(query, softmax):
+        from fitprune.kernels import received_on_gpu  # imports Triton
+
+        how = {name: getattr(softmax, name) for name in ("scaling", "valid", "window", "softcap", "sinks")}
+        received = received_on_gpu(query, key, image, row_weight, **how).masked_fill_(image[:, None] < 0, 0)
+        return ReceivedAttention(received[:, 0], received[:, 1])
 
     received = torch.zeros(batch, 2, length, device=query.device)
     known = lse if softmax.plain else None
@@ -241,6 +248,21 @@ def text_after(visual: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor
     last = torch.where(visual, position, -1).amax(1, keepdim=True)
     after = (position[None] > last) & (last >= 0)
     return after if valid is None else after & valid
+
+
+def _fused(query: torch.Tensor, softmax: Softmax) -> bool:
+    """Whether `kernels` computes this: on a GPU where Triton works. It knows no masks, and no larger heads or types."""
+    known = softmax.mask is None and query.shape[-1] <= 256 and query.element_size() <= 4
+    if not (query.is_cuda and known and _has_triton()):
+        return False
+    from fitprune.kernels import usable
+
+    return usable(query.device)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _mean_weights(rows: torch.Tensor) -> torch.Tensor:
