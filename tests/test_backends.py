@@ -209,6 +209,7 @@ def test_first_weights_on_disk(tmp_path):
     stats, expected = (measure(m, [inputs]) for m in (offloaded, model))
     assert torch.equal(stats.self_attention, expected.self_attention)
     assert torch.equal(stats.cross_attention, expected.cross_attention)
+    assert stats.provenance["weights"] == expected.provenance["weights"]  # so parts of other weights are not taken
     with torch.no_grad(), prune(offloaded, recipe_of(offloaded)), prune(model, recipe_of(model)):
         assert torch.equal(offloaded(**inputs).logits, model(**inputs).logits)
 
@@ -226,7 +227,7 @@ def test_a_model_on_two_gpus_is_measured_and_pruned(family, tmp_path):
     assert {str(p.device) for p in split.parameters()} == {"cuda:0", "cuda:1"}
     again = measure(split, calibration)
     assert again.digests == stats.digests
-    assert again.provenance == stats.provenance
+    assert again.provenance["weights"] == stats.provenance["weights"]
     assert torch.allclose(again.self_attention, stats.self_attention, atol=1e-5)
     assert torch.allclose(again.cross_attention, stats.cross_attention, atol=1e-5)
     kept, logits, answer = call_and_generate(split, {n: v.to("cuda:0") for n, v in inputs.items()})

@@ -208,16 +208,23 @@ def provenance_of(model: Any) -> dict[str, str]:
 
 
 def weights_digest(model: Any) -> str:
-    """Tell weights of one shape apart: a hash of the first values of every parameter that is not on the meta device."""
+    """Tell weights of one shape apart: a hash of the first values of every parameter that has any, also on disk."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
+        values = _offloaded(model, name) if parameter.device.type == "meta" else parameter.detach()
+        if values is not None:
             digest.update(name.encode())
-            values = parameter.detach()
             if hasattr(type(values), "tensor_data_names"):  # torchao's: they have no views, but rows that are numbers
                 values = values[:1].dequantize()
             digest.update(values.flatten()[:8].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _offloaded(model: Any, name: str) -> torch.Tensor | None:
+    """Give a weight that accelerate keeps elsewhere until its layer's turn; None if it keeps none of this name."""
+    module, _, own = name.rpartition(".")
+    kept = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
+    return None if kept is None else kept.get(own)
 
 
 def forget_parts(parts: str | os.PathLike[str]) -> None:
