@@ -7,9 +7,9 @@ import os
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# One process may wait for another's whole share; torch's own limit of some minutes would end the run. Of a process that
-# died its launcher tells the others.
-LONGEST_WAIT = datetime.timedelta(days=7)
+# One process may wait for another's whole share; torch's own limit of some minutes would end the run. Where one has died,
+# the launcher ends the others.
+LONGEST_WAIT = datetime.timedelta(days=1)
 
 
 class Processes:
