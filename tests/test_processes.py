@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from conftest import batch_of, prompts, tiny_inputs, tiny_model
 from fitprune import AttentionStats, embedded, load_samples, make_batches, measure, measurement
@@ -42,24 +43,9 @@ stats.save(f"{out}/{rank}")
 """
 
 
-def ranks(monkeypatch, rank, count):
-    """Let this process be one of several."""
-
-    class Ranked(Processes):
-        def __init__(self):
-            super().__init__()
-            self.rank, self.count = rank, count
-
-        def gather(self, value):
-            return [value]
-
-    monkeypatch.setattr(measurement, "Processes", Ranked)
-    return Ranked()
-
-
-def launch(*command, count=2):
-    """Run under torchrun, with as many threads as here: on some processors (AMX) sums depend on how they are split."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+def launch(*command):
+    """Run two processes under torchrun, with as many threads as here: on some processors (AMX) sums depend on how they are split."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
@@ -114,24 +100,25 @@ def test_what_a_killed_process_leaves_is_gone_on_with_by_any_number_of_processes
 def test_several_processes_need_a_folder_that_all_see(tmp_path, monkeypatch):
     model = tiny_model()
     batches = [tiny_inputs(model, seed=seed) for seed in range(2)]
-    shared = ranks(monkeypatch, 0, 2)
+    processes = Processes()
+    processes.count = 2
+    monkeypatch.setattr(measurement, "Processes", lambda: processes)
     with pytest.raises(ValueError, match="2 processes gather what they measure through a folder that all see"):
         measure(model, batches)
-    monkeypatch.setattr(type(shared), "gather", lambda _, names: [names, ["0" * 64 + ".safetensors"]])
+    monkeypatch.setattr(processes, "gather", lambda names: [names, [["0" * 64 + ".safetensors"]]])
     with pytest.raises(FileNotFoundError, match="parts must be a folder that all processes see"):
         measure(model, batches, parts=tmp_path)
 
 
-def test_batches_of_other_processes_are_not_made(tmp_path, monkeypatch):
+def test_batches_of_other_processes_are_not_made(tmp_path):
     good = load_samples(embedded.folder("calibration"), samples=3)
     bad = [Sample(str(n), "?", tmp_path / "none.png") for n in range(2)]
     given = [*bad, *good[:2], *bad, good[2]]
-    from transformers import AutoProcessor
-
     processor = AutoProcessor.from_pretrained(embedded.folder("model"))
-    batches = list(make_batches(given, processor, batch_size=2, processes=ranks(monkeypatch, 1, 2)))
+    processes = Processes()
+    processes.rank, processes.count = 1, 2
+    batches = list(make_batches(given, processor, batch_size=2, processes=processes))
     assert [len(batch.get("input_ids", ())) for batch in batches] == [0, 2, 0, 1]
-    assert measurement.Processes().has(1)
 
 
 def test_a_sample_of_two_batches_counts_as_the_first_has_it(tmp_path):

@@ -26,6 +26,8 @@ from fitprune.stats import AttentionStats, merge
 
 logger = logging.getLogger(__name__)
 
+EMPTY = "batches is empty: the calibration set must hold at least one sample"
+
 
 def measure(
     model: Any,
@@ -91,7 +93,7 @@ def measure(
             raise ValueError(EMPTY)
         return merge(measured)
     turns = itertools.zip_longest(*processes.gather(names), fillvalue=[])
-    files = [folder / name for turn in turns for names in turn for name in names]
+    files = [folder / name for turn in turns for batch_names in turn for name in batch_names]
     if not files:
         raise ValueError(EMPTY)
     if absent := [file for file in files if not file.exists()]:
@@ -101,9 +103,6 @@ def measure(
     whole = merge(_Parts(files))
     processes.wait()  # all have read, so the caller may delete the parts
     return whole
-
-
-EMPTY = "batches is empty: the calibration set must hold at least one sample"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,10 +229,7 @@ def _offloaded(model: Any, name: str) -> torch.Tensor | None:
 def forget_parts(parts: str | os.PathLike[str]) -> None:
     """Delete the parts of a finished run, and their folder unless something else lies in it."""
     name = "[0-9a-f]" * hashlib.sha256().digest_size * 2
-    for pattern in (
-        f"{name}.safetensors",
-        f".{name}.safetensors.*.part",
-    ):  # the latter was being written by a killed run
+    for pattern in (f"{name}.safetensors", f".{name}.safetensors.*.part"):  # whole, and cut off when a run was killed
         for part in Path(parts).glob(pattern):
             part.unlink()
     with contextlib.suppress(OSError):
@@ -246,8 +242,8 @@ def to_model(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
     What a loss needs is left out: some processors give labels to a prompt too.
     """
     device = model.device
-    if device.type == "meta":  # its first weights are on disk: accelerate says where it runs
-        device = model._hf_hook.execution_device
+    if device.type == "meta":  # its first weights are offloaded: accelerate says where it runs
+        device = getattr(getattr(model, "_hf_hook", None), "execution_device", device)
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

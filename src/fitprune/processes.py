@@ -7,8 +7,8 @@ import os
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# One process may wait for another's whole share; torch's own limit of some minutes would end the run. Where one has died,
-# the launcher ends the others.
+# One process may wait for another's whole share; torch's own limit of some minutes would end the run. Where one has
+# died, the launcher ends the others.
 LONGEST_WAIT = datetime.timedelta(days=1)
 
 
