@@ -44,7 +44,7 @@ stats.save(f"{out}/{rank}")
 
 
 def launch(*command):
-    """Run two processes under torchrun, with as many threads as here: on some processors (AMX) sums depend on how they are split."""
+    """Run two processes under torchrun with as many threads as here: with AMX, sums depend on the split."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {
         **os.environ,
