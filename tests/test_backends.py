@@ -196,6 +196,44 @@ def test_layers_on_disk_and_on_other_devices(family, tmp_path):
     assert torch.allclose(again.self_attention, stats.self_attention, atol=1e-6)
 
 
+def test_first_weights_on_disk(tmp_path):
+    """Then accelerate, and not the model's first weight, says where inputs go."""
+    model = tiny_model()
+    inputs = batch_of(prompts(model, ONE[:2]))
+    model.save_pretrained(tmp_path / "model")
+    offloaded = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "disk"
+    ).eval()
+    assert offloaded.device.type == "meta"
+    offloaded.generation_config.pad_token_id = 0
+    stats, expected = (measure(m, [inputs]) for m in (offloaded, model))
+    assert torch.equal(stats.self_attention, expected.self_attention)
+    assert torch.equal(stats.cross_attention, expected.cross_attention)
+    assert stats.provenance["weights"] == expected.provenance["weights"]  # so parts of other weights are not taken
+    with torch.no_grad(), prune(offloaded, recipe_of(offloaded)), prune(model, recipe_of(model)):
+        assert torch.equal(offloaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_two_gpus_is_measured_and_pruned(family, tmp_path):
+    model = tiny_model(family)
+    inputs, calibration = batch_of(prompts(model, SEVERAL[:4])), [batch_of(prompts(model, ONE[:2]))]
+    stats, expected = measure(model, calibration), call_and_generate(model, inputs)
+    model.save_pretrained(tmp_path)
+    places = {"model": "cuda:0", "lm_head": "cuda:1", **{f"model.language_model.layers.{n}": "cuda:1" for n in (1, 4)}}
+    split = AutoModelForImageTextToText.from_pretrained(tmp_path, device_map=places).eval()
+    split.generation_config.pad_token_id = 0
+    assert {str(p.device) for p in split.parameters()} == {"cuda:0", "cuda:1"}
+    again = measure(split, calibration)
+    assert again.digests == stats.digests
+    assert again.provenance["weights"] == stats.provenance["weights"]
+    assert torch.allclose(again.self_attention, stats.self_attention, atol=1e-5)
+    assert torch.allclose(again.cross_attention, stats.cross_attention, atol=1e-5)
+    kept, logits, answer = call_and_generate(split, {n: v.to("cuda:0") for n, v in inputs.items()})
+    assert_alike(([k.cpu() for k in kept], logits.cpu(), answer.cpu()), expected)
+
+
 @pytest.mark.gpu
 def test_layers_split_between_devices(family, tmp_path):
     model = tiny_model(family)

@@ -64,6 +64,7 @@ def test_a_datasets_folder_and_the_jsonl_loader_read_the_embedded_questions(monk
     again = load_samples(tmp_path / "saved")
     assert [(s.text, s.answers, s.kind) for s in again] == [(s.text, s.answers, s.kind) for s in ours]
     assert again[3].load_image().tobytes() == ours[3].load_image().tobytes()
+    assert not any(isinstance(s.image, bytes) for s in again)  # read when its batch comes, and not held
 
 
 def test_the_embedded_sets_have_what_they_promise():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from fitprune.calibration import Sample
+from fitprune.processes import Processes
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ def make_batches(
     *,
     batch_size: int = 1,
     prompt_template: str | None = None,
+    processes: Processes | None = None,
 ) -> Iterator[Mapping[str, Any]]:
     """Turn samples into the processor's batches, padded on the left, in order.
 
@@ -60,6 +62,8 @@ def make_batches(
         processor: the model's processor.
         batch_size: samples in a batch.
         prompt_template: see `format_prompt`.
+        processes: those that share the batches, as in `fitprune.measure`. A batch of another process is not made: it
+            comes as an empty mapping, so that batches keep their numbers.
 
     Yields:
         `input_ids`, `attention_mask`, `pixel_values`, ... as the model takes them.
@@ -77,7 +81,9 @@ def make_batches(
             padding_side="left",  # whatever the tokenizer's own: a dense model cannot generate behind right padding
             return_tensors="pt",
         )
-        for chunk in _chunks(samples, batch_size)
+        if processes is None or processes.has(number)
+        else {}
+        for number, chunk in enumerate(_chunks(samples, batch_size))
     )
 
 

@@ -27,13 +27,31 @@ class BadSample(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class InDataset:
+    """An image file inside a Hugging Face dataset, read when it is asked for: all of them may not fit into memory.
+
+    Attributes:
+        dataset: the dataset, whose column "image" is not decoded.
+        row: its number there.
+    """
+
+    dataset: Any
+    row: int
+
+    def read(self) -> bytes:
+        """Give the file's bytes."""
+        found: bytes = self.dataset[self.row]["image"]["bytes"]
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
     """One image with one question.
 
     Attributes:
         id: `question_id`, `id` or the entry's number.
         text: the question, without image token and without prompt format.
-        image: path of the image file; its bytes or the image itself where a dataset holds it.
+        image: path of the image file; its bytes, its place in a dataset, or the image itself.
         answers: accepted answers; empty where the data has none.
         kind: a label that results are grouped by ("" where the data has none).
         where: file and line, for messages.
@@ -41,7 +59,7 @@ class Sample:
 
     id: str
     text: str
-    image: Path | bytes | Image.Image
+    image: Path | bytes | InDataset | Image.Image
     answers: tuple[str, ...] = ()
     kind: str = ""
     where: str = ""
@@ -59,7 +77,8 @@ class Sample:
             if isinstance(self.image, Image.Image):
                 opened = self.image
             else:
-                opened = Image.open(io.BytesIO(self.image) if isinstance(self.image, bytes) else self.image)
+                held = self.image.read() if isinstance(self.image, InDataset) else self.image
+                opened = Image.open(io.BytesIO(held) if isinstance(held, bytes) else held)
             # A phone's MPO holds a second view of the same picture; the first is what is shown.
             if (frames := getattr(opened, "n_frames", 1)) > 1 and opened.format != "MPO":
                 raise BadSample(f"{self.where}: {name} is animated ({frames} frames); save the frame that is meant")
@@ -213,7 +232,10 @@ def _dataset_entries(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         loaded = loaded[splits[0]]
     if isinstance((loaded.features or {}).get("image"), datasets.Image):  # decoded here, where a bad one can be named
         loaded = loaded.cast_column("image", datasets.Image(decode=False))
-    yield from ((f"{name}, row {number}", row) for number, row in enumerate(loaded))
+    for number, row in enumerate(loaded):
+        if isinstance(image := row.get("image"), dict) and image.get("bytes"):
+            row = {**row, "image": InDataset(loaded, number)}
+        yield f"{name}, row {number}", row
 
 
 def _sample(entry: Any, folder: Path, where: str) -> Sample:
@@ -229,7 +251,7 @@ def _sample(entry: Any, folder: Path, where: str) -> Sample:
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str) and image:
         image = folder / image
-    elif not isinstance(image, (bytes, Image.Image)):
+    elif not isinstance(image, (bytes, InDataset, Image.Image)):
         raise BadSample(f"{where}: 'image' is {image!r}, must be one file name (or 'file_name')")
     text, answer = entry.get("text", entry.get("question")), entry.get("answer", entry.get("answers"))
     if "conversations" in entry:

@@ -44,18 +44,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> None:
     from fitprune.batches import make_batches
     from fitprune.measurement import forget_parts, measure
+    from fitprune.processes import Processes
 
     files.require_writable(args.output)
     # Before the model: bad data is found in seconds.
     samples = [sample for task in _samples(args).values() for sample in task]
     model, processor = _load(args)
-    stats = measure(
-        model,
-        make_batches(samples, processor, batch_size=args.batch_size, prompt_template=args.prompt_template),
-        parts=f"{args.output}.parts",
-        total=-(-len(samples) // args.batch_size),
-        progress=True,
+    processes = Processes()
+    batches = make_batches(
+        samples,
+        processor,
+        batch_size=args.batch_size,
+        prompt_template=args.prompt_template,
+        processes=processes,
     )
+    total = -(-len(samples) // args.batch_size)
+    stats = measure(model, batches, parts=f"{args.output}.parts", total=total, progress=True)
+    if processes.rank > 0:
+        return
     stats.save(args.output)
     forget_parts(f"{args.output}.parts")
     print(f"{args.output}: {len(stats)} samples, {stats.model.decoder.layers} layers")

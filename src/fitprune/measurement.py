@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from fitprune.arguments import valid_columns
 from fitprune.attention import Attention, ReceivedAttention, received_attention, text_after
 from fitprune.hooks import tap_attention
 from fitprune.images import PIXELS, read_images, visual_mask
+from fitprune.processes import Processes
 from fitprune.selection import images_of
 from fitprune.stats import AttentionStats, merge
 
 logger = logging.getLogger(__name__)
+
+EMPTY = "batches is empty: the calibration set must hold at least one sample"
 
 
 def measure(
@@ -36,57 +40,105 @@ def measure(
 ) -> AttentionStats:
     """Measure the attention that visual tokens receive in each decoder layer of the dense model.
 
-    The model's own attention implementation stays in use; the needed softmax rows are recomputed beside it.
+    The model's own attention implementation stays in use; the needed softmax rows are recomputed beside it. Under
+    accelerate or torchrun the processes share the batches, dealt in turn; with as many threads each, the statistics are
+    those of one process, bit by bit.
 
     Args:
         model: a supported `...ForConditionalGeneration` model.
         batches: the processor's outputs: `input_ids`, `attention_mask`, `pixel_values` and what else the model takes.
-            Samples of a batch may differ in length (padded) and in visual tokens.
-        parts: folder for one file per sample; a run that was killed continues from it. None keeps all in memory.
+            Samples of a batch may differ in length (padded) and in visual tokens. Of several processes each is given
+            all, and passes over those of the others (`make_batches(..., processes=Processes())` does not make them).
+        parts: folder for one file per sample; a run that was killed continues from it, if its batches are the same, in
+            as many processes or not. Measured samples are then not held in memory until the end, which needs no more
+            than the result. Several processes need one that all see. None keeps all in memory.
         total: number of batches, for the progress bar.
-        progress: show a progress bar.
+        progress: show a progress bar; of several processes the first does, with its share.
 
     Returns:
-        Statistics of all samples, in the order of the batches.
+        Statistics of all samples, in the order of the batches; in every process.
 
     Raises:
-        ValueError: `batches` is empty, a sample has no visual token or no text after its last one, or `parts` is of
-            another model.
+        ValueError: `batches` is empty, a sample has no visual token or no text after its last one, `parts` is of
+            another model, or there are several processes and no `parts`.
+        FileNotFoundError: a part that another process measured is not in this one's `parts`.
 
     Source: arXiv:2409.10197. Differs from the authors' code: no attention map is kept, samples may be batched, and the
     attention of each token is stored instead of the sum, so that a fit needs no model.
     """
     adapted = adapt(model)
+    processes = Processes()
+    if processes.count > 1 and parts is None:
+        raise ValueError(
+            f"{processes.count} processes gather what they measure through a folder that all see: state parts=FOLDER"
+        )
     folder = Path(parts) if parts is not None else None
     provenance = provenance_of(model)  # once: it reads from every weight
-    measured: list[AttentionStats] = []
-    for batch in tqdm(batches, total=total, desc="measure", unit="batch", disable=not progress):
+    measured: list[AttentionStats] = []  # without a folder
+    names: list[list[str]] = []  # of each batch's parts in the folder
+    share = (batch for number, batch in enumerate(batches) if processes.has(number))
+    count = None if total is None else -(-total // processes.count)
+    quiet = not progress or processes.rank > 0
+    for batch in tqdm(share, total=count, desc="measure", unit="batch", disable=quiet):
         digests = input_digests(adapted, batch)
-        files = [folder / f"{digest}.safetensors" for digest in digests] if folder else []
-        found = _found_parts(adapted, files, provenance)
-        if found is None:
-            found = _measure_batch(adapted, batch, digests, provenance)
-            for file, part in zip(files, found, strict=False):
+        if folder is None:
+            measured += _measure_batch(adapted, batch, digests, provenance)
+            continue
+        files = _part_files(folder, digests)
+        if not _are_parts(adapted, files, provenance):
+            for file, part in zip(files, _measure_batch(adapted, batch, digests, provenance), strict=True):
                 part.save(file)
-        measured += found
-    if not measured:
-        raise ValueError("batches is empty: the calibration set must hold at least one sample")
-    return merge(measured)
+        names.append([file.name for file in files])
+    if folder is None:
+        if not measured:
+            raise ValueError(EMPTY)
+        return merge(measured)
+    turns = itertools.zip_longest(*processes.gather(names), fillvalue=[])
+    files = [folder / name for turn in turns for batch_names in turn for name in batch_names]
+    if not files:
+        raise ValueError(EMPTY)
+    if absent := [file for file in files if not file.exists()]:
+        raise FileNotFoundError(
+            2, f"{absent[0]}: not there, though a process has written it; parts must be a folder that all processes see"
+        )
+    whole = merge(_Parts(files))
+    processes.wait()  # all have read, so the caller may delete the parts
+    return whole
 
 
-def _found_parts(adapted: AdaptedModel, files: list[Path], provenance: dict[str, str]) -> list[AttentionStats] | None:
-    """Load a batch's parts if an earlier run left them all, measured alike; None if it is to be measured."""
-    if not files or not all(file.exists() for file in files):
-        return None
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """Parts on disk, loaded one at a time."""
+
+    files: Sequence[Path]
+
+    def __iter__(self) -> Iterator[AttentionStats]:
+        return map(AttentionStats.load, self.files)
+
+
+def _part_files(folder: Path, digests: Sequence[str]) -> list[Path]:
+    """Name each part by its sample and by the batch that it is measured in.
+
+    In another batch a sample's statistics differ by rounding. So a run that goes on gives the bits of an unbroken one,
+    and of a sample that two processes measure in two batches neither overwrites the other's.
+    """
+    batch = "".join(digests)
+    return [folder / f"{hashlib.sha256((digest + batch).encode()).hexdigest()}.safetensors" for digest in digests]
+
+
+def _are_parts(adapted: AdaptedModel, files: Sequence[Path], provenance: dict[str, str]) -> bool:
+    """Whether an earlier run left all of a batch's parts, measured alike; if not, it is to be measured."""
+    if not all(file.exists() for file in files):
+        return False
     try:
         found = [AttentionStats.load(file) for file in files]
     except ValueError as error:
         logger.warning("measured again: %s", error)
-        return None
+        return False
     for part in found:
         part.model.require_same(adapted.shape, what=f"a part in {files[0].parent}")
     # Other weights, dtype or versions: not what this run would measure.
-    return found if all(part.provenance == provenance for part in found) else None
+    return all(part.provenance == provenance for part in found)
 
 
 _NOT_MEASURED = {"use_cache", "logits_to_keep"}
@@ -110,8 +162,10 @@ def _measure_batch(
     received: dict[int, ReceivedAttention] = {}
 
     def look(layer: int, at: Attention) -> None:
-        softmax = dataclasses.replace(at.softmax, valid=padded)
-        received[layer] = received_attention(at.query, at.key, seen.image, question, softmax, at.lse)
+        here = at.query.device  # a model may be spread over several
+        softmax = dataclasses.replace(at.softmax, valid=None if padded is None else padded.to(here))
+        image, asked = seen.image.to(here), question.to(here)
+        received[layer] = received_attention(at.query, at.key, image, asked, softmax, at.lse)
 
     with torch.no_grad(), tap_attention(adapted, lambda layer, _: functools.partial(look, layer)):
         seen = read_images(adapted, inputs)
@@ -119,8 +173,9 @@ def _measure_batch(
     # A layer without attention shows none; nothing leaves there.
     nothing = torch.zeros_like(next(iter(received.values())).self_attention)
     ordered = [received.get(layer, ReceivedAttention(nothing, nothing)) for layer in range(len(adapted.layers))]
-    self_attention = torch.stack([r.self_attention for r in ordered], 1).cpu()  # [B, L, N]
-    cross_attention = torch.stack([r.cross_attention for r in ordered], 1).cpu()
+    # Fetched here and not in the tap, where each layer would wait for its device.
+    self_attention = torch.stack([r.self_attention.cpu() for r in ordered], 1)  # [B, L, N]
+    cross_attention = torch.stack([r.cross_attention.cpu() for r in ordered], 1)
     visual, valid = visual.cpu(), valid.cpu()
     return [
         AttentionStats(
@@ -153,22 +208,30 @@ def provenance_of(model: Any) -> dict[str, str]:
 
 
 def weights_digest(model: Any) -> str:
-    """Tell weights of one shape apart: a hash of the first values of every parameter that is not on the meta device."""
+    """Tell weights of one shape apart: a hash of the first values of every parameter that has any, also on disk."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
+        values = _offloaded(model, name) if parameter.device.type == "meta" else parameter.detach()
+        if values is not None:
             digest.update(name.encode())
-            values = parameter.detach()
             if hasattr(type(values), "tensor_data_names"):  # torchao's: they have no views, but rows that are numbers
                 values = values[:1].dequantize()
             digest.update(values.flatten()[:8].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
+def _offloaded(model: Any, name: str) -> torch.Tensor | None:
+    """Give a weight that accelerate keeps elsewhere until its layer's turn; None if it keeps none of this name."""
+    module, _, own = name.rpartition(".")
+    kept = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
+    return None if kept is None else kept.get(own)
+
+
 def forget_parts(parts: str | os.PathLike[str]) -> None:
     """Delete the parts of a finished run, and their folder unless something else lies in it."""
-    for part in Path(parts).glob("*.safetensors"):
-        if len(part.stem) == hashlib.sha256().digest_size * 2:
+    name = "[0-9a-f]" * hashlib.sha256().digest_size * 2
+    for pattern in (f"{name}.safetensors", f".{name}.safetensors.*.part"):  # whole, and cut off when a run was killed
+        for part in Path(parts).glob(pattern):
             part.unlink()
     with contextlib.suppress(OSError):
         Path(parts).rmdir()
@@ -179,11 +242,14 @@ def to_model(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
     What a loss needs is left out: some processors give labels to a prompt too.
     """
+    device = model.device
+    if device.type == "meta":  # its first weights are offloaded: accelerate says where it runs
+        device = getattr(getattr(model, "_hf_hook", None), "execution_device", device)
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return value.to(model.device, model.dtype if value.is_floating_point() else None)
+        return value.to(device, model.dtype if value.is_floating_point() else None)
 
     return {name: move(value) for name, value in batch.items() if name not in ("labels", "shift_labels")}
 

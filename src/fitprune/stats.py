@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,10 @@ class AttentionStats:
                 raise ValueError(
                     f"{name} is {tuple(values.shape)}: must be [layers, visual tokens of all samples] = {shape}"
                 )
-            if values.numel() and (not bool(torch.isfinite(values).all()) or float(values.min()) < 0):
+            if not values.numel():
+                continue
+            lowest, highest = map(float, values.aminmax())  # NaN if one is; no copy of what may be large
+            if not 0 <= lowest <= highest < float("inf"):
                 raise ValueError(
                     f"{name} holds negative or non-finite values: measure again, in another dtype if in fp16"
                 )
@@ -97,7 +100,7 @@ class AttentionStats:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file, whole or not at all; the same statistics give the same bytes.
 
         Raises:
             OSError: `path` cannot be written.
@@ -119,6 +122,7 @@ class AttentionStats:
                 save_file(tensors, temporary, metadata=metadata)
             except SafetensorError as error:  # how safetensors says that the disk is full
                 raise OSError(28, str(error)) from error
+            _sort_metadata(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttentionStats:
@@ -154,25 +158,54 @@ class AttentionStats:
             ) from None
 
 
+def _sort_metadata(path: Path) -> None:
+    """Put a file's metadata in order: safetensors writes them in the order of a hash map, another one in each run."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+
+
 def merge(parts: Iterable[AttentionStats]) -> AttentionStats:
-    """Join statistics of one model; a sample that is in several parts counts once.
+    """Join statistics of one model; a sample that is in several parts counts once, as the first has it.
+
+    Args:
+        parts: what to join. What can be iterated again, and loads each part when it is asked for, is read twice, and
+            beside the result no more than one part is held.
 
     Raises:
         ValueError: there is no part, or the parts are of different models.
     """
-    parts = list(parts)
-    if not parts:
-        raise ValueError("parts is empty: there must be at least one AttentionStats to merge")
-    first = parts[0]
-    for part in parts[1:]:
+    parts = list(parts) if isinstance(parts, Iterator) else parts
+    first: AttentionStats | None = None
+    new: list[list[int]] = []  # of each part, the samples that none before it holds
+    joined: dict[str, tuple[int, int]] = {}  # digest -> visual and text tokens
+    for part in parts:
+        if first is None:
+            first = part
         part.model.require_same(first.model, what="a part of the statistics")
-    joined = dataclasses.replace(
+        new.append([])
+        for number, digest in enumerate(part.digests):
+            if digest not in joined:
+                joined[digest] = part.visual_tokens[number], part.text_tokens[number]
+                new[-1].append(number)
+    if first is None:
+        raise ValueError("parts is empty: there must be at least one AttentionStats to merge")
+    shape = (len(first.self_attention), sum(visual for visual, _ in joined.values()))
+    self_attention, cross_attention = first.self_attention.new_empty(shape), first.cross_attention.new_empty(shape)
+    begin = 0
+    for part, numbers in zip(parts, new, strict=True):
+        own = part if len(numbers) == len(part) else part.select(numbers)
+        end = begin + sum(own.visual_tokens)
+        self_attention[:, begin:end], cross_attention[:, begin:end] = own.self_attention, own.cross_attention
+        begin = end
+    return dataclasses.replace(
         first,
-        self_attention=torch.cat([p.self_attention for p in parts], 1),
-        cross_attention=torch.cat([p.cross_attention for p in parts], 1),
-        visual_tokens=tuple(n for p in parts for n in p.visual_tokens),
-        text_tokens=tuple(n for p in parts for n in p.text_tokens),
-        digests=tuple(d for p in parts for d in p.digests),
+        self_attention=self_attention,
+        cross_attention=cross_attention,
+        visual_tokens=tuple(visual for visual, _ in joined.values()),
+        text_tokens=tuple(text for _, text in joined.values()),
+        digests=tuple(joined),
     )
-    unique = {digest: index for index, digest in reversed(list(enumerate(joined.digests)))}
-    return joined if len(unique) == len(joined) else joined.select(sorted(unique.values()))

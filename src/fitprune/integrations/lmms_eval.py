@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from fitprune.calibration import load_samples
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.loading import DTYPES, load_model
 from fitprune.measurement import measure, to_model
+from fitprune.processes import Processes
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
 from fitprune.stats import AttentionStats
@@ -135,8 +137,11 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         self.prompt_template = _template(prompt_template, self.processor)
 
         if samples is not None:
-            batches = make_batches(samples, self.processor, prompt_template=self.prompt_template)
-            measured = measure(self.model, batches, total=len(samples), progress=self.accelerator.is_main_process)
+            processes = Processes()
+            batches = make_batches(samples, self.processor, prompt_template=self.prompt_template, processes=processes)
+            with tempfile.TemporaryDirectory() as own:
+                folder = processes.gather(own)[0]  # the first's, for all
+                measured = measure(self.model, batches, parts=folder, total=len(samples), progress=True)
         if flops_reduction is not None:
             assert measured is not None
             used = make_method(method, Fitter(measured), checked_budget("flops_reduction", flops_reduction), seed=seed)
