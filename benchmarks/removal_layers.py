@@ -49,9 +49,9 @@ def main() -> None:
     tests = {task: load_samples(embedded.folder("test", task))[:: args.every] for task in TASKS}
     results = evaluate(model, processor, tests, recipes, batch_size=40, timed_batches=0, progress=True)
     for row in results.rows:
-        print(f"{row.task:14} {row.name:8} accuracy {100 * row.accuracy:5.1f}  agreement {100 * row.agreement:5.1f}")
-        if row.name in found:
-            found[row.name][row.task] = [row.accuracy, row.agreement]
+        print(f"{row.task:14} {row.method:8} accuracy {100 * row.accuracy:5.1f}  agreement {100 * row.agreement:5.1f}")
+        if row.method in found:
+            found[row.method][row.task] = [row.accuracy, row.agreement]
     print(json.dumps(found))
 
 
