@@ -2,8 +2,8 @@
 
 The fit searches one number, the tolerance: the share of received attention that each layer may lose. For a tolerance,
 `_Simulation` walks through the layers of every sample and counts what could leave; the search finds the least tolerance
-that meets the budget; what the last step overshoots is given back token by token. Asked for fewer layers that remove, the
-fit is then merged (`merging`) at equal budget.
+that meets the budget; what the last step overshoots is given back token by token. Where few layers may remove, the fit
+is then merged (`merging`) at equal budget.
 """
 
 from __future__ import annotations
