@@ -58,7 +58,13 @@ def test_measure_and_fit_write_what_they_say(made):
 
 
 @pytest.mark.parametrize(
-    "budget", [["--kv-cache-reduction", "0.5"], ["--mean-visual-tokens", "60"], ["--tolerance", "0.2"]]
+    "budget",
+    [
+        ["--kv-cache-reduction", "0.5"],
+        ["--mean-visual-tokens", "60"],
+        ["--tolerance", "0.2"],
+        ["--flops-reduction", "0.5", "--max-removal-layers", "2"],
+    ],
 )
 def test_one_budget_makes_one_file(made, budget, tmp_path):
     out = tmp_path / "r.json"
@@ -135,6 +141,21 @@ def test_bad_use_exits_2_with_one_line(made, tmp_path, capsys):
         (["measure", "digit-scenes", "--data", f"{here}/broken.jsonl", "-o", f"{here}/s"], "jsonl:1: not JSON"),
         (["cost", "llava-1.5-7b:61"], "must be one of"),
         (["fit", stats, "--flops-reduction", "0.5", "0.5", "-o", here], "states a budget twice"),
+        (
+            [
+                "fit",
+                stats,
+                "--flops-reduction",
+                "0.5",
+                "--objective",
+                "output",
+                "--max-removal-layers",
+                "2",
+                "-o",
+                here,
+            ],
+            "--max-removal-layers is for --objective attention",
+        ),
         (["cost", "llava-1.5-7b"], "say which of its recipes"),
         ([*generate, "--recipe", recipe, "--image", image, "--device", "foo"], "device foo: unknown"),
         ([*generate, "--recipe", f"{here}/other.json", "--image", image], "another model"),

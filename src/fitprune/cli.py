@@ -80,6 +80,8 @@ def _fit(args: argparse.Namespace) -> None:
     one_file = len(budgets) == 1 and not args.output.endswith(("/", "\\")) and not Path(args.output).is_dir()
     stats = AttentionStats.load(args.stats)
     if args.objective == "output":
+        if args.max_removal_layers is not None:
+            raise ValueError("--max-removal-layers is for --objective attention: the search chooses layers of its own")
         recipes = _fit_output(args, stats, budgets, one_file)
     else:
         given = [
@@ -88,7 +90,8 @@ def _fit(args: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"--{given[0]} is for --objective output: the paper's rule needs the statistics alone")
         fitter = Fitter(stats, visual_tokens=args.visual_tokens)
-        recipes = [fitter.fit(budget) for budget in budgets]  # all before the first is written
+        # All before the first is written.
+        recipes = [fitter.fit(budget, args.max_removal_layers) for budget in budgets]
     for budget, recipe in zip(budgets, recipes, strict=True):
         path = Path(args.output) if one_file else Path(args.output) / f"{kind}-{budget.value}.json"
         recipe.save(path)
@@ -104,7 +107,10 @@ def _fit(args: argparse.Namespace) -> None:
 def _quality(recipe: PruningRecipe) -> str:
     """What the fit says of a recipe: its tolerance, or its divergence beside that of the paper's rule."""
     if (found := recipe.provenance.get("divergence")) is None:
-        return f"tolerance {recipe.provenance['tolerance']:.4f}"
+        merged = recipe.provenance.get("max_removal_layers") and (
+            f", {len(recipe.removing)} layers remove, extra loss {recipe.provenance['extra_loss']:.4f}"
+        )
+        return f"tolerance {recipe.provenance['tolerance']:.4f}{merged or ''}"
     means = [f"{half} {of['found']:.4f} (paper's rule {of['paper']:.4f})" for half, of in found.items()]
     kept = "" if recipe.provenance["chosen"] == "found" else ": not better, so the paper's recipe"
     return f"divergence in nats: {', '.join(means)}{kept}"
@@ -439,6 +445,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--visual-tokens", type=_positive, help="image size to meet the budget for (default: most common)"
     )
+    made.add_argument(
+        "--max-removal-layers", type=_positive, metavar="K", help="remove at no more than K layers, at equal budget: "
+        "each costs time (default: all)",
+    )  # fmt: skip
     made.add_argument("-o", "--output", required=True, help="recipe file; a folder for several budgets")
     made.add_argument(
         "--objective", choices=["attention", "output"], default="attention", help="the paper's rule, which needs the "

@@ -2,7 +2,8 @@
 
 The fit searches one number, the tolerance: the share of received attention that each layer may lose. For a tolerance,
 `_Simulation` walks through the layers of every sample and counts what could leave; the search finds the least tolerance
-that meets the budget; what the last step overshoots is given back token by token.
+that meets the budget; what the last step overshoots is given back token by token. Where few layers may remove, the fit
+is then merged (`merging`) at equal budget.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fitprune import flops, tokens
+from fitprune import flops, merging, tokens
 from fitprune.recipe import PruningRecipe
 from fitprune.stats import AttentionStats
 
@@ -59,6 +60,21 @@ class Budget:
         # Counts are fractional while a tolerance is searched; the arithmetic is the same as for whole ones.
         return flops.visual_flops_reduction(decoder, visual_tokens, removed, between)  # type: ignore[arg-type]
 
+    def prices(self, decoder: flops.DecoderShape, visual_tokens: int) -> merging.Prices:
+        """Write the budget as a sum over layers: `met_by(measured(...))` where no more than the limit is spent."""
+        if self.kind == "flops_reduction":
+            dense = flops.visual_macs(decoder, visual_tokens, [0] * decoder.layers)
+            return merging.Prices(
+                lambda layer, count: decoder.mixer_macs(layer, count, projected=0),
+                lambda layer, count: decoder.mixer_macs(layer, 0, projected=count) + count * decoder.mlp_macs(layer),
+                (1 - self.value) * dense,
+            )
+        if self.kind == "kv_cache_reduction":
+            caching = set(decoder.attention_layers)
+            limit = (1 - self.value) * len(caching) * visual_tokens
+            return merging.Prices(lambda layer, count: count if layer in caching else 0, lambda layer, count: 0, limit)
+        return merging.Prices(lambda layer, count: count, lambda layer, count: 0, self.value * decoder.layers)
+
     def met_by(self, measured: float) -> bool:
         """Say whether the budget is met, to within floating-point noise."""
         if self.kind == "mean_visual_tokens":
@@ -74,10 +90,12 @@ def fit(
     mean_visual_tokens: float | None = None,
     tolerance: float | None = None,
     visual_tokens: int | None = None,
+    max_removal_layers: int | None = None,
 ) -> PruningRecipe:
     """Fit the recipe that meets a budget at the least loss of attention.
 
-    State exactly one budget. It is met for images of `visual_tokens`, and missed by less than one token in one layer.
+    State exactly one budget. It is met for images of `visual_tokens`, and missed by less than one token in one layer;
+    with `max_removal_layers`, in one run of layers that keep as many.
 
     Args:
         stats: from `measure`.
@@ -86,9 +104,12 @@ def fit(
         mean_visual_tokens: visual tokens that may enter a layer, mean over layers.
         tolerance: no budget but the share of attention that each layer may lose, 0 to 1.
         visual_tokens: image size that the budget is met for; by default the statistics' most common count.
+        max_removal_layers: the most layers that tokens may leave, since each costs time; by default all. A fit that
+            has more is merged at equal budget (`merging.merge_layers`); one within a tolerance, at equal visual FLOPs.
 
     Returns:
-        The recipe; its provenance holds budget, tolerance, what was reached, and the number of samples.
+        The recipe; its provenance holds budget, tolerance, what was reached, and the number of samples; if asked for,
+        `max_removal_layers` and the `extra_loss` of attention that merging to them takes, before rounding.
 
     Raises:
         ValueError: no budget or several, a value out of range, a budget that no removal can meet (the message says
@@ -104,7 +125,7 @@ def fit(
         mean_visual_tokens=mean_visual_tokens,
         tolerance=tolerance,
     )
-    return Fitter(stats, visual_tokens=visual_tokens).fit(budget)
+    return Fitter(stats, visual_tokens=visual_tokens).fit(budget, max_removal_layers)
 
 
 class Fitter:
@@ -121,6 +142,7 @@ class Fitter:
         self._simulation = _Simulation(stats)
         self._drawn: torch.Tensor | None = None  # all samples, each once
         self._tried: dict[float, list[float]] = {}
+        self._lost: torch.Tensor | None = None
 
     def resampled(self, samples: Sequence[int]) -> Fitter:
         """Make a fitter of a draw of the samples, by index and as often as drawn.
@@ -134,14 +156,37 @@ class Fitter:
         if not samples:
             raise ValueError("samples is empty: draw at least one")
         other = copy.copy(self)
-        other._drawn, other._tried = torch.tensor(samples), {}
+        other._drawn, other._tried, other._lost = torch.tensor(samples), {}, None
         return other
 
-    def fit(self, budget: Budget) -> PruningRecipe:
+    def fit(self, budget: Budget, max_removal_layers: int | None = None) -> PruningRecipe:
         """Fit one budget; see `fit`."""
-        decoder, n = self.stats.model.decoder, self.visual_tokens
+        if max_removal_layers is not None and (type(max_removal_layers) is not int or max_removal_layers < 1):
+            raise ValueError(
+                f"max_removal_layers={max_removal_layers!r}: must be an integer of at least 1; leave it out to remove "
+                "at every layer"
+            )
+        tolerance, kept = self._fitted(budget)
+        provenance: dict[str, Any] = {
+            "source": "fitprune.fit",
+            "budget": {budget.kind: budget.value},
+            "tolerance": tolerance,
+            "samples": len(self.stats if self._drawn is None else self._drawn),
+            "measured": dict(self.stats.provenance),
+        }
+        if max_removal_layers is not None:
+            kept, extra = self._merged(budget, kept, max_removal_layers)
+            provenance |= {"max_removal_layers": max_removal_layers, "extra_loss": extra}
+        if budget.kind != "tolerance":
+            provenance["reached"] = budget.measured(self.model.decoder, self.visual_tokens, kept)
+        keep = tuple(count / self.visual_tokens for count in kept)
+        return PruningRecipe(keep, self.model, self.visual_tokens, provenance)
+
+    def _fitted(self, budget: Budget) -> tuple[float, list[int]]:
+        """Find the tolerance, and the tokens left after each layer."""
+        decoder, n = self.model.decoder, self.visual_tokens
         if budget.kind == "tolerance":
-            return self._recipe(budget, budget.value, self._whole(budget.value))
+            return budget.value, self._whole(budget.value)
         _require_possible(budget, decoder, n)
 
         def measured(at: float) -> float:
@@ -162,7 +207,21 @@ class Fitter:
                 else:
                     infeasible = middle
         kept = _between(budget, decoder, n, self._whole(feasible), self._whole(infeasible))
-        return self._recipe(budget, feasible, give_back(budget, decoder, n, kept))
+        return feasible, give_back(budget, decoder, n, kept)
+
+    def _merged(self, budget: Budget, kept: list[int], at_most: int) -> tuple[list[int], float]:
+        """Merge the removals to so many layers at equal budget, with the extra loss that it takes."""
+        decoder, n = self.model.decoder, self.visual_tokens
+        if len(_removing(kept, n)) <= at_most:
+            return kept, 0.0
+        if budget.kind == "tolerance":  # at equal visual FLOPs
+            budget = Budget("flops_reduction", 0.0)
+            budget = dataclasses.replace(budget, value=budget.measured(decoder, n, kept))
+        if self._lost is None:
+            drawn = self.stats if self._drawn is None else self.stats.select(self._drawn.tolist())
+            self._lost = merging.lost_attention(drawn, n)
+        merged, extra = merging.merge_layers(kept, self._lost, budget.prices(decoder, n), decoder.prunable, at_most)
+        return give_back(budget, decoder, n, merged, _removing(merged, n)), extra
 
     def kept_fractions(self, tolerance: float) -> list[float]:
         """Mean over samples of the fraction of visual tokens left after each layer, at a tolerance."""
@@ -183,19 +242,6 @@ class Fitter:
 
     def _whole(self, tolerance: float) -> list[int]:
         return tokens.kept_counts(self.kept_fractions(tolerance), self.visual_tokens)
-
-    def _recipe(self, budget: Budget, tolerance: float, kept: Sequence[int]) -> PruningRecipe:
-        provenance: dict[str, Any] = {
-            "source": "fitprune.fit",
-            "budget": {budget.kind: budget.value},
-            "tolerance": tolerance,
-            "samples": len(self.stats if self._drawn is None else self._drawn),
-            "measured": dict(self.stats.provenance),
-        }
-        if budget.kind != "tolerance":
-            provenance["reached"] = budget.measured(self.stats.model.decoder, self.visual_tokens, kept)
-        keep = tuple(count / self.visual_tokens for count in kept)
-        return PruningRecipe(keep, self.stats.model, self.visual_tokens, provenance)
 
 
 class _Simulation:
@@ -267,14 +313,22 @@ def _between(
     return best
 
 
-def give_back(budget: Budget, decoder: flops.DecoderShape, visual_tokens: int, kept: Sequence[int]) -> list[int]:
+def give_back(
+    budget: Budget,
+    decoder: flops.DecoderShape,
+    visual_tokens: int,
+    kept: Sequence[int],
+    starts: Sequence[int] | None = None,
+) -> list[int]:
     """Raise kept counts, first layer first, as long as the budget is still met.
 
-    Afterwards no layer that tokens may leave can keep one more without missing the budget.
+    Afterwards no layer that tokens may leave can keep one more without missing the budget. Where only some layers,
+    `starts`, may remove, those up to the next of them are raised together.
     """
     kept = list(kept)
+    starts = decoder.prunable if starts is None else starts
     # What a layer keeps, those up to the next that tokens may leave keep too.
-    spans = list(zip(decoder.prunable, [*decoder.prunable[1:], decoder.layers], strict=True))
+    spans = list(zip(starts, [*starts[1:], decoder.layers], strict=True))
 
     def raised(span: tuple[int, int], more: int) -> list[int]:
         first, end = span
@@ -295,6 +349,12 @@ def give_back(budget: Budget, decoder: flops.DecoderShape, visual_tokens: int, k
             kept = raised(span, step)
             changed |= step > 0
     return kept
+
+
+def _removing(kept: Sequence[int], visual_tokens: int) -> list[int]:
+    """List the layers that tokens leave."""
+    before = [visual_tokens, *kept[:-1]]
+    return [layer for layer, (had, keeps) in enumerate(zip(before, kept, strict=True)) if keeps < had]
 
 
 def _next_tolerance(low: float, high: float, measured: Callable[[float], float], target: float) -> float:

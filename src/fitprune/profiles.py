@@ -1,0 +1,158 @@
+"""A latency profile: what the parts of a model's prefill take on one device, against the number of tokens. Data.
+
+It predicts the time of a pruned prefill, and so lets a recipe be fitted to a latency. Source: `fitprune.profiling`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from fitprune import files
+from fitprune.flops import ModelShape
+
+FORMAT = "fitprune-profile-1"
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyProfile:
+    """Seconds of a prefill's parts, of one model on one device.
+
+    Attributes:
+        model: the model.
+        tokens: tokens of a sample, visual and text, that were measured; ascending.
+        mixer_seconds: for each, one layer's attention with its norms (or what a layer has instead), mean over layers.
+        mlp_seconds: for each, one layer's MLP, mean over layers.
+        removal_seconds: for each, what scoring and removing tokens inside one layer takes.
+        outside_seconds: a prefill's time outside of the layers: vision tower, projector, embeddings, head.
+        visual_tokens: of the prompt that the last was measured with.
+        text_tokens: of that prompt.
+        batch: samples run together.
+        device: its name, and the number of threads of a CPU.
+        dtype: of the weights.
+        provenance: versions, date.
+
+    Raises:
+        ValueError: a list is empty, lengths differ, token counts do not ascend, or a time is not positive and finite.
+    """
+
+    model: ModelShape
+    tokens: tuple[int, ...]
+    mixer_seconds: tuple[float, ...]
+    mlp_seconds: tuple[float, ...]
+    removal_seconds: tuple[float, ...]
+    outside_seconds: float
+    visual_tokens: int
+    text_tokens: int
+    batch: int = 1
+    device: str = ""
+    dtype: str = ""
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        rows = ("tokens", "mixer_seconds", "mlp_seconds", "removal_seconds")
+        for name in rows:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != len(self.tokens) or not self.tokens:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries: must be one for each of the {len(self.tokens)} "
+                    "token counts, and at least one; profile again"
+                )
+        for name in ("visual_tokens", "text_tokens", "batch"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be an integer of at least 1; profile again")
+        if any(type(n) is not int or n < 1 for n in self.tokens) or list(self.tokens) != sorted(set(self.tokens)):
+            raise ValueError(f"tokens={list(self.tokens)}: must be ascending integers of at least 1; profile again")
+        for name in (*rows[1:], "outside_seconds"):
+            for value in (self.outside_seconds,) if name == "outside_seconds" else getattr(self, name):
+                number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+                if not number or value <= 0:
+                    raise ValueError(f"{name} holds {value!r}: must be seconds above 0; profile again")
+
+    def prefill_seconds(
+        self,
+        visual_tokens: int,
+        kept: Sequence[float],
+        entering: Sequence[float] | None = None,
+        *,
+        text_tokens: int | None = None,
+        scoring: bool = True,
+    ) -> float:
+        """Predict the seconds of one prefill of a batch.
+
+        Args:
+            visual_tokens: visual tokens of each prompt.
+            kept: visual tokens left after each layer.
+            entering: visual tokens that enter each layer; by default those that the one before it kept.
+            text_tokens: text tokens of each prompt; by default those that were measured.
+            scoring: whether scoring and removing take time; without, this is the ideal.
+
+        Raises:
+            ValueError: the prompt is longer than what was measured.
+        """
+        text = self.text_tokens if text_tokens is None else text_tokens
+        entering = [visual_tokens, *kept[:-1]] if entering is None else entering
+        total = self.outside_seconds
+        for enters, left in zip(entering, kept, strict=True):
+            total += self._at(self.mixer_seconds, enters + text) + self._at(self.mlp_seconds, left + text)
+            if scoring and left < enters:
+                total += self._at(self.removal_seconds, enters + text)
+        return total
+
+    def dense_seconds(self, visual_tokens: int, *, text_tokens: int | None = None) -> float:
+        """Predict the seconds of the dense prefill; as for `prefill_seconds`."""
+        return self.prefill_seconds(visual_tokens, [visual_tokens] * self.model.decoder.layers, text_tokens=text_tokens)
+
+    def _at(self, seconds: Sequence[float], tokens: float) -> float:
+        """Interpolate; below the first count its time, for the weights must be read anyway."""
+        if tokens > self.tokens[-1]:
+            raise ValueError(
+                f"a prompt of {tokens:g} tokens: the profile was measured up to {self.tokens[-1]}; profile longer prompts"
+            )
+        right = bisect.bisect_left(self.tokens, tokens)
+        if right == 0:
+            return seconds[0]
+        low, high = self.tokens[right - 1], self.tokens[right]
+        share = (tokens - low) / (high - low)
+        return seconds[right - 1] + share * (seconds[right] - seconds[right - 1])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON, whole or not at all.
+
+        Raises:
+            OSError: `path` cannot be written.
+        """
+        data = {"format": FORMAT, **dataclasses.asdict(self), "model": self.model.to_dict()}
+        with files.replacing(path) as temporary:
+            temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyProfile:
+        """Read `save`'s file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is truncated, or no profile of this format.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            return cls(**{**data, "model": ModelShape.from_dict(data["model"])})
+        except FileNotFoundError:
+            raise FileNotFoundError(2, f"{path}: no such file; make it with 'fitprune profile'") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not readable as a latency profile ({error}); profile again") from None
+
+
+def token_grid(longest: int) -> list[int]:
+    """Choose token counts to measure up to `longest`: close together where weights are read for few tokens."""
+    steps = [*range(16, 128, 16), *range(128, 384, 32), *range(384, 1024, 128), *range(1024, 10**6, 256)]
+    return [*(n for n in steps if n < longest), longest]
