@@ -19,10 +19,12 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from fitprune.flops import LSE_COLUMNS, SCORE_BLOCK
+from fitprune.flops import LSE_COLUMNS, SCORE_BLOCK, balanced, score_width
 
 HEAD_KINDS = ("mean", "max", "last", "self")
 BLOCK_BYTES = 16 * 2**20  # of attention weights or products held at a time; a few such blocks live at once
+_TILE_BYTES = 8 * 2**20  # of products, where no softmax is made: two cores' caches
+_TILE_KEYS = 256
 _SOFTMAX_ROWS = 64  # rows whose softmax is made at a time, where it is
 
 
@@ -176,10 +178,9 @@ def received_attention(
     received = torch.zeros(batch, 2, length, device=query.device)
     known = lse if softmax.plain else None
     if known is None:
-        sample_bytes = heads * _SOFTMAX_ROWS * keys * 4
-    else:  # a sample's heads of one key head at least
-        sample_bytes = heads // key.shape[1] * SCORE_BLOCK * keys * query.element_size()
-    several = max(1, BLOCK_BYTES // sample_bytes)
+        several = max(1, BLOCK_BYTES // (heads * _SOFTMAX_ROWS * keys * 4))
+    else:
+        several = max(1, _TILE_BYTES // (heads * SCORE_BLOCK * min(keys, _TILE_KEYS) * query.element_size()))
     for first in range(0, batch, several):
         samples = slice(first, first + several)
         own = softmax.of(samples)
@@ -285,10 +286,11 @@ def _accumulate(received: torch.Tensor, strongest: _Strongest, image: torch.Tens
     """Add each row block's share to `received` [B, 2, Q]."""
     several = bool((image > 0).any())
     for index, own, weights in strongest:
+        if not several:
+            received[:, :, :own] += row_weight[:, :, index] @ weights
+            continue
         received[:, 1:, :own] += row_weight[:, 1:, index] @ weights
-        if several:
-            weights = weights * (image[:, index, None] == image[:, None, :own])
-        received[:, :1, :own] += row_weight[:, :1, index] @ weights
+        received[:, :1, :own] += row_weight[:, :1, index] @ (weights * (image[:, index, None] == image[:, None, :own]))
 
 
 def _strongest_by_softmax(
@@ -305,34 +307,45 @@ def _strongest_by_lse(
 ) -> _Strongest:
     """Take the maximum over heads of products less log-sum-exp, and then one exponential.
 
-    The log-sum-exp rides along in the product: as LSE_COLUMNS more columns of the queries, which hold what rounding to
-    their dtype has left of it, against ones in the keys.
+    The log-sum-exp rides along in the product: in columns behind those of the queries, which hold what rounding to
+    their dtype has left of it, against ones behind the keys. One tile of products is held at a time, in one place: what
+    is written is still in the processor's cache when it is read, and no page of memory is asked for twice.
     """
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]
-    past, each = keys - length, heads // groups
-    long_key = key.new_ones(batch, groups, width + LSE_COLUMNS, keys)
-    long_key[:, :, :width] = key.transpose(2, 3)
+    past, each, wide = keys - length, heads // groups, score_width(width)
+    long_keys = [
+        torch.cat([part, part.new_ones(*part.shape[:3], wide - width)], -1).view(batch * groups, -1, wide)
+        for part in torch.split(key, _TILE_KEYS, 2)
+    ]
+    tile = each * SCORE_BLOCK * min(keys, _TILE_KEYS)
+    some = batch * groups if batch > 1 else max(1, _TILE_BYTES // (tile * query.element_size()))
+    room = query.new_empty(min(some, batch * groups) * tile)
     for index, own, block in _needed_rows(query, (row_weight > 0).any(1).any(0), softmax.causal):
-        seen = past + own
-        rest = -lse[:, :, index]
+        count, seen = len(index), past + own
+        rest = -lse[:, :, index] / softmax.scaling
         rest = torch.where(rest.isfinite(), rest, 0)  # a row that sees no key: hidden below, but must be no NaN
-        long_query = query.new_empty(batch, heads, len(index), width + LSE_COLUMNS)
-        torch.mul(block, softmax.scaling, out=long_query[..., :width])
+        rows = torch.cat([block, block.new_zeros(batch, heads, count, wide - width)], -1)
         for column in range(width, width + LSE_COLUMNS):
-            long_query[..., column] = rest
-            rest = rest - long_query[..., column]
-        some = max(1, BLOCK_BYTES // (batch * each * len(index) * seen * query.element_size()))
-        strongest = None
-        for first in range(0, groups, some):
-            rows = long_query[:, first * each : (first + some) * each].reshape(
-                batch, -1, each * len(index), width + LSE_COLUMNS
-            )
-            products = rows @ long_key[:, first : first + some, :, :seen]
-            here = products.view(batch, -1, len(index), seen).amax(1)
-            strongest = here if strongest is None else torch.maximum(strongest, here, out=strongest)
-        assert strongest is not None
-        weights = strongest.float().exp_().masked_fill_(softmax.hidden(index, past, seen)[:, 0], 0)
+            rows[..., column] = rest
+            rest = rest - rows[..., column]
+        rows = rows.view(batch * groups, each * count, wide)
+        strongest = query.new_empty(batch, count, seen)
+        for start, long_key in zip(range(0, seen, _TILE_KEYS), long_keys, strict=False):
+            here = strongest[:, :, start : start + _TILE_KEYS]
+            for first in range(0, batch * groups, some):
+                ours = rows[first : first + some]
+                theirs = long_key[first : first + some, : here.shape[2]].transpose(1, 2)
+                products = room[: len(ours) * each * count * here.shape[2]].view(len(ours), -1, here.shape[2])
+                torch.bmm(ours, theirs, out=products)
+                by_head = products.view(batch, -1, count, here.shape[2])
+                if first == 0:
+                    torch.amax(by_head, 1, out=here)
+                else:
+                    torch.maximum(here, by_head.amax(1), out=here)
+        weights = (
+            strongest.float().mul_(softmax.scaling).exp_().masked_fill_(softmax.hidden(index, past, seen)[:, 0], 0)
+        )
         yield index, own, weights[..., past:]
 
 
@@ -364,6 +377,7 @@ def _needed_rows(
     """
     length = query.shape[2]
     rows = torch.nonzero(needed)[:, 0]
+    size = balanced(len(rows), size)
     for first in range(0, len(rows), size):  # torch.split would give one block of no rows
         index = rows[first : first + size]
         begin, end = int(index[0]), int(index[-1]) + 1

@@ -1,14 +1,31 @@
-"""Time pruned against dense, fairly: in turn, in one run, on the same inputs."""
+"""Time pruned against dense, fairly: in turn, in one run, on the same inputs; and say where the time goes."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
+
+from fitprune.adapters import adapt
+from fitprune.batches import make_batches
+from fitprune.calibration import Sample
+from fitprune.flops import entering_counts
+from fitprune.images import visual_mask
+from fitprune.measurement import to_model
+from fitprune.profiles import LatencyProfile
+from fitprune.profiling import ScoringClock, device_name, profile_latency, timed_layers
+from fitprune.pruning import prune
+from fitprune.recipe import PruningRecipe
+from fitprune.tables import aligned
 
 # Makes the block in which a method works; a null context is the dense model.
 Block = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -92,3 +109,313 @@ def _now(model: Any) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What one recipe, or the dense model, took with one batch.
+
+    Attributes:
+        name: "dense", or the recipe's.
+        batch: samples run together.
+        visual_tokens, text_tokens: of each prompt.
+        prefill_seconds: of each round.
+        ahead_seconds: of a prefill, up to the first layer: vision tower, projector, embeddings; median.
+        step_seconds: of a step of decoding, median over rounds; None where none was asked for.
+        answer_seconds: tokens of the answer -> seconds of prefill and decoding together, median.
+        peak_bytes: memory held at the peak, weights included; None where the system does not tell.
+        kv_bytes: bytes of the KV cache after prefill, all samples.
+        cost_kv_bytes: what the cost model says.
+        speedup: of the prefill, against dense in the same round; median over rounds.
+        flops_speedup: what the FLOPs of the whole prefill would give.
+        ideal_seconds: what the profile says: every layer at the tokens that it has, and nothing for scoring.
+        efficiency: ideal over measured seconds.
+        scoring_share: part of the prefill that goes into scores.
+        verdict: whether it is worth it here, in words.
+    """
+
+    name: str
+    batch: int
+    visual_tokens: int
+    text_tokens: int
+    prefill_seconds: tuple[float, ...]
+    ahead_seconds: float
+    step_seconds: float | None
+    answer_seconds: Mapping[int, float]
+    peak_bytes: int | None
+    kv_bytes: int
+    cost_kv_bytes: int
+    speedup: float
+    flops_speedup: float
+    ideal_seconds: float
+    efficiency: float
+    scoring_share: float
+    verdict: str
+
+    @property
+    def seconds(self) -> float:
+        """Median seconds of a prefill."""
+        return statistics.median(self.prefill_seconds)
+
+
+def benchmark(
+    model: Any,
+    inputs: Mapping[str, Any],
+    recipes: Mapping[str, PruningRecipe],
+    *,
+    new_tokens: Sequence[int] = (1, 16),
+    rounds: int = 5,
+    profile: LatencyProfile | None = None,
+    progress: bool = False,
+) -> list[Timing]:
+    """Time the dense model and recipes in turn, round after round, the first of which does not count.
+
+    Args:
+        model: a supported model.
+        inputs: a batch of prompts with an image, all alike, on the model's device.
+        recipes: name -> recipe.
+        new_tokens: lengths of answers to time, greedy and never cut short. A prefill gives the first token.
+        rounds: rounds that count.
+        profile: of this model, batch and device; by default it is measured first.
+        progress: show a progress bar.
+
+    Returns:
+        Timings, dense first.
+
+    Raises:
+        ValueError: as for `profile_latency` and `prune`; or the profile is of another model, batch or shorter prompts.
+    """
+    adapted = adapt(model)
+    if rounds < 1 or not new_tokens or min(new_tokens) < 1:
+        raise ValueError(f"rounds={rounds}, new_tokens={list(new_tokens)}: must be at least 1 each")
+    batch, length = inputs["input_ids"].shape
+    visual = int(visual_mask(adapted, inputs["input_ids"][:1]).sum())
+    if profile is None:
+        profile = profile_latency(model, inputs, progress=progress)
+    profile.model.require_same(adapted.shape, what="profile")
+    if profile.batch != batch:
+        raise ValueError(f"profile is of batches of {profile.batch}, inputs of {batch}: profile with the same batch")
+    clocks = {name: ScoringClock(model) for name in recipes}
+    blocks: dict[str, Block] = {"dense": contextlib.nullcontext}
+    for name, recipe in recipes.items():
+        blocks[name] = _pruned(model, recipe, clocks[name])
+    found: dict[str, list[_Run]] = {name: [] for name in blocks}
+    for turn in tqdm(range(rounds + 1), desc="benchmark", unit="round", disable=not progress):
+        for name, block in blocks.items():
+            with torch.inference_mode(), block():
+                run = _answer(model, adapted, inputs, sorted(new_tokens))
+            if name in clocks:
+                run.scoring = sum(clocks[name].seconds())
+            if turn:
+                found[name].append(run)
+    return [
+        _timing(name, recipes.get(name), found[name], found["dense"], profile, (batch, visual, length - visual))
+        for name in blocks
+    ]
+
+
+def noise_inputs(
+    model: Any,
+    processor: Any,
+    *,
+    text_tokens: int = 64,
+    batch_size: int = 1,
+    side: int = 672,
+    prompt_template: str | None = None,
+) -> dict[str, Any]:
+    """Make a batch of equal prompts with an image of noise, to measure speed with.
+
+    Args:
+        model: a supported model.
+        processor: its processor.
+        text_tokens: the least that a prompt's text is to have, its format included; a few more where words are long.
+        batch_size: prompts.
+        side: height and width of the image, in pixels.
+        prompt_template: see `fitprune.batches.format_prompt`.
+    """
+    adapted = adapt(model)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+    def batch(words: int, count: int) -> dict[str, Any]:
+        samples = [Sample("noise", " ".join(["what"] * words), image)] * count
+        made = make_batches(samples, processor, batch_size=count, prompt_template=prompt_template)
+        return to_model(next(made), model)
+
+    words = 1
+    while (text := int((~visual_mask(adapted, batch(words, 1)["input_ids"])).sum())) < text_tokens:
+        words += max(1, (text_tokens - text) // 2)
+    return batch(words, batch_size)
+
+
+def _pruned(model: Any, recipe: PruningRecipe, clock: ScoringClock) -> Block:
+    return lambda: prune(model, recipe, clock.scorer(recipe.scorer))
+
+
+@dataclasses.dataclass
+class _Run:
+    """One answer.
+
+    Attributes:
+        prefill, ahead: seconds, as in `Timing`.
+        at: tokens -> seconds from the start.
+        kv_bytes, peak_bytes: as in `Timing`.
+        scoring: seconds of scoring in the prefill.
+    """
+
+    prefill: float
+    ahead: float
+    at: dict[int, float]
+    kv_bytes: int
+    peak_bytes: int | None
+    scoring: float = 0.0
+
+
+def _answer(model: Any, adapted: Any, inputs: Mapping[str, Any], lengths: Sequence[int]) -> _Run:
+    """Answer one batch greedily, never ending early, and look at the clock at each of `lengths` tokens."""
+    _reset_peak(model)
+    started = _now(model)
+    with timed_layers(adapted) as found:
+        made = model(**inputs, use_cache=True, logits_to_keep=1)
+    prefill = _now(model) - started
+    held = [part for layer in made.past_key_values.layers for part in (layer.keys, layer.values)]
+    kv_bytes = sum(part.numel() * part.element_size() for part in held if part is not None)
+    at, mask = {1: prefill}, inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    position = mask.long().sum(1, keepdim=True)
+    for token in range(2, lengths[-1] + 1):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        made = model(
+            input_ids=made.logits[:, -1:].argmax(-1),
+            attention_mask=mask,
+            position_ids=position + token - 2,
+            past_key_values=made.past_key_values,
+            use_cache=True,
+        )
+        if token in lengths:
+            at[token] = _now(model) - started
+    return _Run(prefill, found[0].ahead, at, kv_bytes, _peak(model))
+
+
+def _timing(
+    name: str,
+    recipe: PruningRecipe | None,
+    runs: Sequence[_Run],
+    dense: Sequence[_Run],
+    profile: LatencyProfile,
+    sizes: tuple[int, int, int],
+) -> Timing:
+    """Summarise the rounds of one method."""
+    batch, visual, text = sizes
+    priced = recipe or PruningRecipe.dense(profile.model, visual)
+    value_bytes = 4 if profile.dtype == "float32" else 2
+    cost = priced.cost(visual_tokens=visual, text_tokens=text, value_bytes=value_bytes)
+    kept = list(cost.kept)
+    entering = entering_counts(visual, priced.counts(visual), priced.counts_before(visual))
+    ideal = profile.prefill_seconds(visual, kept, entering, text_tokens=text, scoring=False)
+    seconds = statistics.median(run.prefill for run in runs)
+    longest = max(runs[0].at)
+    steps = [(run.at[longest] - run.prefill) / (longest - 1) for run in runs] if longest > 1 else []
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    answers = {n: statistics.median(run.at[n] for run in runs) for n in runs[0].at}
+    dense_answers = {n: statistics.median(run.at[n] for run in dense) for n in answers}
+    ahead = statistics.median(run.ahead for run in runs)
+    speedup = statistics.median(a.prefill / b.prefill for a, b in zip(dense, runs, strict=True))
+    timing = Timing(
+        name=name,
+        batch=batch,
+        visual_tokens=visual,
+        text_tokens=text,
+        prefill_seconds=tuple(run.prefill for run in runs),
+        ahead_seconds=ahead,
+        step_seconds=statistics.median(steps) if steps else None,
+        answer_seconds=answers,
+        peak_bytes=max(peaks) if peaks else None,
+        kv_bytes=runs[0].kv_bytes,
+        cost_kv_bytes=batch * cost.kv_bytes,
+        speedup=speedup,
+        flops_speedup=cost.dense_prefill_flops / cost.prefill_flops,
+        ideal_seconds=ideal,
+        efficiency=ideal / seconds,
+        scoring_share=statistics.median(run.scoring / run.prefill for run in runs),
+        verdict="",
+    )
+    if recipe is None:
+        return timing
+    overall = {n: dense_answers[n] / answers[n] for n in answers}
+    return dataclasses.replace(timing, verdict=_verdict(timing, overall, recipe, profile))
+
+
+def _verdict(timing: Timing, overall: Mapping[int, float], recipe: PruningRecipe, profile: LatencyProfile) -> str:
+    """Say whether it is worth it, and if not, why."""
+    if timing.speedup >= 1.1:
+        longest = max(overall)
+        more = f", {overall[longest]:.2f}x with an answer of {longest} tokens" if longest > 1 else ""
+        return f"worth it: prefill {timing.speedup:.2f}x as fast{more}"
+    visual, text, layers = timing.visual_tokens, timing.text_tokens, profile.model.decoder.layers
+    share = visual / (visual + text)
+    outside = profile.outside_seconds / profile.dense_seconds(visual, text_tokens=text)
+    floor = profile.prefill_seconds(visual, [0] * layers, [0] * layers, text_tokens=text, scoring=False)
+    if share < 0.5:
+        why = f"the image is {share:.0%} of this prompt"
+    elif outside > 0.5:
+        why = f"{outside:.0%} of the prefill is vision tower and head, which are not pruned"
+    elif recipe.cost(visual_tokens=visual).flops_reduction < 0.2:
+        why = f"the recipe removes {recipe.cost(visual_tokens=visual).flops_reduction:.0%} of the visual FLOPs"
+    elif floor > 0.8 * profile.dense_seconds(visual, text_tokens=text):
+        why = "without the image the prefill would take as long: reading the weights is the floor"
+    else:
+        why = f"efficiency is {timing.efficiency:.2f}"
+    return f"not here ({timing.speedup:.2f}x): {why}"
+
+
+def table(timings: Sequence[Timing]) -> str:
+    """Show timings as text."""
+    lengths = [n for n in timings[0].answer_seconds if n > 1]
+    heads = ["", "batch", "prefill s", "spread", "speed-up", "of FLOPs", "efficiency", "scoring", "tower s", "tokens/s"]
+    heads += [f"{n} tokens s" for n in lengths] + ["KV MB", "peak GB"]
+    rows = [tuple(heads)]
+    for timing in timings:
+        spread = (max(timing.prefill_seconds) - min(timing.prefill_seconds)) / timing.seconds
+        step = timing.step_seconds
+        rows.append(
+            (
+                timing.name,
+                str(timing.batch),
+                f"{timing.seconds:.3f}",
+                f"{spread:.0%}",
+                f"{timing.speedup:.2f}x",
+                f"{timing.flops_speedup:.2f}x",
+                f"{timing.efficiency:.2f}",
+                f"{timing.scoring_share:.1%}",
+                f"{timing.ahead_seconds:.3f}",
+                "-" if step is None else f"{timing.batch / step:.2f}",
+                *(f"{timing.answer_seconds[n]:.2f}" for n in lengths),
+                f"{timing.kv_bytes / 1e6:.1f}",
+                "-" if timing.peak_bytes is None else f"{timing.peak_bytes / 1e9:.2f}",
+            )
+        )
+    verdicts = [f"{timing.name}: {timing.verdict}" for timing in timings if timing.verdict]
+    return "\n".join([aligned(rows), *verdicts])
+
+
+def as_json(timings: Sequence[Timing], model: Any) -> dict[str, Any]:
+    """Give all figures as one JSON document."""
+    rows = [{**dataclasses.asdict(timing), "prefill_seconds_median": timing.seconds} for timing in timings]
+    return {"model": str(model.name_or_path), "device": device_name(model), "torch": torch.__version__, "timings": rows}
+
+
+def _reset_peak(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak(model: Any) -> int | None:
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None

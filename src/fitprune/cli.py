@@ -198,6 +198,87 @@ def _cost(args: argparse.Namespace) -> None:
     print(f"KV cache bytes      {change(cost.kv_bytes, cost.dense_kv_bytes)}")
 
 
+def _profile(args: argparse.Namespace) -> None:
+    from fitprune.profiling import profile_latency
+
+    files.require_writable(args.output)
+    model, make_inputs = _timed_model(args)
+    profile = profile_latency(model, make_inputs(args.batch_size), repeats=args.rounds, progress=True)
+    profile.save(args.output)
+    dense = profile.dense_seconds(profile.visual_tokens)
+    print(
+        f"{args.output}: {profile.device}, batches of {profile.batch}, {profile.visual_tokens} visual and "
+        f"{profile.text_tokens} text tokens: dense prefill {dense:.3f} s"
+    )
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    import json
+
+    from fitprune.benchmark import as_json, benchmark, table
+    from fitprune.fitting import Fitter, checked_budget
+    from fitprune.measurement import measure
+    from fitprune.profiles import LatencyProfile
+
+    if args.output is not None:
+        files.require_writable(args.output)
+    recipes = {
+        Path(name).stem if Path(name).exists() else name: PruningRecipe.named(name) for name in args.recipe or []
+    }
+    budgets = [checked_budget("flops_reduction", value) for value in args.flops_reduction or []]
+    if not recipes and not budgets:
+        raise ValueError("nothing to compare with dense: state --recipe or --flops-reduction")
+    profile = None if args.profile is None else LatencyProfile.load(args.profile)
+    if profile is not None and args.batch_sizes != [profile.batch]:
+        raise ValueError(
+            f"--profile is of batches of {profile.batch}: state --batch-sizes {profile.batch}, or leave it out"
+        )
+    model, make_inputs = _timed_model(args)
+    if budgets:
+        fitter = Fitter(measure(model, [make_inputs(1)]))
+        for budget in budgets:
+            recipes[f"{100 * budget.value:g}%"] = fitter.fit(budget, args.max_removal_layers)
+    timings = []
+    for size in args.batch_sizes:
+        inputs = make_inputs(size)
+        timings += benchmark(
+            model, inputs, recipes, new_tokens=args.new_tokens, rounds=args.rounds, profile=profile, progress=True
+        )
+    document = as_json(timings, model)
+    if args.output is not None:
+        with files.replacing(args.output) as temporary:
+            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(table(timings))
+    print(json.dumps(document))
+
+
+def _timed_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Load MODEL, or build --shape; also gives what makes a batch of a size for it."""
+    from fitprune.loading import DTYPES
+
+    if (args.model is None) == (args.shape is None):
+        raise ValueError("state MODEL or --shape, one of them")
+    sizes = {"text_tokens": args.text_tokens}
+    if args.shape is None:
+        from fitprune.benchmark import noise_inputs
+
+        model, processor = _load(args)
+        more = {"side": args.image_size, "prompt_template": args.prompt_template}
+        return model, lambda size: noise_inputs(model, processor, batch_size=size, **sizes, **more)
+    import torch
+
+    from fitprune import shapes
+
+    shapes.get_shape(args.shape)
+    if args.dtype not in DTYPES or args.device_map is not None or args.quantization is not None:
+        raise ValueError("--shape makes weights of --dtype on one --device: no --device-map, no --quantization")
+    dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = shapes.build(args.shape, dtype=dtype, device=args.device or "cpu")
+    if args.attn_implementation is not None:
+        model.set_attn_implementation(args.attn_implementation)
+    return model, lambda size: shapes.make_inputs(args.shape, model, batch=size, **sizes)
+
+
 def _generate(args: argparse.Namespace) -> None:
     from fitprune.batches import make_batches
     from fitprune.calibration import Sample
@@ -386,8 +467,10 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    def add_model(made: argparse._ActionsContainer, name: str = "model") -> None:
-        made.add_argument(name, metavar="MODEL", help="folder or hub name; 'digit-scenes' is the embedded model")
+    def add_model(made: argparse._ActionsContainer, name: str = "model", **options: Any) -> None:
+        made.add_argument(
+            name, metavar="MODEL", help="folder or hub name; 'digit-scenes' is the embedded model", **options
+        )
         made.add_argument("--revision", help="branch, tag or commit of MODEL on the hub (default: main)")
         made.add_argument(
             "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
@@ -515,6 +598,41 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--max-new-tokens", type=_positive, default=16)
     made.add_argument("--timed-batches", type=int, default=1, help="batches of each task that are timed (0: none)")
     made.add_argument("--examples", type=int, default=8, help="samples shown with picture and kept tokens")
+
+    def add_timed(made: argparse.ArgumentParser) -> None:
+        add_model(made, "model", nargs="?")
+        made.add_argument(
+            "--shape", help="instead of MODEL: random weights of a published architecture, such as llava-1.5-7b, "
+            "llava-next-7b, qwen2.5-vl-7b; nothing is downloaded",
+        )  # fmt: skip
+        made.add_argument("--text-tokens", type=_positive, default=64, help="text tokens of a prompt (default: 64)")
+        made.add_argument("--image-size", type=_positive, default=672, help="pixels a side of MODEL's image of noise")
+
+    made = command(
+        "profile", _profile, "measure what a prefill's parts take on this device, to fit recipes to a latency",
+        "fitprune profile MODEL --device cuda -o profile.json",
+    )  # fmt: skip
+    add_timed(made)
+    made.add_argument("-o", "--output", required=True, help="profile to write")
+    made.add_argument("--batch-size", type=_positive, default=1)
+    made.add_argument("--rounds", type=_positive, default=3, help="times that each length is measured (default: 3)")
+
+    made = command(
+        "benchmark", _benchmark, "time recipes against the dense model on this device, and say where the time goes",
+        "fitprune benchmark --shape llava-1.5-7b --recipe llava-1.5-7b:60 --new-tokens 1 16",
+    )  # fmt: skip
+    add_timed(made)
+    made.add_argument("--recipe", nargs="+", help=f"of each: {recipe_names}")
+    made.add_argument(
+        "--flops-reduction", type=float, nargs="+", help="budgets to fit recipes to, from the statistics of the "
+        "image of noise: their speed is meant, not their answers",
+    )  # fmt: skip
+    made.add_argument("--max-removal-layers", type=_positive, help="of those recipes (default: as 'fitprune fit')")
+    made.add_argument("--new-tokens", type=_positive, nargs="+", default=[1, 16], help="tokens of the answers to time")
+    made.add_argument("--batch-sizes", type=_positive, nargs="+", default=[1])
+    made.add_argument("--rounds", type=_positive, default=5, help="rounds that count (default: 5)")
+    made.add_argument("--profile", help="made by 'fitprune profile' on this device (default: it is measured)")
+    made.add_argument("-o", "--output", help="JSON to write, also printed as the last line")
 
     made = command(
         "report", _report, "make one self-contained HTML page of results",

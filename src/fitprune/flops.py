@@ -23,7 +23,7 @@ from typing import Any
 SCORE_BLOCK = (
     256  # query rows scored at a time; `attention` works in these blocks, and the cost of scoring follows them
 )
-LSE_COLUMNS = 3  # that the log-sum-exp takes beside a query: 3 numbers of 8 bits hold one of 24
+LSE_COLUMNS = 3  # that the log-sum-exp takes behind a query: 3 numbers of 8 bits hold one of 24
 LINEAR_CHUNK = 64  # tokens that a linear-attention layer takes at a time
 
 
@@ -302,18 +302,29 @@ def mean_visual_tokens(visual_tokens: int, removed: Sequence[int], before: Seque
     return sum(entering_counts(visual_tokens, removed, before)) / len(removed)
 
 
+def balanced(rows: int, most: int) -> int:
+    """Choose the size of blocks: as few as can be of at most `most` rows, and all about as large."""
+    return -(-rows // max(1, -(-rows // most)))
+
+
+def score_width(head_dim: int) -> int:
+    """Count the columns of the products that score: the head's, LSE_COLUMNS, and up to 32 as matrix units like it."""
+    return -(-(head_dim + LSE_COLUMNS) // 32) * 32 if LSE_COLUMNS else head_dim
+
+
 def scoring_flops(decoder: DecoderShape, visual_tokens: int, text_before: int, text_after: int) -> int:
     """Count the FLOPs of recomputing the query-key products that score one layer's visual tokens.
 
-    Rows are the visual tokens and the text after them, SCORE_BLOCK at a time, each block against the keys up to its
-    last row; in a bidirectional decoder against all. A row's log-sum-exp stands in LSE_COLUMNS more columns.
+    Rows are the visual tokens and the text after them, in blocks of at most SCORE_BLOCK (see `balanced`), each against
+    the keys up to its last row; in a bidirectional decoder against all. A product has `score_width` columns.
     """
     first, rows = text_before, visual_tokens + text_after
-    width = decoder.heads * (decoder.head_dim + LSE_COLUMNS)
+    width = decoder.heads * score_width(decoder.head_dim)
     if decoder.bidirectional:
         return 2 * width * rows * (first + rows)
-    blocks, rest = divmod(rows, SCORE_BLOCK)
-    pairs = SCORE_BLOCK * blocks * first + SCORE_BLOCK**2 * blocks * (blocks + 1) // 2 + rest * (first + rows)
+    size = balanced(rows, SCORE_BLOCK)
+    ends = [*range(size, rows, size), rows]
+    pairs: int = sum((end - begin) * (first + end) for begin, end in zip([0, *ends[:-1]], ends, strict=True))
     return 2 * width * pairs
 
 

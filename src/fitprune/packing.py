@@ -225,8 +225,9 @@ class Forward:
                 "the common shape, and cannot be pruned"
             )
         batch, _, width = output.shape
-        full = output.new_zeros(batch, self.kept.shape[1], width)
-        return full.scatter(1, self.index.to(output.device)[..., None].expand(-1, -1, width), output)
+        full = output.new_zeros(batch * self.kept.shape[1], width)
+        rows = _flat(self.index.to(output.device), self.kept.shape[1])
+        return full.index_copy_(0, rows, output.flatten(0, 1)).view(batch, -1, width)
 
     def drop(self, hidden: torch.Tensor) -> torch.Tensor:
         """End a layer: drop the rows that leave, if any: [B, m, d] -> [B, m', d]."""
@@ -308,7 +309,13 @@ def _causal_mask(present: torch.Tensor, hidden: torch.Tensor, config: Any) -> An
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Gather rows: [B, m, d] by [B, m'] -> [B, m', d]."""
-    return rows.gather(1, index.to(rows.device)[..., None].expand(-1, -1, rows.shape[-1]))
+    flat = _flat(index.to(rows.device), rows.shape[1])  # whole rows are copied, which gather does value by value
+    return rows.flatten(0, 1).index_select(0, flat).view(*index.shape, rows.shape[-1])
+
+
+def _flat(index: torch.Tensor, count: int) -> torch.Tensor:
+    """Number rows [B, m'] of `count` a sample through all samples: [B * m']."""
+    return (index + count * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def rows_at(kwargs: dict[str, Any], kept: torch.Tensor, implementation: str) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class LatencyProfile:
         """Interpolate; below the first count its time, for the weights must be read anyway."""
         if tokens > self.tokens[-1]:
             raise ValueError(
-                f"a prompt of {tokens:g} tokens: the profile was measured up to {self.tokens[-1]}; profile longer prompts"
+                f"a prompt of {tokens:g} tokens: the profile was measured up to {self.tokens[-1]}; profile longer ones"
             )
         right = bisect.bisect_left(self.tokens, tokens)
         if right == 0:
