@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AttentionStats": "stats",
+    "LatencyProfile": "profiles",
     "PruningRecipe": "recipe",
     "analyze": "analysis",
     "evaluate": "evaluation",
@@ -28,19 +29,24 @@ _HOMES = {
     "make_batches": "batches",
     "measure": "measurement",
     "merge": "stats",
+    "profile_latency": "profiling",
     "prune": "pruning",
+    "time_recipes": "benchmark",
 }
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from fitprune.analysis import analyze as analyze
     from fitprune.batches import make_batches as make_batches
+    from fitprune.benchmark import time_recipes as time_recipes
     from fitprune.calibration import load_samples as load_samples
     from fitprune.evaluation import evaluate as evaluate
     from fitprune.fitting import fit as fit
     from fitprune.loading import load_model as load_model
     from fitprune.measurement import measure as measure
     from fitprune.output_fitting import fit_output as fit_output
+    from fitprune.profiles import LatencyProfile as LatencyProfile
+    from fitprune.profiling import profile_latency as profile_latency
     from fitprune.pruning import prune as prune
     from fitprune.recipe import PruningRecipe as PruningRecipe
     from fitprune.sequential import fit_sequential as fit_sequential

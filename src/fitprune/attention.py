@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from collections.abc import Collection, Iterator
 
 import torch
@@ -24,7 +25,6 @@ from fitprune.flops import LSE_COLUMNS, SCORE_BLOCK, balanced, score_width
 HEAD_KINDS = ("mean", "max", "last", "self")
 BLOCK_BYTES = 16 * 2**20  # of attention weights or products held at a time; a few such blocks live at once
 _TILE_BYTES = 8 * 2**20  # of products, where no softmax is made: two cores' caches
-_TILE_KEYS = 256
 _SOFTMAX_ROWS = 64  # rows whose softmax is made at a time, where it is
 
 
@@ -89,6 +89,11 @@ class Softmax:
         key, own = torch.arange(keys, device=rows.device), past + rows[:, None]
         hidden = key > own if self.window is None else (key > own) | (key <= own - self.window)
         return hidden[None, None] if self.valid is None else hidden | ~self.valid[:, None, None, :keys]
+
+    @property
+    def only_causal(self) -> bool:
+        """Whether a row sees all keys up to its own, and no other."""
+        return self.mask is None and self.window is None and self.valid is None
 
     @property
     def plain(self) -> bool:
@@ -180,7 +185,7 @@ def received_attention(
     if known is None:
         several = max(1, BLOCK_BYTES // (heads * _SOFTMAX_ROWS * keys * 4))
     else:
-        several = max(1, _TILE_BYTES // (heads * SCORE_BLOCK * min(keys, _TILE_KEYS) * query.element_size()))
+        several = max(1, _TILE_BYTES // (heads * min(keys, SCORE_BLOCK) ** 2 * query.element_size()))
     for first in range(0, batch, several):
         samples = slice(first, first + several)
         own = softmax.of(samples)
@@ -278,19 +283,21 @@ def _own_image_weights(image: torch.Tensor) -> torch.Tensor:
     return (image >= 0) / sizes.gather(1, image + 1)
 
 
-# Row numbers [r], of how many of the last Q keys, and the strongest weight of any head there, [B, r, those] fp32.
-_Strongest = Iterator[tuple[torch.Tensor, int, torch.Tensor]]
+# Rows of this forward, as numbers or, where they stand together, a slice; r of them.
+_Rows = slice | torch.Tensor
+# Rows, of how many of the last Q keys, and the strongest weight of any head there, [B, r, those] fp32.
+_Strongest = Iterator[tuple[_Rows, int, torch.Tensor]]
 
 
 def _accumulate(received: torch.Tensor, strongest: _Strongest, image: torch.Tensor, row_weight: torch.Tensor) -> None:
     """Add each row block's share to `received` [B, 2, Q]."""
     several = bool((image > 0).any())
-    for index, own, weights in strongest:
+    for rows, own, weights in strongest:
         if not several:
-            received[:, :, :own] += row_weight[:, :, index] @ weights
+            received[:, :, :own] += row_weight[:, :, rows] @ weights
             continue
-        received[:, 1:, :own] += row_weight[:, 1:, index] @ weights
-        received[:, :1, :own] += row_weight[:, :1, index] @ (weights * (image[:, index, None] == image[:, None, :own]))
+        received[:, 1:, :own] += row_weight[:, 1:, rows] @ weights
+        received[:, :1, :own] += row_weight[:, :1, rows] @ (weights * (image[:, rows, None] == image[:, None, :own]))
 
 
 def _strongest_by_softmax(
@@ -298,8 +305,8 @@ def _strongest_by_softmax(
 ) -> _Strongest:
     """Make the weights of rows that some sample needs, and take the maximum over heads."""
     past = key.shape[2] - query.shape[2]
-    for index, own, weights in _row_blocks(query, key, (row_weight > 0).any(1).any(0), softmax):
-        yield index, own, weights.amax(1)[..., past:]
+    for rows, own, weights in _row_blocks(query, key, (row_weight > 0).any(1).any(0), softmax):
+        yield rows, own, weights.amax(1)[..., past:]
 
 
 def _strongest_by_lse(
@@ -309,78 +316,86 @@ def _strongest_by_lse(
 
     The log-sum-exp rides along in the product: in columns behind those of the queries, which hold what rounding to
     their dtype has left of it, against ones behind the keys. One tile of products is held at a time, in one place: what
-    is written is still in the processor's cache when it is read, and no page of memory is asked for twice.
+    is written is still in the processor's cache when it is read, and no page of memory is asked for twice. Tiles of
+    keys end where row blocks do, since a part of one would be copied.
     """
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]
-    past, each, wide = keys - length, heads // groups, score_width(width)
-    long_keys = [
-        torch.cat([part, part.new_ones(*part.shape[:3], wide - width)], -1).view(batch * groups, -1, wide)
-        for part in torch.split(key, _TILE_KEYS, 2)
+    past, each, more = keys - length, heads // groups, score_width(width) - width
+    rest = (lse / -softmax.scaling).nan_to_num_(0, 0, 0)  # of a row that sees no key: hidden below, but must be no NaN
+    columns = query.new_zeros(batch, heads, length, more)
+    for column in columns[..., :LSE_COLUMNS].unbind(-1):
+        column.copy_(rest)
+        rest = rest - column
+    blocks = list(_needed_rows(length, (row_weight > 0).any(1).any(0), softmax.causal))
+    edges = [0]
+    for end in (past + own for _, own in blocks):
+        if end > edges[-1]:
+            size = balanced(end - edges[-1], SCORE_BLOCK)
+            edges += [*range(edges[-1] + size, end, size), end]
+    ones = key.new_ones(batch, groups, 1, 1)
+    tiles = [
+        torch.cat([key[:, :, a:b], ones.expand(-1, -1, b - a, more)], -1).view(batch * groups, b - a, -1)
+        for a, b in itertools.pairwise(edges)
     ]
-    tile = each * SCORE_BLOCK * min(keys, _TILE_KEYS)
-    some = batch * groups if batch > 1 else max(1, _TILE_BYTES // (tile * query.element_size()))
-    room = query.new_empty(min(some, batch * groups) * tile)
-    for index, own, block in _needed_rows(query, (row_weight > 0).any(1).any(0), softmax.causal):
-        count, seen = len(index), past + own
-        rest = -lse[:, :, index] / softmax.scaling
-        rest = torch.where(rest.isfinite(), rest, 0)  # a row that sees no key: hidden below, but must be no NaN
-        rows = torch.cat([block, block.new_zeros(batch, heads, count, wide - width)], -1)
-        for column in range(width, width + LSE_COLUMNS):
-            rows[..., column] = rest
-            rest = rest - rows[..., column]
-        rows = rows.view(batch * groups, each * count, wide)
+    at_once = each * SCORE_BLOCK**2
+    some = batch * groups if batch > 1 else max(1, _TILE_BYTES // (at_once * query.element_size()))
+    room = query.new_empty(min(some, batch * groups) * at_once)
+    for rows, own in blocks:
+        ours = torch.cat([query[:, :, rows], columns[:, :, rows]], -1)
+        count, seen = ours.shape[2], past + own
+        ours = ours.view(batch * groups, each * count, -1)
         strongest = query.new_empty(batch, count, seen)
-        for start, long_key in zip(range(0, seen, _TILE_KEYS), long_keys, strict=False):
-            here = strongest[:, :, start : start + _TILE_KEYS]
+        for start, tile in zip(edges, tiles, strict=False):
+            if start >= seen:
+                break
+            here = strongest[:, :, start : start + tile.shape[1]]
             for first in range(0, batch * groups, some):
-                ours = rows[first : first + some]
-                theirs = long_key[first : first + some, : here.shape[2]].transpose(1, 2)
-                products = room[: len(ours) * each * count * here.shape[2]].view(len(ours), -1, here.shape[2])
-                torch.bmm(ours, theirs, out=products)
-                by_head = products.view(batch, -1, count, here.shape[2])
+                part, theirs = ours[first : first + some], tile[first : first + some].transpose(1, 2)
+                products = room[: part.shape[0] * part.shape[1] * theirs.shape[2]].view(*part.shape[:2], -1)
+                torch.bmm(part, theirs, out=products)
+                by_head = products.view(batch, -1, count, theirs.shape[2])
                 if first == 0:
                     torch.amax(by_head, 1, out=here)
                 else:
                     torch.maximum(here, by_head.amax(1), out=here)
-        weights = (
-            strongest.float().mul_(softmax.scaling).exp_().masked_fill_(softmax.hidden(index, past, seen)[:, 0], 0)
-        )
-        yield index, own, weights[..., past:]
+        weights = strongest.float().mul_(softmax.scaling).exp_()
+        if softmax.only_causal and isinstance(rows, slice):
+            weights.tril_(past + rows.start)
+        else:
+            numbers = torch.arange(length, device=query.device)[rows]
+            weights.masked_fill_(softmax.hidden(numbers, past, seen)[:, 0], 0)
+        yield rows, own, weights[..., past:]
 
 
 def _row_blocks(
     query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, softmax: Softmax
-) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
+) -> Iterator[tuple[_Rows, int, torch.Tensor]]:
     """Give the attention of the needed rows [Q] bool in blocks, ascending.
 
     Yields:
-        Row numbers [r], how many of the last Q keys the block looks at, and its attention fp32 [B, H, r, past + those].
+        Rows, how many of the last Q keys the block looks at, and its attention fp32 [B, H, r, past + those].
     """
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     past = key.shape[2] - length
-    for index, own, block in _needed_rows(query, needed, softmax.causal, _SOFTMAX_ROWS):
-        keys = past + own
-        rows = (block * softmax.scaling).reshape(batch, groups, heads // groups * len(index), width)
-        products = (rows @ key[:, :, :keys].transpose(2, 3)).view(batch, heads, len(index), keys)
-        yield index, own, softmax.weights(products, index, past)
+    numbers = torch.arange(length, device=query.device)
+    for rows, own in _needed_rows(length, needed, softmax.causal, _SOFTMAX_ROWS):
+        keys, index = past + own, numbers[rows]
+        block = (query[:, :, rows] * softmax.scaling).reshape(batch, groups, heads // groups * len(index), width)
+        products = (block @ key[:, :, :keys].transpose(2, 3)).view(batch, heads, len(index), keys)
+        yield rows, own, softmax.weights(products, index, past)
 
 
 def _needed_rows(
-    query: torch.Tensor, needed: torch.Tensor, causal: bool, size: int = SCORE_BLOCK
-) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
-    """Give the needed rows [Q] bool in blocks, ascending.
-
-    Yields:
-        Row numbers [r], how many of the last Q keys the block looks at, and its queries [B, H, r, D].
-    """
-    length = query.shape[2]
-    rows = torch.nonzero(needed)[:, 0]
-    size = balanced(len(rows), size)
-    for first in range(0, len(rows), size):  # torch.split would give one block of no rows
-        index = rows[first : first + size]
-        begin, end = int(index[0]), int(index[-1]) + 1
-        block = query[:, :, begin:end] if end - begin == len(index) else query[:, :, index]
+    length: int, needed: torch.Tensor, causal: bool, size: int = SCORE_BLOCK
+) -> Iterator[tuple[_Rows, int]]:
+    """Give the needed rows [Q] bool in blocks, ascending, with how many of the last Q keys each looks at."""
+    numbers = torch.nonzero(needed)[:, 0].tolist()
+    size = balanced(len(numbers), size)
+    for first in range(0, len(numbers), size):
+        block = numbers[first : first + size]
+        begin, end = block[0], block[-1] + 1
+        rows = slice(begin, end) if end - begin == len(block) else torch.tensor(block, device=needed.device)
         # In a causal layer later keys are behind every row of the block.
-        yield index, end if causal else length, block
+        yield rows, end if causal else length

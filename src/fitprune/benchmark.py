@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from fitprune.flops import entering_counts
 from fitprune.images import visual_mask
 from fitprune.measurement import to_model
 from fitprune.profiles import LatencyProfile
-from fitprune.profiling import ScoringClock, device_name, profile_latency, timed_layers
+from fitprune.profiling import Profiler, ScoringClock, device_name, timed_layers
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
 from fitprune.tables import aligned
@@ -158,7 +158,7 @@ class Timing:
         return statistics.median(self.prefill_seconds)
 
 
-def benchmark(
+def time_recipes(
     model: Any,
     inputs: Mapping[str, Any],
     recipes: Mapping[str, PruningRecipe],
@@ -176,7 +176,7 @@ def benchmark(
         recipes: name -> recipe.
         new_tokens: lengths of answers to time, greedy and never cut short. A prefill gives the first token.
         rounds: rounds that count.
-        profile: of this model, batch and device; by default it is measured first.
+        profile: of this model, batch and device; by default it is measured in the same rounds.
         progress: show a progress bar.
 
     Returns:
@@ -190,11 +190,13 @@ def benchmark(
         raise ValueError(f"rounds={rounds}, new_tokens={list(new_tokens)}: must be at least 1 each")
     batch, length = inputs["input_ids"].shape
     visual = int(visual_mask(adapted, inputs["input_ids"][:1]).sum())
-    if profile is None:
-        profile = profile_latency(model, inputs, progress=progress)
-    profile.model.require_same(adapted.shape, what="profile")
-    if profile.batch != batch:
-        raise ValueError(f"profile is of batches of {profile.batch}, inputs of {batch}: profile with the same batch")
+    profiler = Profiler(model, inputs) if profile is None else None
+    if profile is not None:
+        profile.model.require_same(adapted.shape, what="profile")
+        if profile.batch != batch:
+            raise ValueError(
+                f"profile is of batches of {profile.batch}, inputs of {batch}: profile with the same batch"
+            )
     clocks = {name: ScoringClock(model) for name in recipes}
     blocks: dict[str, Block] = {"dense": contextlib.nullcontext}
     for name, recipe in recipes.items():
@@ -208,6 +210,9 @@ def benchmark(
                 run.scoring = sum(clocks[name].seconds())
             if turn:
                 found[name].append(run)
+        if profiler is not None:  # in turn too: a machine that slows down slows the ideal down
+            profiler.round(counts=turn > 0)
+    profile = profile or cast(Profiler, profiler).profile()
     return [
         _timing(name, recipes.get(name), found[name], found["dense"], profile, (batch, visual, length - visual))
         for name in blocks

@@ -69,19 +69,31 @@ def _measure(args: argparse.Namespace) -> None:
 
 def _fit(args: argparse.Namespace) -> None:
     from fitprune.fitting import Fitter, checked_budget
+    from fitprune.profiles import LatencyProfile
     from fitprune.stats import AttentionStats
 
     kind = next(
-        k for k in ("flops_reduction", "kv_cache_reduction", "mean_visual_tokens", "tolerance") if getattr(args, k)
+        k
+        for k in (
+            "flops_reduction",
+            "kv_cache_reduction",
+            "mean_visual_tokens",
+            "tolerance",
+            "prefill_latency_reduction",
+        )
+        if getattr(args, k)
     )
-    budgets = [checked_budget(kind, value) for value in getattr(args, kind)]
+    profile = None if args.profile is None else LatencyProfile.load(args.profile)
+    budgets = [checked_budget(kind, value, profile) for value in getattr(args, kind)]
     if len({budget.value for budget in budgets}) < len(budgets):
         raise ValueError(f"--{kind.replace('_', '-')} states a budget twice: each makes a file named by its value")
     one_file = len(budgets) == 1 and not args.output.endswith(("/", "\\")) and not Path(args.output).is_dir()
     stats = AttentionStats.load(args.stats)
     if args.objective == "output":
-        if args.max_removal_layers is not None:
-            raise ValueError("--max-removal-layers is for --objective attention: the search chooses layers of its own")
+        for name in ("max_removal_layers", "profile"):
+            if getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} is for --objective attention: the search chooses layers by FLOPs")
         recipes = _fit_output(args, stats, budgets, one_file)
     else:
         given = [
@@ -215,7 +227,7 @@ def _profile(args: argparse.Namespace) -> None:
 def _benchmark(args: argparse.Namespace) -> None:
     import json
 
-    from fitprune.benchmark import as_json, benchmark, table
+    from fitprune.benchmark import as_json, table, time_recipes
     from fitprune.fitting import Fitter, checked_budget
     from fitprune.measurement import measure
     from fitprune.profiles import LatencyProfile
@@ -241,7 +253,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     timings = []
     for size in args.batch_sizes:
         inputs = make_inputs(size)
-        timings += benchmark(
+        timings += time_recipes(
             model, inputs, recipes, new_tokens=args.new_tokens, rounds=args.rounds, profile=profile, progress=True
         )
     document = as_json(timings, model)
@@ -525,6 +537,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     budget.add_argument("--mean-visual-tokens", type=float, nargs="+", help="visual tokens a layer, mean over layers")
     budget.add_argument("--tolerance", type=float, nargs="+", help="share of attention that a layer may lose")
+    budget.add_argument(
+        "--prefill-latency-reduction",
+        type=float,
+        nargs="+",
+        help="fraction of a prefill's seconds to save, by --profile",
+    )
+    made.add_argument("--profile", help="latency profile of the device, made by 'fitprune profile'")
     made.add_argument(
         "--visual-tokens", type=_positive, help="image size to meet the budget for (default: most common)"
     )

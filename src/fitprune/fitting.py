@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fitprune import flops, merging, tokens
+from fitprune.profiles import LatencyProfile
 from fitprune.recipe import PruningRecipe
 from fitprune.stats import AttentionStats
 
@@ -32,10 +33,11 @@ class OutOfReach(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What the user asks for: a kind that `measured` can evaluate, and its value."""
+    """What the user asks for: a kind that `measured` can evaluate, and its value; for a latency, on which device."""
 
     kind: str
     value: float
+    profile: LatencyProfile | None = None
 
     def measured(
         self,
@@ -55,6 +57,9 @@ class Budget:
         if self.kind == "kv_cache_reduction":
             cached = [entering[layer] for layer in decoder.attention_layers]
             return 1 - sum(cached) / len(cached) / visual_tokens
+        if self.profile is not None:
+            spent = self.profile.prefill_seconds(visual_tokens, kept, entering)
+            return 1 - spent / self.profile.dense_seconds(visual_tokens)
         removed = [a - b for a, b in zip(entering, kept, strict=True)]
         between = [a - b for a, b in zip(before, entering, strict=True)]
         # Counts are fractional while a tolerance is searched; the arithmetic is the same as for whole ones.
@@ -68,6 +73,15 @@ class Budget:
                 lambda layer, count: decoder.mixer_macs(layer, count, projected=0),
                 lambda layer, count: decoder.mixer_macs(layer, 0, projected=count) + count * decoder.mlp_macs(layer),
                 (1 - self.value) * dense,
+            )
+        if (profile := self.profile) is not None:
+            text, tokens_at = profile.text_tokens, profile.seconds_at
+            allowed = (1 - self.value) * profile.dense_seconds(visual_tokens) - profile.outside_seconds
+            return merging.Prices(
+                # What a layer takes for the text alone is in both, and cannot be saved.
+                lambda _, count: tokens_at(profile.mixer_seconds, count + text),
+                lambda _, count: tokens_at(profile.mlp_seconds, count + text),
+                allowed,
             )
         if self.kind == "kv_cache_reduction":
             caching = set(decoder.attention_layers)
@@ -89,6 +103,8 @@ def fit(
     kv_cache_reduction: float | None = None,
     mean_visual_tokens: float | None = None,
     tolerance: float | None = None,
+    prefill_latency_reduction: float | None = None,
+    profile: LatencyProfile | None = None,
     visual_tokens: int | None = None,
     max_removal_layers: int | None = None,
 ) -> PruningRecipe:
@@ -103,6 +119,9 @@ def fit(
         kv_cache_reduction: fraction of the visual tokens' KV-cache bytes to remove.
         mean_visual_tokens: visual tokens that may enter a layer, mean over layers.
         tolerance: no budget but the share of attention that each layer may lose, 0 to 1.
+        prefill_latency_reduction: fraction of the whole prefill's seconds to save, vision tower and scoring counted, on
+            the device and for the prompt of `profile`.
+        profile: from `profile_latency`; for a latency alone.
         visual_tokens: image size that the budget is met for; by default the statistics' most common count.
         max_removal_layers: the most layers that tokens may leave, since each costs time; by default all. A fit that
             has more is merged at equal budget (`merging.merge_layers`); one within a tolerance, at equal visual FLOPs.
@@ -124,6 +143,8 @@ def fit(
         kv_cache_reduction=kv_cache_reduction,
         mean_visual_tokens=mean_visual_tokens,
         tolerance=tolerance,
+        prefill_latency_reduction=prefill_latency_reduction,
+        profile=profile,
     )
     return Fitter(stats, visual_tokens=visual_tokens).fit(budget, max_removal_layers)
 
@@ -166,6 +187,8 @@ class Fitter:
                 f"max_removal_layers={max_removal_layers!r}: must be an integer of at least 1; leave it out to remove "
                 "at every layer"
             )
+        if budget.profile is not None:
+            self.model.require_same(budget.profile.model, what="the statistics, by the latency profile,")
         tolerance, kept = self._fitted(budget)
         provenance: dict[str, Any] = {
             "source": "fitprune.fit",
@@ -174,6 +197,8 @@ class Fitter:
             "samples": len(self.stats if self._drawn is None else self._drawn),
             "measured": dict(self.stats.provenance),
         }
+        if (on := budget.profile) is not None:
+            provenance["profile"] = {name: getattr(on, name) for name in ("device", "dtype", "batch", "text_tokens")}
         if max_removal_layers is not None:
             kept, extra = self._merged(budget, kept, max_removal_layers)
             provenance |= {"max_removal_layers": max_removal_layers, "extra_loss": extra}
@@ -371,7 +396,7 @@ def _next_tolerance(low: float, high: float, measured: Callable[[float], float],
     return min(max(tried, low + nudge), high - nudge)
 
 
-def one_budget(**given: float | None) -> Budget:
+def one_budget(*, profile: LatencyProfile | None = None, **given: float | None) -> Budget:
     """Pick the one stated budget and check its range."""
     stated = {kind: value for kind, value in given.items() if value is not None}
     if len(stated) != 1:
@@ -379,15 +404,20 @@ def one_budget(**given: float | None) -> Budget:
             f"{len(stated)} budgets stated ({', '.join(stated) or 'none'}): state exactly one of {sorted(given)}"
         )
     kind, value = next(iter(stated.items()))
-    return checked_budget(kind, value)
+    return checked_budget(kind, value, profile)
 
 
-def checked_budget(kind: str, value: float) -> Budget:
+def checked_budget(kind: str, value: float, profile: LatencyProfile | None = None) -> Budget:
     """Make a budget, its value in range.
 
     Raises:
-        ValueError: the value is no number or outside the kind's range.
+        ValueError: the value is no number or outside the kind's range; a latency has no profile, or another kind one.
     """
+    if (kind == "prefill_latency_reduction") != (profile is not None):
+        what = (
+            "needs a profile: make it with 'fitprune profile'" if profile is None else "needs no profile: leave it out"
+        )
+        raise ValueError(f"{kind}={value!r}: {what}")
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{kind}={value!r}: must be a finite number")
     if kind.endswith("_reduction") and not 0 <= value < 1:
@@ -396,7 +426,7 @@ def checked_budget(kind: str, value: float) -> Budget:
         raise ValueError(f"tolerance={value}: must be between 0 and 1")
     if kind == "mean_visual_tokens" and value <= 0:
         raise ValueError(f"mean_visual_tokens={value}: must be above 0")
-    return Budget(kind, float(value))
+    return Budget(kind, float(value), profile)
 
 
 def _require_possible(budget: Budget, decoder: flops.DecoderShape, visual_tokens: int) -> None:

@@ -101,17 +101,21 @@ class LatencyProfile:
         entering = [visual_tokens, *kept[:-1]] if entering is None else entering
         total = self.outside_seconds
         for enters, left in zip(entering, kept, strict=True):
-            total += self._at(self.mixer_seconds, enters + text) + self._at(self.mlp_seconds, left + text)
+            total += self.seconds_at(self.mixer_seconds, enters + text) + self.seconds_at(self.mlp_seconds, left + text)
             if scoring and left < enters:
-                total += self._at(self.removal_seconds, enters + text)
+                total += self.seconds_at(self.removal_seconds, enters + text)
         return total
 
     def dense_seconds(self, visual_tokens: int, *, text_tokens: int | None = None) -> float:
         """Predict the seconds of the dense prefill; as for `prefill_seconds`."""
         return self.prefill_seconds(visual_tokens, [visual_tokens] * self.model.decoder.layers, text_tokens=text_tokens)
 
-    def _at(self, seconds: Sequence[float], tokens: float) -> float:
-        """Interpolate; below the first count its time, for the weights must be read anyway."""
+    def seconds_at(self, seconds: Sequence[float], tokens: float) -> float:
+        """Interpolate one of the lists; below the first count its time, for the weights must be read anyway.
+
+        Raises:
+            ValueError: `tokens` is above the last count.
+        """
         if tokens > self.tokens[-1]:
             raise ValueError(
                 f"a prompt of {tokens:g} tokens: the profile was measured up to {self.tokens[-1]}; profile longer ones"

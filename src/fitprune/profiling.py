@@ -127,77 +127,93 @@ def profile_latency(
     Raises:
         ValueError: `inputs` have no image, rows differ, or `tokens` ends below the prompt's length.
     """
-    adapted = adapt(model)
-    ids = inputs["input_ids"]
-    visual = visual_mask(adapted, ids).sum(1)
-    count, longest = int(visual[0]), ids.shape[1]
-    mask = inputs.get("attention_mask")
-    if not count or bool((visual != count).any()) or (mask is not None and not bool(mask.all())):
-        raise ValueError(
-            f"inputs have {visual.tolist()} visual tokens, perhaps padding: give equal prompts with an image"
+    profiler = Profiler(model, inputs, tokens=tokens)
+    for turn in tqdm(range(repeats + 1), desc="profile", unit="round", disable=not progress):
+        profiler.round(counts=turn > 0)
+    return profiler.profile()
+
+
+class Profiler:
+    """Measures a latency profile round by round, so that rounds of something else can go between; see the function."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any], *, tokens: Sequence[int] | None = None) -> None:
+        self._model, self._inputs, self._adapted = model, inputs, adapt(model)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        visual = visual_mask(self._adapted, ids)
+        each, longest = visual.sum(1).tolist(), ids.shape[1]
+        if not each[0] or len(set(each)) > 1 or (mask is not None and not bool(mask.all())):
+            raise ValueError(f"inputs have {each} visual tokens, perhaps padding: give equal prompts with an image")
+        self._visual = each[0]
+        self._grid = sorted(set(tokens or token_grid(longest)))
+        if self._grid[0] < 1 or self._grid[-1] < longest:
+            raise ValueError(f"tokens={self._grid}: must be at least 1, and reach the prompt's {longest}")
+        text = ids[~visual].view(len(ids), -1)
+        self._text = text.repeat(1, -(-self._grid[-1] // text.shape[1]))
+        self._found: dict[int, list[LayerTimes]] = {n: [] for n in self._grid}
+        self._whole: list[LayerTimes] = []
+        self._scored: dict[int, list[float]] = {}
+
+    def round(self, *, counts: bool = True) -> None:
+        """Measure everything once, each length after another one, as in use; the first round is not to count."""
+        with torch.inference_mode():
+            for n in self._grid:
+                ids = self._text[:, :n]
+                with timed_layers(self._adapted) as found:
+                    self._model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
+                if counts:
+                    self._found[n] += found
+            with timed_layers(self._adapted) as found:
+                self._model(**self._inputs, logits_to_keep=1)
+            if counts:
+                self._whole += found
+                for n, seconds in self._scoring_seconds().items():
+                    self._scored.setdefault(n, []).append(seconds)
+
+    def profile(self) -> LatencyProfile:
+        """Take medians of the rounds so far."""
+        scored = {n: statistics.median(seconds) for n, seconds in self._scored.items()}
+        mlps = [_mean_of_medians([times.mlps for times in self._found[n]]) for n in self._grid]
+        layers = [_mean_of_medians([times.layers for times in self._found[n]]) for n in self._grid]
+        batch, longest = self._inputs["input_ids"].shape
+        return LatencyProfile(
+            model=self._adapted.shape,
+            tokens=tuple(self._grid),
+            mixer_seconds=tuple(whole - mlp for whole, mlp in zip(layers, mlps, strict=True)),
+            mlp_seconds=tuple(mlps),
+            removal_seconds=tuple(_interpolated(scored, n) for n in self._grid),
+            outside_seconds=statistics.median(times.outside for times in self._whole),
+            visual_tokens=self._visual,
+            text_tokens=longest - self._visual,
+            batch=batch,
+            device=device_name(self._model),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            provenance=provenance_of(self._model),
         )
-    grid = sorted(set(tokens or token_grid(longest)))
-    if grid[0] < 1 or grid[-1] < longest:
-        raise ValueError(f"tokens={grid}: must be at least 1, and reach the prompt's {longest}")
-    text = ids[~visual_mask(adapted, ids)].view(len(ids), -1)
-    text = text.repeat(1, -(-grid[-1] // text.shape[1]))
-    layers, mlps = [], []
-    with torch.inference_mode():
-        for n in tqdm(grid, desc="profile", unit="length", disable=not progress):
-            with timed_layers(adapted) as found:
-                for _ in range(repeats + 1):
-                    model(input_ids=text[:, :n], attention_mask=torch.ones_like(text[:, :n]), logits_to_keep=1)
-            layers.append(_mean_of_medians([times.layers for times in found[1:]]))
-            mlps.append(_mean_of_medians([times.mlps for times in found[1:]]))
-        with timed_layers(adapted) as found:
-            for _ in range(repeats + 1):
-                model(**inputs, logits_to_keep=1)
-        scored = _scoring_seconds(model, adapted, inputs, count, repeats)
-    return LatencyProfile(
-        model=adapted.shape,
-        tokens=tuple(grid),
-        mixer_seconds=tuple(whole - mlp for whole, mlp in zip(layers, mlps, strict=True)),
-        mlp_seconds=tuple(mlps),
-        removal_seconds=tuple(_interpolated(scored, n) for n in grid),
-        outside_seconds=statistics.median(times.outside for times in found[1:]),
-        visual_tokens=count,
-        text_tokens=longest - count,
-        batch=len(ids),
-        device=device_name(model),
-        dtype=str(model.dtype).removeprefix("torch."),
-        provenance=provenance_of(model),
-    )
+
+    def _scoring_seconds(self) -> dict[int, float]:
+        """Tokens of the prompt -> seconds that scoring takes in a layer that so many enter."""
+        decoder, text = self._adapted.shape.decoder, self._inputs["input_ids"].shape[1] - self._visual
+        found = {}
+        for share in (1, 2, 4, 8):
+            # All but a share leave in the first layer that lets them, then one in each.
+            most = max(self._visual // share, 1)
+            kept, left = [], self._visual
+            for layer in range(decoder.layers):
+                if layer in decoder.prunable:
+                    left = most if left > most else max(left - 1, 0)
+                kept.append(left / self._visual)
+            recipe = PruningRecipe(tuple(kept), self._adapted.shape, self._visual)
+            clock = ScoringClock(self._model)
+            with prune(self._model, recipe, clock.scorer(recipe.scorer)):
+                self._model(**self._inputs, logits_to_keep=1)
+            own = clock.seconds()
+            found[most + text] = statistics.median(own[1:] or own)  # the first saw all tokens
+        return found
 
 
 def _mean_of_medians(repeats: Sequence[Sequence[float]]) -> float:
     """Mean over layers of the median over repeats."""
     return float(statistics.mean(statistics.median(of_layer) for of_layer in zip(*repeats, strict=True)))
-
-
-def _scoring_seconds(
-    model: Any, adapted: AdaptedModel, inputs: Mapping[str, Any], count: int, repeats: int
-) -> dict[int, float]:
-    """Tokens of the prompt -> seconds that scoring takes in a layer that so many enter."""
-    decoder, text = adapted.shape.decoder, inputs["input_ids"].shape[1] - count
-    found = {}
-    for share in (1, 2, 4, 8):
-        # All but a share leave in the first layer that lets them, then one in each.
-        most = max(count // share, 1)
-        kept, left = [], count
-        for layer in range(decoder.layers):
-            if layer in decoder.prunable:
-                left = max(min(left, most) - (0 if left > most else 1), 0)
-            kept.append(left / count)
-        recipe = PruningRecipe(tuple(kept), adapted.shape, count)
-        seconds = []
-        for _ in range(repeats):
-            clock = ScoringClock(model)
-            with prune(model, recipe, clock.scorer(recipe.scorer)):
-                model(**inputs, logits_to_keep=1)
-            own = clock.seconds()
-            seconds.append(statistics.median(own[1:] or own))  # the first saw all tokens
-        found[most + text] = statistics.median(seconds)
-    return found
 
 
 class ScoringClock:
