@@ -20,6 +20,7 @@ from fitprune.batches import make_batches
 from fitprune.calibration import Sample
 from fitprune.flops import entering_counts
 from fitprune.images import visual_mask
+from fitprune.lookup import fitted_to
 from fitprune.measurement import to_model
 from fitprune.profiles import LatencyProfile
 from fitprune.profiling import Profiler, ScoringClock, device_name, timed_layers
@@ -186,11 +187,14 @@ def time_recipes(
         ValueError: as for `profile_latency` and `prune`; or the profile is of another model, batch or shorter prompts.
     """
     adapted = adapt(model)
+    recipes = {
+        name: fitted_to(recipe, adapted.shape, force=False, what=f"recipe {name!r}") for name, recipe in recipes.items()
+    }
     if rounds < 1 or not new_tokens or min(new_tokens) < 1:
         raise ValueError(f"rounds={rounds}, new_tokens={list(new_tokens)}: must be at least 1 each")
     batch, length = inputs["input_ids"].shape
     visual = int(visual_mask(adapted, inputs["input_ids"][:1]).sum())
-    profiler = Profiler(model, inputs) if profile is None else None
+    profiler = Profiler(model, inputs, tokens=_needed(recipes, visual, length)) if profile is None else None
     if profile is not None:
         profile.model.require_same(adapted.shape, what="profile")
         if profile.batch != batch:
@@ -217,6 +221,13 @@ def time_recipes(
         _timing(name, recipes.get(name), found[name], found["dense"], profile, (batch, visual, length - visual))
         for name in blocks
     ]
+
+
+def _needed(recipes: Mapping[str, PruningRecipe], visual: int, length: int) -> list[int]:
+    """The token counts that layers see, so that no time between two of them must be guessed."""
+    counts = {visual, *(n for recipe in recipes.values() for n in recipe.kept(visual))}
+    counts |= {n for r in recipes.values() for n in entering_counts(visual, r.counts(visual), r.counts_before(visual))}
+    return sorted(max(1, count + length - visual) for count in counts)
 
 
 def noise_inputs(

@@ -24,6 +24,8 @@ from fitprune.recipe import PruningRecipe
 from fitprune.scoring import Scorer, get_scorer
 from fitprune.views import LayerView
 
+LAYERS_TIMED = 8
+
 
 @dataclasses.dataclass
 class LayerTimes:
@@ -64,6 +66,10 @@ class _Clock:
         return float(first.elapsed_time(second) / 1e3 if self.cuda else second - first)
 
 
+class _Enough(Exception):
+    """Ends a forward whose remaining layers need no timing."""
+
+
 @contextlib.contextmanager
 def timed_layers(adapted: AdaptedModel) -> Iterator[list[LayerTimes]]:
     """Time the decoder's layers in every call of the model; undone on exit.
@@ -71,9 +77,15 @@ def timed_layers(adapted: AdaptedModel) -> Iterator[list[LayerTimes]]:
     Yields:
         A list that each call appends to. On CUDA a call then ends with a synchronisation.
     """
+    with _timed(adapted, len(adapted.layers)) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _timed(adapted: AdaptedModel, count: int) -> Iterator[list[LayerTimes]]:
+    """Time the first `count` layers; fewer than all end the call by `_Enough`."""
     clock, found = _Clock(adapted.model.device), []
     marks: dict[Any, Any] = {}
-    count = len(adapted.layers)
 
     def at(*key: Any) -> Any:
         def hook(*_: Any) -> None:
@@ -82,21 +94,28 @@ def timed_layers(adapted: AdaptedModel) -> Iterator[list[LayerTimes]]:
         return hook
 
     def end(*_: Any) -> None:
-        marks["end"] = clock.mark()
+        ended = clock.mark()
         if clock.cuda:
             torch.cuda.synchronize(adapted.model.device)
         layers = [clock.between(marks["layer", n], marks["layer end", n]) for n in range(count)]
         mlps = [clock.between(marks["mlp", n], marks["mlp end", n]) for n in range(count)]
         ahead = clock.between(marks["begin",], marks["layer", 0])
-        found.append(LayerTimes(ahead, layers, mlps, clock.between(marks["begin",], marks["end"])))
+        found.append(LayerTimes(ahead, layers, mlps, clock.between(marks["begin",], ended)))
+
+    def stop(*_: Any) -> None:
+        end()
+        raise _Enough
 
     # First of all hooks: prune encodes the images in one of its own.
     handles = [adapted.model.register_forward_pre_hook(at("begin"), prepend=True)]
-    for number, (layer, mlp) in enumerate(zip(adapted.layers, adapted.mlps, strict=True)):
+    for number, (layer, mlp) in enumerate(zip(adapted.layers[:count], adapted.mlps, strict=False)):
         for module, name in ((layer, "layer"), (mlp, "mlp")):
             handles.append(module.register_forward_pre_hook(at(name, number)))
             handles.append(module.register_forward_hook(at(f"{name} end", number)))
-    handles.append(adapted.model.register_forward_hook(end))
+    if count < len(adapted.layers):
+        handles.append(adapted.layers[count - 1].register_forward_hook(stop))
+    else:
+        handles.append(adapted.model.register_forward_hook(end))
     try:
         yield found
     finally:
@@ -149,6 +168,10 @@ class Profiler:
             raise ValueError(f"tokens={self._grid}: must be at least 1, and reach the prompt's {longest}")
         text = ids[~visual].view(len(ids), -1)
         self._text = text.repeat(1, -(-self._grid[-1] // text.shape[1]))
+        # Layers that are all alike are timed by some of them; their weights are far more than a cache holds.
+        shape, layers = self._adapted.shape.decoder, len(self._adapted.layers)
+        alike = not (shape.linear_layers or shape.mlps) and len(set(self._adapted.windows)) == 1
+        self._timed = min(LAYERS_TIMED, layers) if alike else layers
         self._found: dict[int, list[LayerTimes]] = {n: [] for n in self._grid}
         self._whole: list[LayerTimes] = []
         self._scored: dict[int, list[float]] = {}
@@ -158,7 +181,7 @@ class Profiler:
         with torch.inference_mode():
             for n in self._grid:
                 ids = self._text[:, :n]
-                with timed_layers(self._adapted) as found:
+                with contextlib.suppress(_Enough), _timed(self._adapted, self._timed) as found:
                     self._model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
                 if counts:
                     self._found[n] += found

@@ -1,0 +1,87 @@
+"""Speed at full size, random weights in bf16: the figures of docs/speed.md.
+
+    python benchmarks/full_size.py [--shape llava-1.5-7b] [--part prefill|layers|latency|decode ...] -o FILE
+
+prefill: the published recipes and ours of at most 8 removal layers. layers: ours at 60 and 80% with at most 4, 8, 16
+and all layers. latency: recipes fitted to a latency, by a profile that is measured first, and what they then reach.
+decode: 16 steps after the prefill. Statistics are those of one image of noise, since speed is meant. Prints tables,
+writes one JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from fitprune import PruningRecipe, profile_latency, shapes, time_recipes
+from fitprune.benchmark import as_json, table
+from fitprune.fitting import Fitter, checked_budget
+from fitprune.measurement import measure
+
+BUDGETS = (0.4, 0.6, 0.8, 0.9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llava-1.5-7b")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3, 2, 3, 2], help="of each part")
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--part", nargs="+", default=["prefill", "layers", "latency", "decode"])
+    parser.add_argument("-o", "--output", required=True)
+    args = parser.parse_args()
+    model = shapes.build(args.shape, device=args.device)
+    inputs = shapes.make_inputs(args.shape, model, batch=args.batch_size)
+    fitter = Fitter(measure(model, [shapes.make_inputs(args.shape, model)]))
+    found: dict[str, Any] = {}
+
+    def flops(value: float, most: int | None) -> PruningRecipe:
+        return fitter.fit(checked_budget("flops_reduction", value), most)
+
+    rounds = dict(zip(args.part, args.rounds, strict=False))
+
+    def run(name: str, recipes: dict[str, PruningRecipe], new_tokens: int = 1, **options: Any) -> list[Any]:
+        timings = time_recipes(model, inputs, recipes, new_tokens=[new_tokens], rounds=rounds[name], **options)
+        print(name, table(timings), sep="\n", flush=True)
+        found[name] = as_json(timings, model)
+        Path(args.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return timings
+
+    published = {f"published {100 * b:g}%": f"{args.shape}:{100 * b:g}" for b in args.budgets}
+    if "prefill" in args.part:
+        recipes = {name: PruningRecipe.named(of) for name, of in published.items()}
+        run("prefill", recipes | {f"ours {100 * b:g}%": flops(b, 8) for b in args.budgets})
+    if "layers" in args.part:
+        mosts = {"4": 4, "8": 8, "16": 16, "all": None}
+        run("layers", {f"{b:.0%}, {k}": flops(b, most) for b in (0.6, 0.8) for k, most in mosts.items()})
+    if "latency" in args.part:
+        profile = profile_latency(model, inputs, repeats=rounds["latency"])
+        wanted = {
+            f"latency -{value:.0%}": fitter.fit(checked_budget("prefill_latency_reduction", value, profile), 8)
+            for value in (0.3, 0.45, 0.6)
+        }
+        timings = run("latency", wanted, profile=profile)
+        for timing in timings[1:]:
+            recipe = wanted[timing.name]
+            predicted = profile.prefill_seconds(recipe.visual_tokens, recipe.kept(recipe.visual_tokens))
+            ratios = [b / a for a, b in zip(timings[0].prefill_seconds, timing.prefill_seconds, strict=True)]
+            row = {
+                "predicted seconds": predicted,
+                "measured seconds": timing.seconds,
+                "predicted of dense": 1 - recipe.provenance["reached"],
+                "measured of dense": statistics.median(ratios),
+            }
+            found["latency"].setdefault("predictions", {})[timing.name] = row
+            print(timing.name, {what: round(value, 3) for what, value in row.items()}, flush=True)
+        Path(args.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if "decode" in args.part:
+        recipes = {name: PruningRecipe.named(of) for name, of in published.items() if "60" in name or "80" in name}
+        run("decode", recipes, 17)
+
+
+if __name__ == "__main__":
+    main()

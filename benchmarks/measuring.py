@@ -1,0 +1,89 @@
+"""What measuring costs: beside the same dense forwards, and beside the authors' layer-by-layer procedure.
+
+    python benchmarks/measuring.py [--shape llava-1.5-7b]
+
+On the embedded model: `measure` of 64 samples in turn with the dense forwards of the same batches, of 1 and of 16; then
+statistics, one budget and nine more, against `fit_sequential` with eager attention, which tries each tolerance by
+running all samples. With --shape, `measure` of one image on random weights in bf16 beside its dense forward instead.
+Prints medians and ratios; one JSON document last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fitprune import embedded, fit_sequential, load_model, load_samples, make_batches, measure, shapes
+from fitprune.fitting import Fitter, checked_budget
+from fitprune.profiling import device_name
+
+ROUNDS = 5
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def beside_dense(model: Any, batches: Sequence[Mapping[str, Any]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Time `measure` and the dense forwards in turn; the first round does not count."""
+
+    def dense() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch, use_cache=False, logits_to_keep=1)
+
+    spent = [(seconds_of(dense), seconds_of(lambda: measure(model, batches))) for _ in range(rounds + 1)][1:]
+    return {
+        "dense forwards": statistics.median(a for a, _ in spent),
+        "measure": statistics.median(b for _, b in spent),
+        "ratio": statistics.median(b / a for a, b in spent),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", help="a full-size architecture instead of the embedded model")
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    if args.shape:
+        model = shapes.build(args.shape)
+        found[f"{args.shape}, 1 sample"] = beside_dense(model, [shapes.make_inputs(args.shape, model)])
+    else:
+        model, processor = load_model("digit-scenes")
+        samples = load_samples(embedded.folder("calibration"), samples=64)
+        for size in (1, 16):
+            batches = list(make_batches(samples, processor, batch_size=size))
+            found[f"embedded, 64 samples in batches of {size}"] = beside_dense(model, batches)
+        budgets = [checked_budget("flops_reduction", value / 10) for value in range(9, 0, -1)]
+        started = time.perf_counter()
+        fitter = Fitter(measure(model, batches))
+        fitter.fit(checked_budget("flops_reduction", 0.65))
+        first = time.perf_counter() - started
+        nine = seconds_of(lambda: [fitter.fit(budget) for budget in budgets])
+        singles = list(make_batches(samples, processor))
+        model.set_attn_implementation("eager")
+        authors = seconds_of(lambda: fit_sequential(model, singles, flops_reduction=0.65))
+        found["fits"] = {
+            "measure and fit one budget": first,
+            "nine more budgets": nine,
+            "layer by layer, one budget": authors,
+            "ratio": authors / first,
+        }
+    for name, row in found.items():
+        print(name)
+        for what, value in row.items():
+            print(f"    {what:28} {value:.3f}")
+    print(json.dumps({"device": device_name(model), "torch": torch.__version__, **found}))
+
+
+if __name__ == "__main__":
+    main()
