@@ -15,7 +15,7 @@ import time
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fitprune import embedded, evaluate, fit, fit_sequential, load_samples, make_batches, measure
-from fitprune.evaluation import table
+from fitprune.results import table
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
 
@@ -50,7 +50,7 @@ def main() -> None:
     results = evaluate(model, processor, load_samples(embedded.folder("test")), recipes, batch_size=32, timed_batches=0)
     print(table(results))
     removed = {name: recipe.counts(144) for name, recipe in recipes.items()}
-    accuracy = {row.name: [row.accuracy, row.agreement] for row in results.rows}
+    accuracy = {row.method: [row.accuracy, row.agreement] for row in results.rows}
     print(json.dumps({"removed": removed, "accuracy_and_agreement": accuracy, "seconds": seconds}))
 
 

@@ -123,8 +123,9 @@ def fit(
             the device and for the prompt of `profile`.
         profile: from `profile_latency`; for a latency alone.
         visual_tokens: image size that the budget is met for; by default the statistics' most common count.
-        max_removal_layers: the most layers that tokens may leave, since each costs time; by default all. A fit that
-            has more is merged at equal budget (`merging.merge_layers`); one within a tolerance, at equal visual FLOPs.
+        max_removal_layers: the most layers that tokens may leave, since each costs time; by default all, and for a
+            latency a quarter, but at least 4. A fit that has more is merged at equal budget (`merging.merge_layers`);
+            one within a tolerance, at equal visual FLOPs.
 
     Returns:
         The recipe; its provenance holds budget, tolerance, what was reached, and the number of samples; if asked for,
@@ -189,6 +190,7 @@ class Fitter:
             )
         if budget.profile is not None:
             self.model.require_same(budget.profile.model, what="the statistics, by the latency profile,")
+            max_removal_layers = max_removal_layers or max(4, -(-self.model.decoder.layers // 4))
         tolerance, kept = self._fitted(budget)
         provenance: dict[str, Any] = {
             "source": "fitprune.fit",
