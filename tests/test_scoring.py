@@ -122,6 +122,7 @@ def test_a_long_batch_may_hold_a_sample_without_an_image(monkeypatch):
     batch = batch_of(samples)
     expected = {name: kept(model, recipe, batch, spec(name)) for name in SCORERS}
     monkeypatch.setattr(attention, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(attention, "_TILE_BYTES", 1)
     for name in SCORERS:
         found = kept(model, recipe, batch, spec(name))
         assert found == expected[name]

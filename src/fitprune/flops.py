@@ -304,7 +304,7 @@ def mean_visual_tokens(visual_tokens: int, removed: Sequence[int], before: Seque
 
 def balanced(rows: int, most: int) -> int:
     """Choose the size of blocks: as few as can be of at most `most` rows, and all about as large."""
-    return -(-rows // max(1, -(-rows // most)))
+    return max(1, -(-rows // max(1, -(-rows // most))))
 
 
 def score_width(head_dim: int) -> int:
