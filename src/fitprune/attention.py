@@ -338,7 +338,7 @@ def _strongest_by_lse(
         torch.cat([key[:, :, a:b], ones.expand(-1, -1, b - a, more)], -1).view(batch * groups, b - a, -1)
         for a, b in itertools.pairwise(edges)
     ]
-    at_once = each * SCORE_BLOCK**2
+    at_once = each * min(keys, SCORE_BLOCK) ** 2
     some = batch * groups if batch > 1 else max(1, _TILE_BYTES // (at_once * query.element_size()))
     room = query.new_empty(min(some, batch * groups) * at_once)
     for rows, own in blocks:
