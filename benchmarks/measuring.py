@@ -60,7 +60,7 @@ def main() -> None:
     else:
         model, processor = load_model("digit-scenes")
         samples = load_samples(embedded.folder("calibration"), samples=64)
-        for size in (1, 16):
+        for size in (1, 4, 8, 16):
             batches = list(make_batches(samples, processor, batch_size=size))
             found[f"embedded, 64 samples in batches of {size}"] = beside_dense(model, batches)
         budgets = [checked_budget("flops_reduction", value / 10) for value in range(9, 0, -1)]

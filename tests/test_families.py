@@ -240,7 +240,7 @@ def test_executed_flops_and_kv_bytes_equal_the_cost_model(row, monkeypatch):
     for executed, used in zip(counts, (PruningRecipe.dense(adapted.shape, 16), recipe), strict=True):
         removed = [sum(layer) for layer in zip(*(used.counts(size) for size in sizes), strict=True)]
         cost = flops.prefill_flops(
-            adapted.shape, visual, removed, text_before=length - visual - after, text_after=after, logits=1
+            adapted.shape, visual, removed, text_before=length - visual - after, text_after=after, value_bytes=4
         )
         assert executed == pytest.approx(cost.decoder + cost.scoring + cost.head, rel=0.01)
         with torch.no_grad(), prune(model, used):

@@ -12,6 +12,7 @@ tokens; those before them, if any, are the past that a cache holds.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import importlib.util
@@ -167,35 +168,74 @@ def received_attention(
     Source: arXiv:2409.10197, section on attention statistics; the authors take the maximum over heads first, then the
     mean over query rows, and so does this. Differs from the authors' code: several images, a past, padding.
     """
-    batch, heads, length, _ = query.shape
-    keys = key.shape[2]
-    if keys < length:
-        raise ValueError(f"{length} queries against {keys} keys: each query's own key must be among the keys")
-    # One weight per query row and kind: the mean over rows is a weighted sum over all rows.
-    row_weight = torch.stack([_own_image_weights(image), _mean_weights(question)], 1)  # [B, 2, Q]
-    if _fused(query, softmax):
-        from fitprune.kernels import received_on_gpu  # imports Triton
+    return Sums(image, question).received(query, key, softmax, lse)
 
-        how = {name: getattr(softmax, name) for name in ("scaling", "valid", "window", "softcap", "sinks")}
-        received = received_on_gpu(query, key, image, row_weight, **how).masked_fill_(image[:, None] < 0, 0)
+
+class Sums:
+    """What received attention is summed of: which rows, by which weight, at which tokens.
+
+    One serves all layers that the same tokens enter; arguments as for `received_attention`.
+    """
+
+    def __init__(self, image: torch.Tensor, question: torch.Tensor) -> None:
+        self._image = image
+        # One weight per query row and kind: the mean over rows is a weighted sum over all rows. [B, 2, Q]
+        self._row_weight = torch.stack([_own_image_weights(image), _mean_weights(question)], 1)
+        self._text = (image < 0)[:, None]
+        self._several = bool((image > 0).any())  # images of a sample
+        self._tiles: dict[tuple[int, bool], _Tiles] = {}
+
+    @torch.no_grad()
+    def received(
+        self, query: torch.Tensor, key: torch.Tensor, softmax: Softmax, lse: torch.Tensor | None = None
+    ) -> ReceivedAttention:
+        """Compute what the tokens receive in one layer; see `received_attention`."""
+        batch, heads, length, _ = query.shape
+        keys = key.shape[2]
+        if keys < length:
+            raise ValueError(f"{length} queries against {keys} keys: each query's own key must be among the keys")
+        if _fused(query, softmax):
+            from fitprune.kernels import received_on_gpu  # imports Triton
+
+            how = {name: getattr(softmax, name) for name in ("scaling", "valid", "window", "softcap", "sinks")}
+            received = received_on_gpu(query, key, self._image, self._row_weight, **how)
+        else:
+            received = torch.zeros(batch, 2, length, device=query.device)
+            known = lse if softmax.plain else None
+            if known is None:
+                at_once = max(1, BLOCK_BYTES // (heads * _SOFTMAX_ROWS * keys * 4))
+            else:
+                at_once = max(1, _TILE_BYTES // (heads * min(keys, SCORE_BLOCK) ** 2 * query.element_size()))
+            for first in range(0, batch, at_once):
+                samples = slice(first, first + at_once)
+                own = softmax.of(samples)
+                if known is None:
+                    needed = (self._row_weight[samples] > 0).any(1).any(0)
+                    strongest = _strongest_by_softmax(query[samples], key[samples], needed, own)
+                else:
+                    tiles = self._tiles_of(samples, own.causal)
+                    strongest = _strongest_by_lse(query[samples], key[samples], known[samples], tiles, own)
+                self._accumulate(received[samples], strongest, samples)
+        received.masked_fill_(self._text, 0)
         return ReceivedAttention(received[:, 0], received[:, 1])
 
-    received = torch.zeros(batch, 2, length, device=query.device)
-    known = lse if softmax.plain else None
-    if known is None:
-        several = max(1, BLOCK_BYTES // (heads * _SOFTMAX_ROWS * keys * 4))
-    else:
-        several = max(1, _TILE_BYTES // (heads * min(keys, SCORE_BLOCK) ** 2 * query.element_size()))
-    for first in range(0, batch, several):
-        samples = slice(first, first + several)
-        own = softmax.of(samples)
-        if known is None:
-            strongest = _strongest_by_softmax(query[samples], key[samples], row_weight[samples], own)
-        else:
-            strongest = _strongest_by_lse(query[samples], key[samples], known[samples], row_weight[samples], own)
-        _accumulate(received[samples], strongest, image[samples], row_weight[samples])
-    received.masked_fill_(image[:, None] < 0, 0)
-    return ReceivedAttention(received[:, 0], received[:, 1])
+    def _tiles_of(self, samples: slice, causal: bool) -> _Tiles:
+        place = samples.start, causal
+        if place not in self._tiles:
+            visual, needed = (self._image[samples] >= 0).any(0), (self._row_weight[samples] > 0).any(1).any(0)
+            self._tiles[place] = _Tiles.of(visual, needed, causal)
+        return self._tiles[place]
+
+    def _accumulate(self, received: torch.Tensor, strongest: _Strongest, samples: slice) -> None:
+        """Add each row block's share to `received` [b, 2, Q]."""
+        image, row_weight = self._image[samples], self._row_weight[samples]
+        for rows, columns, weights in strongest:
+            if not self._several:
+                received[:, :, columns] += row_weight[:, :, rows] @ weights
+                continue
+            received[:, 1:, columns] += row_weight[:, 1:, rows] @ weights
+            alike = image[:, rows, None] == image[:, None, columns]
+            received[:, :1, columns] += row_weight[:, :1, rows] @ (weights * alike)
 
 
 @torch.no_grad()
@@ -283,94 +323,110 @@ def _own_image_weights(image: torch.Tensor) -> torch.Tensor:
     return (image >= 0) / sizes.gather(1, image + 1)
 
 
-# Rows of this forward, as numbers or, where they stand together, a slice; r of them.
-_Rows = slice | torch.Tensor
-# Rows, of how many of the last Q keys, and the strongest weight of any head there, [B, r, those] fp32.
-_Strongest = Iterator[tuple[_Rows, int, torch.Tensor]]
-
-
-def _accumulate(received: torch.Tensor, strongest: _Strongest, image: torch.Tensor, row_weight: torch.Tensor) -> None:
-    """Add each row block's share to `received` [B, 2, Q]."""
-    several = bool((image > 0).any())
-    for rows, own, weights in strongest:
-        if not several:
-            received[:, :, :own] += row_weight[:, :, rows] @ weights
-            continue
-        received[:, 1:, :own] += row_weight[:, 1:, rows] @ weights
-        received[:, :1, :own] += row_weight[:, :1, rows] @ (weights * (image[:, rows, None] == image[:, None, :own]))
+# Numbers of rows or columns of this forward, or, where they stand together, a slice.
+_Numbers = slice | torch.Tensor
+# Rows r, columns c, and the strongest weight of any head there, [B, r, c] fp32.
+_Strongest = Iterator[tuple[_Numbers, _Numbers, torch.Tensor]]
 
 
 def _strongest_by_softmax(
-    query: torch.Tensor, key: torch.Tensor, row_weight: torch.Tensor, softmax: Softmax
+    query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, softmax: Softmax
 ) -> _Strongest:
-    """Make the weights of rows that some sample needs, and take the maximum over heads."""
+    """Make the weights of the needed rows [Q] bool, and take the maximum over heads."""
     past = key.shape[2] - query.shape[2]
-    for rows, own, weights in _row_blocks(query, key, (row_weight > 0).any(1).any(0), softmax):
-        yield rows, own, weights.amax(1)[..., past:]
+    for rows, own, weights in _row_blocks(query, key, needed, softmax):
+        yield rows, slice(0, own), weights.amax(1)[..., past:]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """Row blocks against tiles of visual columns.
+
+    Attributes:
+        blocks: rows, how many of the visual columns some of them sees, and which these are.
+        columns: of each tile. A tile ends where a block's columns do, since a part of one would be copied.
+    """
+
+    blocks: tuple[tuple[_Numbers, int, _Numbers], ...]
+    columns: tuple[_Numbers, ...]
+
+    @classmethod
+    def of(cls, visual: torch.Tensor, needed: torch.Tensor, causal: bool) -> _Tiles:
+        """Make them of the visual columns [Q] and the needed rows [Q], bool."""
+        places = torch.nonzero(visual)[:, 0].tolist()
+        blocks, edges = [], [0]
+        for rows, own in _needed_rows(len(visual), needed, causal):
+            seen = bisect.bisect_left(places, own)
+            blocks.append((rows, seen, _numbers(places[:seen], visual.device)))
+            if seen > edges[-1]:
+                size = balanced(seen - edges[-1], SCORE_BLOCK)
+                edges += [*range(edges[-1] + size, seen, size), seen]
+        return cls(tuple(blocks), tuple(_numbers(places[a:b], visual.device) for a, b in itertools.pairwise(edges)))
 
 
 def _strongest_by_lse(
-    query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, row_weight: torch.Tensor, softmax: Softmax
+    query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, tiles: _Tiles, softmax: Softmax
 ) -> _Strongest:
     """Take the maximum over heads of products less log-sum-exp, and then one exponential.
 
     The log-sum-exp rides along in the product: in columns behind those of the queries, which hold what rounding to
     their dtype has left of it, against ones behind the keys. One tile of products is held at a time, in one place: what
-    is written is still in the processor's cache when it is read, and no page of memory is asked for twice. Tiles of
-    keys end where row blocks do, since a part of one would be copied.
+    is written is still in the processor's cache when it is read, and no page of memory is asked for twice.
     """
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]
-    past, each, more = keys - length, heads // groups, score_width(width) - width
-    rest = (lse / -softmax.scaling).nan_to_num_(0, 0, 0)  # of a row that sees no key: hidden below, but must be no NaN
-    columns = query.new_zeros(batch, heads, length, more)
-    for column in columns[..., :LSE_COLUMNS].unbind(-1):
-        column.copy_(rest)
-        rest = rest - column
-    blocks = list(_needed_rows(length, (row_weight > 0).any(1).any(0), softmax.causal))
-    edges = [0]
-    for end in (past + own for _, own in blocks):
-        if end > edges[-1]:
-            size = balanced(end - edges[-1], SCORE_BLOCK)
-            edges += [*range(edges[-1] + size, end, size), end]
-    ones = key.new_ones(batch, groups, 1, 1)
-    tiles = [
-        torch.cat([key[:, :, a:b], ones.expand(-1, -1, b - a, more)], -1).view(batch * groups, b - a, -1)
-        for a, b in itertools.pairwise(edges)
-    ]
-    at_once = each * min(keys, SCORE_BLOCK) ** 2
+    past, each, wide = keys - length, heads // groups, score_width(width, query.element_size())
+    rest = lse * (-1 / softmax.scaling)
+    if not softmax.only_causal:
+        rest.nan_to_num_(0, 0, 0)  # of a row that sees no key: hidden below, but must be no NaN
+    if wide == width + 1:
+        behind = rest.to(query.dtype)[..., None]
+    else:
+        behind = query.new_zeros(batch, heads, length, wide - width)
+        for column in behind[..., :LSE_COLUMNS].unbind(-1):
+            column.copy_(rest)
+            rest = rest - column
+    ones = key.new_ones(1, 1, 1, 1)
+    key = key[:, :, past:]
+    theirs = []
+    for columns in tiles.columns:
+        part = key[:, :, columns]
+        filled = ones.expand(batch, groups, part.shape[2], wide - width)
+        theirs.append(torch.cat([part, filled], -1).view(batch * groups, -1, wide).transpose(1, 2))
+    at_once = each * min(length, SCORE_BLOCK) * max(tile.shape[2] for tile in theirs) if theirs else 1
     some = batch * groups if batch > 1 else max(1, _TILE_BYTES // (at_once * query.element_size()))
     room = query.new_empty(min(some, batch * groups) * at_once)
-    for rows, own in blocks:
-        ours = torch.cat([query[:, :, rows], columns[:, :, rows]], -1)
-        count, seen = ours.shape[2], past + own
-        ours = ours.view(batch * groups, each * count, -1)
-        strongest = query.new_empty(batch, count, seen)
-        for start, tile in zip(edges, tiles, strict=False):
+    for rows, seen, columns in tiles.blocks:
+        ours = torch.cat([query[:, :, rows], behind[:, :, rows]], -1)
+        count = ours.shape[2]
+        ours = ours.view(batch * groups, each * count, wide)
+        strongest, start = query.new_empty(batch, count, seen), 0
+        for tile in theirs:
             if start >= seen:
                 break
-            here = strongest[:, :, start : start + tile.shape[1]]
+            here = strongest[:, :, start : start + tile.shape[2]]
+            start += tile.shape[2]
             for first in range(0, batch * groups, some):
-                part, theirs = ours[first : first + some], tile[first : first + some].transpose(1, 2)
-                products = room[: part.shape[0] * part.shape[1] * theirs.shape[2]].view(*part.shape[:2], -1)
-                torch.bmm(part, theirs, out=products)
-                by_head = products.view(batch, -1, count, theirs.shape[2])
+                mine, other = ours[first : first + some], tile[first : first + some]
+                products = room[: mine.shape[0] * mine.shape[1] * other.shape[2]].view(*mine.shape[:2], -1)
+                torch.bmm(mine, other, out=products)
+                by_head = products.view(batch, -1, count, other.shape[2])
                 if first == 0:
                     torch.amax(by_head, 1, out=here)
                 else:
                     torch.maximum(here, by_head.amax(1), out=here)
         weights = strongest.float().mul_(softmax.scaling).exp_()
-        if softmax.only_causal and isinstance(rows, slice):
-            weights.tril_(past + rows.start)
+        if softmax.only_causal and isinstance(rows, slice) and isinstance(columns, slice):
+            weights.tril_(rows.start - columns.start)
         else:
             numbers = torch.arange(length, device=query.device)[rows]
-            weights.masked_fill_(softmax.hidden(numbers, past, seen)[:, 0], 0)
-        yield rows, own, weights[..., past:]
+            weights.masked_fill_(softmax.hidden(numbers, past, keys)[:, 0, :, past:][..., columns], 0)
+        yield rows, columns, weights
 
 
 def _row_blocks(
     query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, softmax: Softmax
-) -> Iterator[tuple[_Rows, int, torch.Tensor]]:
+) -> Iterator[tuple[_Numbers, int, torch.Tensor]]:
     """Give the attention of the needed rows [Q] bool in blocks, ascending.
 
     Yields:
@@ -389,13 +445,17 @@ def _row_blocks(
 
 def _needed_rows(
     length: int, needed: torch.Tensor, causal: bool, size: int = SCORE_BLOCK
-) -> Iterator[tuple[_Rows, int]]:
+) -> Iterator[tuple[_Numbers, int]]:
     """Give the needed rows [Q] bool in blocks, ascending, with how many of the last Q keys each looks at."""
     numbers = torch.nonzero(needed)[:, 0].tolist()
     size = balanced(len(numbers), size)
     for first in range(0, len(numbers), size):
         block = numbers[first : first + size]
-        begin, end = block[0], block[-1] + 1
-        rows = slice(begin, end) if end - begin == len(block) else torch.tensor(block, device=needed.device)
         # In a causal layer later keys are behind every row of the block.
-        yield rows, end if causal else length
+        yield _numbers(block, needed.device), block[-1] + 1 if causal else length
+
+
+def _numbers(ascending: list[int], device: torch.device) -> _Numbers:
+    """Make an index of numbers, of which there is at least one: a slice if none is missing between them."""
+    begin, end = ascending[0], ascending[-1] + 1
+    return slice(begin, end) if end - begin == len(ascending) else torch.tensor(ascending, device=device)

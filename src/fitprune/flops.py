@@ -20,9 +20,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
-SCORE_BLOCK = (
-    256  # query rows scored at a time; `attention` works in these blocks, and the cost of scoring follows them
-)
+SCORE_BLOCK = 256  # query rows scored at a time; `attention` works in these, and the cost of scoring follows them
 LSE_COLUMNS = 3  # that the log-sum-exp takes behind a query: 3 numbers of 8 bits hold one of 24
 LINEAR_CHUNK = 64  # tokens that a linear-attention layer takes at a time
 
@@ -307,24 +305,33 @@ def balanced(rows: int, most: int) -> int:
     return max(1, -(-rows // max(1, -(-rows // most))))
 
 
-def score_width(head_dim: int) -> int:
-    """Count the columns of the products that score: the head's, LSE_COLUMNS, and up to 32 as matrix units like it."""
-    return -(-(head_dim + LSE_COLUMNS) // 32) * 32 if LSE_COLUMNS else head_dim
+def score_width(head_dim: int, value_bytes: int = 2) -> int:
+    """Count the columns of the products that score: the head's, and those of the log-sum-exp.
+
+    One number of 32 bits holds it; of shorter ones LSE_COLUMNS do, in up to 32, as matrix units like it.
+    """
+    if not LSE_COLUMNS:
+        return head_dim
+    return head_dim + 1 if value_bytes >= 4 else -(-(head_dim + LSE_COLUMNS) // 32) * 32
 
 
-def scoring_flops(decoder: DecoderShape, visual_tokens: int, text_before: int, text_after: int) -> int:
+def scoring_flops(
+    decoder: DecoderShape, visual_tokens: int, text_before: int, text_after: int, value_bytes: int = 2
+) -> int:
     """Count the FLOPs of recomputing the query-key products that score one layer's visual tokens.
 
     Rows are the visual tokens and the text after them, in blocks of at most SCORE_BLOCK (see `balanced`), each against
-    the keys up to its last row; in a bidirectional decoder against all. A product has `score_width` columns.
+    the visual keys up to its last row; in a bidirectional decoder against all visual keys. A product has `score_width`
+    columns. Where attention tells no log-sum-exp (LSE_COLUMNS 0), a softmax needs the keys of text too.
     """
-    first, rows = text_before, visual_tokens + text_after
-    width = decoder.heads * score_width(decoder.head_dim)
+    rows = visual_tokens + text_after
+    keys, first = (visual_tokens, 0) if LSE_COLUMNS else (text_before + rows, text_before)
+    width = decoder.heads * score_width(decoder.head_dim, value_bytes)
     if decoder.bidirectional:
-        return 2 * width * rows * (first + rows)
+        return 2 * width * rows * keys
     size = balanced(rows, SCORE_BLOCK)
     ends = [*range(size, rows, size), rows]
-    pairs: int = sum((end - begin) * (first + end) for begin, end in zip([0, *ends[:-1]], ends, strict=True))
+    pairs: int = sum((end - begin) * min(first + end, keys) for begin, end in zip([0, *ends[:-1]], ends, strict=True))
     return 2 * width * pairs
 
 
@@ -353,6 +360,7 @@ def prefill_flops(
     text_after: int = 64,
     crops: int = 1,
     logits: int = 1,
+    value_bytes: int = 2,
 ) -> PrefillFlops:
     """Count the FLOPs that a prefill of one sample executes.
 
@@ -370,13 +378,14 @@ def prefill_flops(
         text_after: text tokens after the image.
         crops: image crops that the tower sees (AnyRes has several).
         logits: positions that the output head is applied to.
+        value_bytes: of the model's dtype; scoring has fewer columns where it is 4.
     """
     shape, text = model.decoder, text_before + text_after
     decoder = scoring = 0
     for layer, (n, count) in enumerate(zip(entering_counts(visual_tokens, removed, before), removed, strict=True)):
         decoder += 2 * shape.mixer_macs(layer, n + text)
         if count:
-            scoring += scoring_flops(shape, n, text_before, text_after)
+            scoring += scoring_flops(shape, n, text_before, text_after, value_bytes)
         decoder += 2 * (n - count + text) * shape.mlp_macs(layer)
     vision = crops * model.vision.flops(shape.hidden) if model.vision else 0
     return PrefillFlops(vision=vision, decoder=decoder, scoring=scoring, head=2 * logits * shape.hidden * shape.vocab)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitprune.adapters import AdaptedModel
@@ -66,11 +67,14 @@ class AttentionTap:
         """Put it on, if it is off."""
         if self._given:
             return
+        named: dict[int, Any] = {}  # layers mostly share one config
         for attention, tapped in self._tapped.items():
             _TAPPED[attention] = tapped  # first: another thread may be about to call the module
-            self._given[attention] = attention.config
-            attention.config = copy.copy(attention.config)
-            attention.config._attn_implementation = NAME
+            self._given[attention] = given = attention.config
+            if id(given) not in named:
+                named[id(given)] = copy.copy(given)
+                named[id(given)]._attn_implementation = NAME
+            attention.config = named[id(given)]
 
     def off(self) -> None:
         """Take it off, if it is on."""
@@ -123,8 +127,8 @@ def _register(implementation: str) -> None:
         if tapped is None:
             raise ValueError(COPIED)
 
-        def given() -> Attention:
-            return Attention(query, key, value, _softmax(query, tapped, args, kwargs))
+        def given(lse: torch.Tensor | None = None) -> Attention:
+            return Attention(query, key, value, _softmax(query, tapped, args, kwargs), lse)
 
         look = tapped.tap(tapped.number, given)
         implementation = tapped.decoder_config._attn_implementation  # asked for now: it may change inside the block
@@ -138,7 +142,7 @@ def _register(implementation: str) -> None:
         # Another implementation may call PyTorch's kernel too, but for other rows, as with packed sequences.
         with _LogSumExp() if implementation == "sdpa" else contextlib.nullcontext() as watched:
             output = attend(seen, query, key, value, *args, **kwargs)
-        look(dataclasses.replace(given(), lse=None if watched is None else watched.found))
+        look(given(None if watched is None else watched.found))
         return output
 
     # Disabled under torch.compile: what it sees and stores must be real tensors. (torch leaves `disable` untyped.)
@@ -165,11 +169,27 @@ def _softmax(query: torch.Tensor, tapped: _Tapped, args: tuple[Any, ...], kwargs
     )
 
 
-class _LogSumExp(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+class _LogSumExp(TorchFunctionMode):
     """Watches an attention for the log-sum-exp that PyTorch's kernel for CPUs gives beside the output, [B, H, Q] fp32.
 
     On CUDA the fused kernel of scores makes its own.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: torch.Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        with _Kernel() as kernel:  # no longer than needed: it slows each operation
+            output = func(*args, **(kwargs or {}))
+        self.found = kernel.found
+        return output
+
+
+class _Kernel(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Watches which kernel one call of scaled_dot_product_attention becomes."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fitprune.adapters import AdaptedModel, adapt
 from fitprune.arguments import valid_columns
-from fitprune.attention import Attention, ReceivedAttention, received_attention, text_after
+from fitprune.attention import Attention, ReceivedAttention, Sums, text_after
 from fitprune.hooks import tap_attention
 from fitprune.images import PIXELS, read_images, visual_mask
 from fitprune.processes import Processes
@@ -160,12 +160,16 @@ def _measure_batch(
             number = int(needed.any(1).int().argmin())
             raise ValueError(f"sample {number} of the batch has no {what}: scores need an image and then a question")
     received: dict[int, ReceivedAttention] = {}
+    sums: dict[torch.device, Sums] = {}
 
     def look(layer: int, at: Attention) -> None:
         here = at.query.device  # a model may be spread over several
-        softmax = dataclasses.replace(at.softmax, valid=None if padded is None else padded.to(here))
-        image, asked = seen.image.to(here), question.to(here)
-        received[layer] = received_attention(at.query, at.key, image, asked, softmax, at.lse)
+        if here not in sums:
+            sums[here] = Sums(seen.image.to(here), question.to(here))
+        softmax = at.softmax
+        if padded is not None:
+            softmax = dataclasses.replace(softmax, valid=padded.to(here))
+        received[layer] = sums[here].received(at.query, at.key, softmax, at.lse)
 
     with torch.no_grad(), tap_attention(adapted, lambda layer, _: functools.partial(look, layer)):
         seen = read_images(adapted, inputs)

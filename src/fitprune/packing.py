@@ -156,8 +156,12 @@ class Forward:
             return _Stage(replaced, None, held)
         if self.valid is not None:
             present = present & self.valid.to(device).expand(batch, -1).gather(1, columns.clamp(min=0))
-        replaced["attention_mask"] = _causal_mask(present, hidden, adapted.decoder.config)
-        return _Stage(replaced, None if bool(present.all()) else present, held)
+        everything = bool(present.all())
+        if everything and present.shape[1] == rows and adapted.decoder.config._attn_implementation == "sdpa":
+            replaced["attention_mask"] = None  # as transformers' function says, after many small operations
+        else:
+            replaced["attention_mask"] = _causal_mask(present, hidden, adapted.decoder.config)
+        return _Stage(replaced, None if everything else present, held)
 
     def _step(self, layer: PrunedLayer, hidden: torch.Tensor, config: Any) -> _Stage:
         """Make what a layer needs to decode one token: the same as `_stage`, with as few operations as it can."""
@@ -214,7 +218,7 @@ class Forward:
         return hidden if self.index is None else _take(hidden, self.index)
 
     def scatter(self, output: Any) -> Any:
-        """Put gathered rows back, zero where a token leaves: [B, m', d] -> [B, m, d]."""
+        """Put gathered rows back: [B, m', d] -> [B, m, d]. Where a token leaves stands another's, since it is dropped."""
         if self.index is None:
             return output
         if isinstance(output, tuple):  # experts may tell their routing too
@@ -224,10 +228,9 @@ class Forward:
                 f"a layer's MLP gives {list(output.shape)} for rows {list(self.index.shape)}: the decoder is not of "
                 "the common shape, and cannot be pruned"
             )
-        batch, _, width = output.shape
-        full = output.new_zeros(batch * self.kept.shape[1], width)
-        rows = _flat(self.index.to(output.device), self.kept.shape[1])
-        return full.index_copy_(0, rows, output.flatten(0, 1)).view(batch, -1, width)
+        index = self.index.to(output.device)
+        place = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        return _take(output, index.new_zeros(self.kept.shape).scatter_(1, index, place))
 
     def drop(self, hidden: torch.Tensor) -> torch.Tensor:
         """End a layer: drop the rows that leave, if any: [B, m, d] -> [B, m', d]."""
@@ -338,8 +341,10 @@ def rows_at(kwargs: dict[str, Any], kept: torch.Tensor, implementation: str) -> 
 
 def _rows_of(whole: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Take rows [B, m] of [..., B or 1, Q, d]; leading axes are those of multimodal rotary positions."""
-    *axes, _, length, width = whole.shape
     kept = kept.to(whole.device)
+    if whole.shape[-3] == 1:  # alike in all samples; whole rows are copied, which gather does value by value
+        return whole[..., 0, :, :][..., kept, :]
+    *axes, _, length, width = whole.shape
     index = kept[..., None].expand(*axes, *kept.shape, width)
     return whole.expand(*axes, len(kept), length, width).gather(-2, index)
 

@@ -60,17 +60,15 @@ def keep_highest(score: torch.Tensor, image: torch.Tensor, left: torch.Tensor) -
 
     Source: arXiv:2409.10197, the authors' `modeling_llama.py` (they sort ascending and cut the head of the list).
     """
-    # By image, and within it by falling score: a token's rank is its place behind its image's first. Two stable sorts
-    # of the mirrored row, so that of equal scores the later token comes first.
-    mirrored = image.flip(1)
-    falling = score.flip(1).argsort(dim=1, descending=True, stable=True)
-    order = falling.gather(1, mirrored.gather(1, falling).argsort(dim=1, stable=True))
-    sizes = torch.zeros(image.shape[0], left.shape[1] + 1, dtype=torch.long, device=image.device)
-    sizes.scatter_add_(1, mirrored + 1, torch.ones_like(mirrored))
-    begins = (sizes.cumsum(1) - sizes).gather(1, mirrored.gather(1, order) + 1)
-    place = torch.arange(image.shape[1], device=image.device)
-    rank = torch.empty_like(order).scatter_(1, order, place - begins).flip(1)
-    return (image < 0) | (rank < left.gather(1, image.clamp(min=0)))
+    # By falling score, stably in the mirrored row, so that of equal scores the later token comes first; a token's rank
+    # is then how many of its image stand before it.
+    order = score.flip(1).argsort(dim=1, descending=True, stable=True)
+    own = image.flip(1).gather(1, order)
+    numbered = own.clamp(min=0)
+    among = own[..., None] == torch.arange(left.shape[1], device=image.device)
+    up_to = among.cumsum(1).gather(2, numbered[..., None])[..., 0]
+    stays = (own < 0) | (up_to <= left.gather(1, numbered))
+    return torch.empty_like(stays).scatter_(1, order, stays).flip(1)
 
 
 def lowest_in_both(
