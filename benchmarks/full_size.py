@@ -2,27 +2,44 @@
 
     python benchmarks/full_size.py [--shape llava-1.5-7b] [--part prefill|layers|latency|decode ...] -o FILE
 
-prefill: the published recipes and ours of at most 8 removal layers. layers: ours at 60 and 80% with at most 4, 8, 16
-and all layers. latency: recipes fitted to a latency, by a profile that is measured first, and what they then reach.
-decode: 16 steps after the prefill. Statistics are those of one image of noise, since speed is meant. Prints tables,
-writes one JSON file.
+prefill: the published recipes and ours of at most 8 removal layers. layers: the published recipes merged to at most 4,
+8 and 16 removal layers, at equal FLOPs and counts as near to theirs as can be, and all of theirs. latency: recipes
+fitted to a latency, by a profile that is measured first, and what they then reach. decode: 16 steps after the prefill.
+Statistics are those of one image of noise, since speed is meant. Prints tables, writes one JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fitprune import PruningRecipe, profile_latency, shapes, time_recipes
 from fitprune.benchmark import as_json, table
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.measurement import measure
+from fitprune.merging import merge_layers
+from fitprune.tokens import keep_fractions
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
+
+
+def merged(recipe: PruningRecipe, at_most: int | None) -> PruningRecipe:
+    """Merge a recipe's removals to so many layers at equal FLOPs; a layer loses as much as tokens leave."""
+    if at_most is None:
+        return recipe
+    decoder, n = recipe.model.decoder, recipe.visual_tokens
+    budget = checked_budget("flops_reduction", recipe.cost().flops_reduction)
+    lost = (1 - torch.arange(n + 1) / n).expand(len(decoder.prunable), decoder.layers, -1)
+    kept, _ = merge_layers(recipe.kept(n), lost, budget.prices(decoder, n), decoder.prunable, at_most)
+    removed = [before - after for before, after in itertools.pairwise([n, *kept])]
+    return PruningRecipe(keep_fractions(removed, n), recipe.model, n)
 
 
 def main() -> None:
@@ -59,8 +76,8 @@ def main() -> None:
     if "prefill" in args.part:
         run("prefill", published | {f"ours {100 * b:g}%": flops(b, 8) for b in args.budgets})
     if "layers" in args.part:
-        mosts = {"4": 4, "8": 8, "16": 16, "all": None}
-        run("layers", {f"{b:.0%}, {k}": flops(b, most) for b in (0.6, 0.8) for k, most in mosts.items()})
+        mosts = (4, 8, 16, None)
+        run("layers", {f"{name}, {k or 'all'}": merged(recipe, k) for name, recipe in published.items() for k in mosts})
     if "latency" in args.part:
         profile = profile_latency(model, inputs, repeats=rounds["latency"])
         wanted = {

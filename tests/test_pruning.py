@@ -155,7 +155,9 @@ def test_executed_flops_equal_the_cost_model_within_one_percent(family, attentio
         with prune(model, used), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
             model(**inputs, logits_to_keep=1)
         shape = adapt(model).shape
-        predicted = prefill_flops(shape, recipe.visual_tokens, counts, text_before=4, text_after=9, crops=crops, value_bytes=4).total
+        predicted = prefill_flops(
+            shape, recipe.visual_tokens, counts, text_before=4, text_after=9, crops=crops, value_bytes=4
+        ).total
         # Eager attention of Llama's rotary tables is a product too: positions x frequencies, no part of the cost.
         assert counter.get_total_flops() == pytest.approx(predicted * batch, rel=0.01)
 

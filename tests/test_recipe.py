@@ -43,7 +43,7 @@ def test_prefill_flops_by_parts():
     parts = prefill_flops(SHAPE, 16, [0, 8, 0, 4], text_before=2, text_after=5, logits=1)
     assert parts.head == 2 * 32 * 97
     width = 4 * 32  # heads of 8 columns, with 3 of their log-sum-exp behind them, and up to 32
-    assert parts.scoring == 2 * width * (16 + 5) * (2 + 16 + 5) + 2 * width * (8 + 5) * (2 + 8 + 5)
+    assert parts.scoring == 2 * width * (16 + 5) * 16 + 2 * width * (8 + 5) * 8  # rows after the text, visual keys
     assert parts.total == parts.vision + parts.decoder + parts.scoring + parts.head
 
 

@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from fitprune.flops import LSE_COLUMNS, SCORE_BLOCK, balanced, score_width
+from fitprune.flops import SCORE_BLOCK, balanced, score_width
 
 HEAD_KINDS = ("mean", "max", "last", "self")
 BLOCK_BYTES = 16 * 2**20  # of attention weights or products held at a time; a few such blocks live at once
@@ -329,9 +329,7 @@ _Numbers = slice | torch.Tensor
 _Strongest = Iterator[tuple[_Numbers, _Numbers, torch.Tensor]]
 
 
-def _strongest_by_softmax(
-    query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, softmax: Softmax
-) -> _Strongest:
+def _strongest_by_softmax(query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, softmax: Softmax) -> _Strongest:
     """Make the weights of the needed rows [Q] bool, and take the maximum over heads."""
     past = key.shape[2] - query.shape[2]
     for rows, own, weights in _row_blocks(query, key, needed, softmax):
@@ -369,8 +367,8 @@ def _strongest_by_lse(
 ) -> _Strongest:
     """Take the maximum over heads of products less log-sum-exp, and then one exponential.
 
-    The log-sum-exp rides along in the product: in columns behind those of the queries, which hold what rounding to
-    their dtype has left of it, against ones behind the keys. One tile of products is held at a time, in one place: what
+    The log-sum-exp rides along in the product: in LSE_COLUMNS behind those of the queries, the second of which holds
+    what rounding to their dtype has left of it, against ones behind the keys. One tile of products is held at a time, in one place: what
     is written is still in the processor's cache when it is read, and no page of memory is asked for twice.
     """
     batch, heads, length, width = query.shape
@@ -383,9 +381,8 @@ def _strongest_by_lse(
         behind = rest.to(query.dtype)[..., None]
     else:
         behind = query.new_zeros(batch, heads, length, wide - width)
-        for column in behind[..., :LSE_COLUMNS].unbind(-1):
-            column.copy_(rest)
-            rest = rest - column
+        behind[..., 0] = rest
+        behind[..., 1] = rest - behind[..., 0]
     ones = key.new_ones(1, 1, 1, 1)
     key = key[:, :, past:]
     theirs = []
@@ -427,7 +424,10 @@ def _strongest_by_lse(
 def _row_blocks(
     query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, softmax: Softmax
 ) -> Iterator[tuple[_Numbers, int, torch.Tensor]]:
-    """Give the attention of the needed rows [Q] bool in blocks, ascending.
+    """Give the attention of the needed rows [Q] bool in blocks.
+
+    The last one first: what it frees is enough for each that follows. The other way round each is a little larger than
+    what was freed before, and memory grows by hundreds of megabytes.
 
     Yields:
         Rows, how many of the last Q keys the block looks at, and its attention fp32 [B, H, r, past + those].
@@ -436,7 +436,7 @@ def _row_blocks(
     groups = key.shape[1]
     past = key.shape[2] - length
     numbers = torch.arange(length, device=query.device)
-    for rows, own in _needed_rows(length, needed, softmax.causal, _SOFTMAX_ROWS):
+    for rows, own in reversed(list(_needed_rows(length, needed, softmax.causal, _SOFTMAX_ROWS))):
         keys, index = past + own, numbers[rows]
         block = (query[:, :, rows] * softmax.scaling).reshape(batch, groups, heads // groups * len(index), width)
         products = (block @ key[:, :, :keys].transpose(2, 3)).view(batch, heads, len(index), keys)

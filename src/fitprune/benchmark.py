@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from fitprune.images import visual_mask
 from fitprune.lookup import fitted_to
 from fitprune.measurement import to_model
 from fitprune.profiles import LatencyProfile
-from fitprune.profiling import Profiler, ScoringClock, device_name, timed_layers
+from fitprune.profiling import Profiler, Stopwatch, device_name, timed_layers
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
+from fitprune.scoring import get_scorer
 from fitprune.tables import aligned
 
 # Makes the block in which a method works; a null context is the dense model.
@@ -130,7 +131,7 @@ class Timing:
         speedup: of the prefill, against dense in the same round; median over rounds.
         flops_speedup: what the FLOPs of the whole prefill would give.
         ideal_seconds: what the profile says: every layer at the tokens that it has, and nothing for scoring.
-        efficiency: ideal over measured seconds.
+        efficiency: ideal over measured seconds of the same round; median over rounds.
         scoring_share: part of the prefill that goes into scores.
         verdict: whether it is worth it here, in words.
     """
@@ -201,24 +202,29 @@ def time_recipes(
             raise ValueError(
                 f"profile is of batches of {profile.batch}, inputs of {batch}: profile with the same batch"
             )
-    clocks = {name: ScoringClock(model) for name in recipes}
+    watches = {name: Stopwatch(model) for name in recipes}
     blocks: dict[str, Block] = {"dense": contextlib.nullcontext}
     for name, recipe in recipes.items():
-        blocks[name] = _pruned(model, recipe, clocks[name])
+        blocks[name] = _pruned(model, recipe, watches[name])
     found: dict[str, list[_Run]] = {name: [] for name in blocks}
     for turn in tqdm(range(rounds + 1), desc="benchmark", unit="round", disable=not progress):
-        for name, block in blocks.items():
+        if profiler is not None:
+            profiler.begin()
+        for number, (name, block) in enumerate(blocks.items()):
             with torch.inference_mode(), block():
                 run = _answer(model, adapted, inputs, sorted(new_tokens))
-            if name in clocks:
-                run.scoring = sum(clocks[name].seconds())
+            if name in watches:
+                run.scoring = sum(watches[name].seconds())
             if turn:
                 found[name].append(run)
-        if profiler is not None:  # in turn too: a machine that slows down slows the ideal down
-            profiler.round(counts=turn > 0)
-    profile = profile or cast(Profiler, profiler).profile()
+            if profiler is not None:  # lengths in turn with methods: a machine that slows down slows the ideal down
+                profiler.measure(profiler.grid[number :: len(blocks)])
+    # Where the ideal was measured in the same rounds, each round is held against its own.
+    profiles = [] if profile is None else [profile]
+    if profiler is not None:
+        profiles = [profiler.profile(slice(turn, turn + 1)) for turn in range(1, rounds + 1)]
     return [
-        _timing(name, recipes.get(name), found[name], found["dense"], profile, (batch, visual, length - visual))
+        _timing(name, recipes.get(name), found[name], found["dense"], profiles, (batch, visual, length - visual))
         for name in blocks
     ]
 
@@ -263,8 +269,9 @@ def noise_inputs(
     return batch(words, batch_size)
 
 
-def _pruned(model: Any, recipe: PruningRecipe, clock: ScoringClock) -> Block:
-    return lambda: prune(model, recipe, clock.scorer(recipe.scorer))
+def _pruned(model: Any, recipe: PruningRecipe, watch: Stopwatch) -> Block:
+    scorer = get_scorer(recipe.scorer)
+    return lambda: prune(model, recipe, dataclasses.replace(scorer, score=watch.timed(scorer.score)))
 
 
 @dataclasses.dataclass
@@ -316,18 +323,19 @@ def _timing(
     recipe: PruningRecipe | None,
     runs: Sequence[_Run],
     dense: Sequence[_Run],
-    profile: LatencyProfile,
+    profiles: Sequence[LatencyProfile],
     sizes: tuple[int, int, int],
 ) -> Timing:
-    """Summarise the rounds of one method."""
-    batch, visual, text = sizes
+    """Summarise the rounds of one method; `profiles` are one for each round, or one for all."""
+    (batch, visual, text), profile = sizes, profiles[0]
     priced = recipe or PruningRecipe.dense(profile.model, visual)
     value_bytes = 4 if profile.dtype == "float32" else 2
     cost = priced.cost(visual_tokens=visual, text_tokens=text, value_bytes=value_bytes)
     kept = list(cost.kept)
     entering = entering_counts(visual, priced.counts(visual), priced.counts_before(visual))
-    ideal = profile.prefill_seconds(visual, kept, entering, text_tokens=text, scoring=False)
-    seconds = statistics.median(run.prefill for run in runs)
+    ideals = [p.prefill_seconds(visual, kept, entering, text_tokens=text, scoring=False) for p in profiles]
+    if len(ideals) < len(runs):
+        ideals *= len(runs)
     longest = max(runs[0].at)
     steps = [(run.at[longest] - run.prefill) / (longest - 1) for run in runs] if longest > 1 else []
     peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
@@ -349,8 +357,8 @@ def _timing(
         cost_kv_bytes=batch * cost.kv_bytes,
         speedup=speedup,
         flops_speedup=cost.dense_prefill_flops / cost.prefill_flops,
-        ideal_seconds=ideal,
-        efficiency=ideal / seconds,
+        ideal_seconds=statistics.median(ideals),
+        efficiency=statistics.median(ideal / run.prefill for ideal, run in zip(ideals, runs, strict=True)),
         scoring_share=statistics.median(run.scoring / run.prefill for run in runs),
         verdict="",
     )

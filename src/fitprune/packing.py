@@ -218,7 +218,7 @@ class Forward:
         return hidden if self.index is None else _take(hidden, self.index)
 
     def scatter(self, output: Any) -> Any:
-        """Put gathered rows back: [B, m', d] -> [B, m, d]. Where a token leaves stands another's, since it is dropped."""
+        """Put gathered rows back: [B, m', d] -> [B, m, d]. Where a token leaves stands another's: it is dropped."""
         if self.index is None:
             return output
         if isinstance(output, tuple):  # experts may tell their routing too

@@ -8,7 +8,7 @@ import dataclasses
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,8 @@ from fitprune.adapters import AdaptedModel, adapt
 from fitprune.images import visual_mask
 from fitprune.measurement import provenance_of
 from fitprune.profiles import LatencyProfile, token_grid
-from fitprune.pruning import prune
+from fitprune.pruning import remover_by
 from fitprune.recipe import PruningRecipe
-from fitprune.scoring import Scorer, get_scorer
-from fitprune.views import LayerView
 
 LAYERS_TIMED = 8
 
@@ -147,8 +145,8 @@ def profile_latency(
         ValueError: `inputs` have no image, rows differ, or `tokens` ends below the prompt's length.
     """
     profiler = Profiler(model, inputs, tokens=tokens)
-    for turn in tqdm(range(repeats + 1), desc="profile", unit="round", disable=not progress):
-        profiler.round(counts=turn > 0)
+    for _ in tqdm(range(repeats + 1), desc="profile", unit="round", disable=not progress):
+        profiler.round()
     return profiler.profile()
 
 
@@ -163,48 +161,57 @@ class Profiler:
         if not each[0] or len(set(each)) > 1 or (mask is not None and not bool(mask.all())):
             raise ValueError(f"inputs have {each} visual tokens, perhaps padding: give equal prompts with an image")
         self._visual = each[0]
-        self._grid = sorted(set(tokens or token_grid(longest)))
-        if self._grid[0] < 1 or self._grid[-1] < longest:
-            raise ValueError(f"tokens={self._grid}: must be at least 1, and reach the prompt's {longest}")
+        self.grid = sorted(set(tokens or token_grid(longest)))
+        if self.grid[0] < 1 or self.grid[-1] < longest:
+            raise ValueError(f"tokens={self.grid}: must be at least 1, and reach the prompt's {longest}")
         text = ids[~visual].view(len(ids), -1)
-        self._text = text.repeat(1, -(-self._grid[-1] // text.shape[1]))
+        self._text = text.repeat(1, -(-self.grid[-1] // text.shape[1]))
         # Layers that are all alike are timed by some of them; their weights are far more than a cache holds.
         shape, layers = self._adapted.shape.decoder, len(self._adapted.layers)
         alike = not (shape.linear_layers or shape.mlps) and len(set(self._adapted.windows)) == 1
         self._timed = min(LAYERS_TIMED, layers) if alike else layers
-        self._found: dict[int, list[LayerTimes]] = {n: [] for n in self._grid}
-        self._whole: list[LayerTimes] = []
-        self._scored: dict[int, list[float]] = {}
+        self._rounds: list[_Round] = []
 
-    def round(self, *, counts: bool = True) -> None:
-        """Measure everything once, each length after another one, as in use; the first round is not to count."""
+    def round(self) -> None:
+        """Measure everything once more."""
+        self.begin()
+        self.measure(self.grid)
+
+    def begin(self) -> None:
+        """Begin a round: measure what lies outside of layers, and what removal takes."""
+        self._rounds.append(_Round())
         with torch.inference_mode():
-            for n in self._grid:
+            with timed_layers(self._adapted) as found:
+                self._model(**self._inputs, logits_to_keep=1)
+            self._rounds[-1].outside = found[0].outside
+            self._rounds[-1].removal = self._removal_seconds()
+
+    def measure(self, tokens: Sequence[int]) -> None:
+        """Measure some of the grid's lengths for the present round, each after another one, as in use."""
+        with torch.inference_mode():
+            for n in tokens:
                 ids = self._text[:, :n]
                 with contextlib.suppress(_Enough), _timed(self._adapted, self._timed) as found:
                     self._model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
-                if counts:
-                    self._found[n] += found
-            with timed_layers(self._adapted) as found:
-                self._model(**self._inputs, logits_to_keep=1)
-            if counts:
-                self._whole += found
-                for n, seconds in self._scoring_seconds().items():
-                    self._scored.setdefault(n, []).append(seconds)
+                self._rounds[-1].layers[n] = statistics.mean(found[0].layers)
+                self._rounds[-1].mlps[n] = statistics.mean(found[0].mlps)
 
-    def profile(self) -> LatencyProfile:
-        """Take medians of the rounds so far."""
-        scored = {n: statistics.median(seconds) for n, seconds in self._scored.items()}
-        mlps = [_mean_of_medians([times.mlps for times in self._found[n]]) for n in self._grid]
-        layers = [_mean_of_medians([times.layers for times in self._found[n]]) for n in self._grid]
+    def profile(self, rounds: slice = slice(1, None)) -> LatencyProfile:
+        """Take medians over complete rounds, by default without the first, which is to warm up."""
+        chosen = self._rounds[rounds]
+
+        # Within a round means, not medians: a prefill is the sum of its layers, slow ones too.
+        layers = _medians([r.layers for r in chosen])
+        mlps = _medians([r.mlps for r in chosen])
+        removal = _medians([r.removal for r in chosen])
         batch, longest = self._inputs["input_ids"].shape
         return LatencyProfile(
             model=self._adapted.shape,
-            tokens=tuple(self._grid),
-            mixer_seconds=tuple(whole - mlp for whole, mlp in zip(layers, mlps, strict=True)),
-            mlp_seconds=tuple(mlps),
-            removal_seconds=tuple(_interpolated(scored, n) for n in self._grid),
-            outside_seconds=statistics.median(times.outside for times in self._whole),
+            tokens=tuple(self.grid),
+            mixer_seconds=tuple(layers[n] - mlps[n] for n in self.grid),
+            mlp_seconds=tuple(mlps[n] for n in self.grid),
+            removal_seconds=tuple(_interpolated(removal, n) for n in self.grid),
+            outside_seconds=statistics.median(r.outside for r in chosen),
             visual_tokens=self._visual,
             text_tokens=longest - self._visual,
             batch=batch,
@@ -213,8 +220,8 @@ class Profiler:
             provenance=provenance_of(self._model),
         )
 
-    def _scoring_seconds(self) -> dict[int, float]:
-        """Tokens of the prompt -> seconds that scoring takes in a layer that so many enter."""
+    def _removal_seconds(self) -> dict[int, float]:
+        """Tokens of the prompt -> seconds that removal takes in a layer that so many enter."""
         decoder, text = self._adapted.shape.decoder, self._inputs["input_ids"].shape[1] - self._visual
         found = {}
         for share in (1, 2, 4, 8):
@@ -226,40 +233,61 @@ class Profiler:
                     left = most if left > most else max(left - 1, 0)
                 kept.append(left / self._visual)
             recipe = PruningRecipe(tuple(kept), self._adapted.shape, self._visual)
-            clock = ScoringClock(self._model)
-            with prune(self._model, recipe, clock.scorer(recipe.scorer)):
+            watches = {name: Stopwatch(self._model) for name in REMOVING}
+            with remover_by(self._model, recipe) as remover:
+                for name, watch in watches.items():
+                    setattr(remover, name, watch.timed(getattr(remover, name)))
                 self._model(**self._inputs, logits_to_keep=1)
-            own = clock.seconds()
-            found[most + text] = statistics.median(own[1:] or own)  # the first saw all tokens
+            # A median, since the first layer that removes saw all tokens.
+            found[most + text] = sum(statistics.median(watch.seconds()) for watch in watches.values())
         return found
 
 
-def _mean_of_medians(repeats: Sequence[Sequence[float]]) -> float:
-    """Mean over layers of the median over repeats."""
-    return float(statistics.mean(statistics.median(of_layer) for of_layer in zip(*repeats, strict=True)))
+# What a Remover does in a layer.
+REMOVING = ("before_layer", "choose", "before_mlp", "after_mlp", "after_layer")
 
 
-class ScoringClock:
-    """Times a scorer inside of pruned prefills."""
+@dataclasses.dataclass
+class _Round:
+    """Seconds that one round found.
+
+    Attributes:
+        outside: of a prefill, outside of its layers.
+        removal: tokens that enter a layer -> of scoring and removing in it.
+        layers: tokens -> of a layer, mean over layers.
+        mlps: tokens -> of its MLP.
+    """
+
+    outside: float = 0.0
+    removal: dict[int, float] = dataclasses.field(default_factory=dict)
+    layers: dict[int, float] = dataclasses.field(default_factory=dict)
+    mlps: dict[int, float] = dataclasses.field(default_factory=dict)
+
+
+def _medians(rounds: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    return {n: statistics.median(found[n] for found in rounds) for n in rounds[0]}
+
+
+class Stopwatch:
+    """Times functions inside of prefills."""
 
     def __init__(self, model: Any) -> None:
         self._clock = _Clock(model.device)
         self._marks: list[tuple[Any, Any]] = []
 
-    def scorer(self, scorer: Any) -> Scorer:
-        """Make a scorer that does as this one, and is timed."""
-        made = get_scorer(scorer)
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Make a function that does as this one, and is timed."""
 
-        def score(view: LayerView) -> torch.Tensor:
+        def run(*args: Any) -> Any:
             begin = self._clock.mark()
-            result = made.score(view)
+            result = function(*args)
             self._marks.append((begin, self._clock.mark()))
             return result
 
-        return dataclasses.replace(made, score=score)
+        return run
 
     def seconds(self) -> list[float]:
-        """Give the seconds of each time that it scored, in order, and forget them."""
+        """Give the seconds of each time that one ran, in order, and forget them."""
         if self._clock.cuda:
             torch.cuda.synchronize()
         spent = [self._clock.between(*pair) for pair in self._marks]

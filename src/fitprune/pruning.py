@@ -69,7 +69,7 @@ def prune(
     Source: arXiv:2409.10197. Differs from the authors' code: any batch, prompt and attention implementation instead of
     one prompt of 35 + 576 tokens under eager attention.
     """
-    with _removing(model, recipe, scorer, pool_images, force):
+    with remover_by(model, recipe, scorer, pool_images, force):
         yield model
 
 
@@ -94,20 +94,21 @@ def kept_positions(
     call = {**inputs, "use_cache": False}
     if "labels" not in inputs:
         call.setdefault("logits_to_keep", 1)
-    with _removing(model, recipe, scorer, pool_images, force) as remover, torch.no_grad():
+    with remover_by(model, recipe, scorer, pool_images, force) as remover, torch.no_grad():
         model(**call)
     if not remover.entered:
         raise ValueError("the inputs have no image: nothing is pruned; pass the processor's pixel_values")
     return remover.entered
 
 
-def _removing(
+def remover_by(
     model: Any,
     recipe: PruningRecipe | str | os.PathLike[str] | None,
-    scorer: str | Scorer | Mapping[str, Any] | Score | None,
-    pool_images: bool,
-    force: bool,
+    scorer: str | Scorer | Mapping[str, Any] | Score | None = None,
+    pool_images: bool = False,
+    force: bool = False,
 ) -> contextlib.AbstractContextManager[Remover]:
+    """Prune as `prune` does, and give what removes the tokens."""
     adapted = adapt(model)
     recipe = fitted_to(find_recipe(model, recipe), adapted.shape, force=force)
     _require_prunable(recipe, adapted)

@@ -181,8 +181,15 @@ class PruningRecipe:
 
         def prefill(counts: tuple[list[int], list[int] | None]) -> int:
             after = text_tokens - text_before
-            options = {"text_before": text_before, "text_after": after, "crops": crops, "value_bytes": value_bytes}
-            return flops.prefill_flops(self.model, n, *counts, **options).total
+            return flops.prefill_flops(
+                self.model,
+                n,
+                *counts,
+                text_before=text_before,
+                text_after=after,
+                crops=crops,
+                value_bytes=value_bytes,
+            ).total
 
         def held(counts: tuple[list[int], list[int] | None], text: int) -> int:
             return flops.kv_bytes(decoder, n, *counts, text_tokens=text, value_bytes=value_bytes)

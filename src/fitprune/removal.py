@@ -281,9 +281,10 @@ class Remover:
         if state.ahead is not None:
             state.ahead.append(attention())
             raise _Seen  # the attention itself is not needed
-        return lambda now: self._choose(state, number, now)
+        return lambda now: self.choose(state, number, now)
 
-    def _choose(self, state: Forward, number: int, now: Attention) -> None:
+    def choose(self, state: Forward, number: int, now: Attention) -> None:
+        """Choose the tokens that stay."""
         assert state.choose is not None
         device = now.query.device
         valid = None if state.keys_valid is None else state.keys_valid.to(device)
