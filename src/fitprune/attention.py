@@ -368,8 +368,9 @@ def _strongest_by_lse(
     """Take the maximum over heads of products less log-sum-exp, and then one exponential.
 
     The log-sum-exp rides along in the product: in LSE_COLUMNS behind those of the queries, the second of which holds
-    what rounding to their dtype has left of it, against ones behind the keys. One tile of products is held at a time, in one place: what
-    is written is still in the processor's cache when it is read, and no page of memory is asked for twice.
+    what rounding to their dtype has left of it, against ones behind the keys. One tile of products is held at a time,
+    in one place: what is written is still in the processor's cache when it is read, and no page of memory is asked for
+    twice.
     """
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]

@@ -177,14 +177,15 @@ class Profiler:
         self.begin()
         self.measure(self.grid)
 
-    def begin(self) -> None:
-        """Begin a round: measure what lies outside of layers, and what removal takes."""
+    def begin(self, *, removal: bool = True) -> None:
+        """Begin a round: measure what lies outside of layers, and, in one round at least, what removal takes."""
         self._rounds.append(_Round())
         with torch.inference_mode():
             with timed_layers(self._adapted) as found:
                 self._model(**self._inputs, logits_to_keep=1)
             self._rounds[-1].outside = found[0].outside
-            self._rounds[-1].removal = self._removal_seconds()
+            if removal:
+                self._rounds[-1].removal = self._removal_seconds()
 
     def measure(self, tokens: Sequence[int]) -> None:
         """Measure some of the grid's lengths for the present round, each after another one, as in use."""
@@ -203,7 +204,7 @@ class Profiler:
         # Within a round means, not medians: a prefill is the sum of its layers, slow ones too.
         layers = _medians([r.layers for r in chosen])
         mlps = _medians([r.mlps for r in chosen])
-        removal = _medians([r.removal for r in chosen])
+        removal = _medians([r.removal for r in chosen if r.removal] or [r.removal for r in self._rounds if r.removal])
         batch, longest = self._inputs["input_ids"].shape
         return LatencyProfile(
             model=self._adapted.shape,
