@@ -31,12 +31,18 @@ BUDGETS = (0.4, 0.6, 0.8, 0.9)
 
 
 def merged(recipe: PruningRecipe, at_most: int | None) -> PruningRecipe:
-    """Merge a recipe's removals to so many layers at equal FLOPs; a layer loses as much as tokens leave."""
+    """Merge a recipe's removals to so many layers at equal FLOPs.
+
+    Taken is that each layer loses 2% of its attention with the tokens that the recipe leaves it, and ever less of the
+    rest.
+    """
     if at_most is None:
         return recipe
     decoder, n = recipe.model.decoder, recipe.visual_tokens
     budget = checked_budget("flops_reduction", recipe.cost().flops_reduction)
-    lost = (1 - torch.arange(n + 1) / n).expand(len(decoder.prunable), decoder.layers, -1)
+    lost = 0.02 ** (torch.arange(n + 1) / torch.tensor(recipe.kept(n))[:, None])
+    reached = torch.arange(decoder.layers) >= torch.tensor(decoder.prunable)[:, None]
+    lost = lost * reached[..., None]
     kept, _ = merge_layers(recipe.kept(n), lost, budget.prices(decoder, n), decoder.prunable, at_most)
     removed = [before - after for before, after in itertools.pairwise([n, *kept])]
     return PruningRecipe(keep_fractions(removed, n), recipe.model, n)

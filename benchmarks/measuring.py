@@ -2,15 +2,18 @@
 
     python benchmarks/measuring.py [--shape llava-1.5-7b]
 
-On the embedded model: `measure` of 64 samples in turn with the dense forwards of the same batches, of 1 and of 16; then
+On the embedded model: `measure` of 64 samples in turn with the dense forwards of the same batches, of 1, 8 and 16; then
 statistics, one budget and nine more, against `fit_sequential` with eager attention, which tries each tolerance by
-running all samples. With --shape, `measure` of one image on random weights in bf16 beside its dense forward instead.
+running all samples; then decoding, 256 steps, dense and pruned in turn. With --shape, `measure` of one image on random
+weights in bf16 beside its dense forward instead.
 Prints medians and ratios; one JSON document last.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import statistics
 import time
@@ -19,7 +22,8 @@ from typing import Any
 
 import torch
 
-from fitprune import embedded, fit_sequential, load_model, load_samples, make_batches, measure, shapes
+from fitprune import embedded, fit_sequential, load_model, load_samples, make_batches, measure, prune, shapes
+from fitprune.benchmark import Block, decode_seconds, time_ratios
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.profiling import device_name
 
@@ -60,7 +64,7 @@ def main() -> None:
     else:
         model, processor = load_model("digit-scenes")
         samples = load_samples(embedded.folder("calibration"), samples=64)
-        for size in (1, 4, 8, 16):
+        for size in (1, 8, 16):
             batches = list(make_batches(samples, processor, batch_size=size))
             found[f"embedded, 64 samples in batches of {size}"] = beside_dense(model, batches)
         budgets = [checked_budget("flops_reduction", value / 10) for value in range(9, 0, -1)]
@@ -69,7 +73,14 @@ def main() -> None:
         fitter.fit(checked_budget("flops_reduction", 0.65))
         first = time.perf_counter() - started
         nine = seconds_of(lambda: [fitter.fit(budget) for budget in budgets])
+        recipes = [fitter.fit(checked_budget("flops_reduction", value)) for value in (0.6, 0.8)]
+        blocks: list[Block] = [contextlib.nullcontext]
+        blocks += [functools.partial(prune, model, recipe) for recipe in recipes]
         singles = list(make_batches(samples, processor))
+        steps = decode_seconds(model, singles[0], blocks, steps=256, repeats=21)
+        found["a step of decoding over dense, 256 steps"] = dict(
+            zip(("dense", "60%", "80%"), time_ratios(steps), strict=True)
+        )
         model.set_attn_implementation("eager")
         authors = seconds_of(lambda: fit_sequential(model, singles, flops_reduction=0.65))
         found["fits"] = {

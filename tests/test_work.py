@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import tiny_inputs, tiny_model
-from fitprune import PruningRecipe, prune
+from fitprune import PruningRecipe, attention, measure, prune
 from fitprune.adapters import adapt
 from fitprune.attention import Softmax, received_attention, text_after
 from fitprune.flops import kv_bytes
@@ -81,6 +81,22 @@ def test_a_decoding_step_of_a_ragged_batch_makes_one_mask_for_each_stage(family)
         pruned, _ = decode(model, inputs)
     stages = 3
     assert sum((pruned.calls - dense.calls).values()) <= 16 * stages + 8
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_scores_come_from_the_kernels_log_sum_exp(family, mode, monkeypatch):
+    """PyTorch takes its attention apart at different places in these modes."""
+
+    def refuse(*_):
+        raise AssertionError("a softmax was made")
+
+    monkeypatch.setattr(attention, "_strongest_by_softmax", refuse)
+    model = tiny_model(family)
+    inputs = tiny_inputs(model, batch=2)
+    tokens = int((inputs["input_ids"][0] == model.config.image_token_id).sum())
+    with mode(), prune(model, recipe_of(model, tokens)):
+        model(**inputs)
+    measure(model, [inputs])
 
 
 def test_the_memory_of_removed_tokens_is_given_back(family):

@@ -239,8 +239,13 @@ class Profiler:
                 for name, watch in watches.items():
                     setattr(remover, name, watch.timed(getattr(remover, name)))
                 self._model(**self._inputs, logits_to_keep=1)
-            # A median, since the first layer that removes saw all tokens.
-            found[most + text] = sum(statistics.median(watch.seconds()) for watch in watches.values())
+            removing = recipe.removing[1:] or recipe.removing  # the first saw all tokens
+            total = 0.0
+            for name, watch in watches.items():
+                layers = decoder.attention_layers if name == "choose" else range(decoder.layers)
+                by_layer = dict(zip(layers, watch.seconds(), strict=True))
+                total += statistics.median(by_layer[layer] for layer in removing)
+            found[most + text] = total
         return found
 
 
