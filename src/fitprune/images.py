@@ -8,7 +8,6 @@ Shapes: B batch, N tokens of this call, d hidden size, I images (or frames) of t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,17 +132,12 @@ def _encoded(adapted: AdaptedModel, given: Mapping[str, Any]) -> tuple[dict[str,
                 )
         elif pixels is not None:
             encode = getattr(adapted.model.base_model, f"get_{modality}_features")
-            names = [name for name in _parameters(encode.__func__) if given.get(name) is not None]
+            names = [name for name in inspect.signature(encode).parameters if given.get(name) is not None]
             outputs[modality] = encode(**{name: given[name] for name in names}, return_dict=True)
             changed[pixels] = None
     if changed:
         changed["mm_encoder_outputs"] = outputs
     return {modality: outputs[modality] for modality in PIXELS if modality in outputs}, changed
-
-
-@functools.cache
-def _parameters(function: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
 
 
 def _features(outputs: Any) -> list[torch.Tensor]:
