@@ -1,5 +1,6 @@
 """Latency profiles, budgets in seconds, and the benchmark: arithmetic and refusals. Times themselves are not tested."""
 
+import dataclasses
 import json
 
 import pytest
@@ -128,6 +129,26 @@ def test_profile_and_benchmark_of_a_tiny_model(family, batch):
     assert not model._forward_pre_hooks  # all is undone
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "bfloat16"}, "of dtype bfloat16, and dtype float32 is timed"),
+        ({"device": "abacus"}, "of device abacus, and device .* is timed"),
+        ({"batch": 3}, "of batch 3, and batch 1 is timed"),
+        ({"tokens": (1,)}, "a prompt of 2. tokens: the profile was measured up to 1"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused_before_any_round(changes, message, monkeypatch):
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    profile = profile_latency(model, inputs, tokens=[inputs["input_ids"].shape[1]], repeats=1)
+    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.2, 0.2), adapt(model).shape, profile.visual_tokens)
+    profile = dataclasses.replace(profile, **changes)
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(ValueError, match=message):
+        time_recipes(model, inputs, {"half": recipe}, profile=profile)
+
+
 def test_timing_counts_each_layer_once(family):
     model = tiny_model(family)
     with torch.no_grad(), timed_layers(adapt(model)) as found:
@@ -157,6 +178,7 @@ def test_the_commands_on_the_embedded_model(tmp_path, capsys):
     document = json.loads(lines[-1])
     assert document == json.loads((tmp_path / "out.json").read_text())
     assert [row["name"] for row in document["timings"]] == ["dense", "60%"]
+    assert 12 <= document["timings"][0]["text_tokens"] <= 20  # as many as asked for, and the rest of a word
     stats = str(tmp_path / "stats.safetensors")
     assert (
         cli.main(["measure", "digit-scenes", "--data", "digit-scenes/calibration", "--samples", "2", "-o", stats]) == 0
@@ -173,6 +195,7 @@ def test_the_commands_on_the_embedded_model(tmp_path, capsys):
     [
         (["benchmark", "--recipe", "llava-1.5-7b:60"], "state MODEL or --shape"),
         (["benchmark", "digit-scenes"], "state --recipe or --flops-reduction"),
+        (["benchmark", "digit-scenes", "--recipe", *["llava-1.5-7b:60"] * 2], "two have the same name"),
         (["benchmark", "--shape", "gpt-5", "--recipe", "llava-1.5-7b:60"], "must be one of llava-1.5-7b"),
     ],
 )

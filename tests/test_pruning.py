@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from conftest import COUNTED, IMAGE, Oracle, greedy_logits, tiny_inputs, tiny_model
+from conftest import COUNTED, IMAGE, Oracle, batch_of, greedy_logits, prompts, tiny_inputs, tiny_model
 from fitprune import PruningRecipe, embedded, fit, flops, load_samples, make_batches, measure, prune
 from fitprune.adapters import adapt
 from fitprune.flops import prefill_flops
@@ -138,6 +138,17 @@ def test_two_images_keep_their_own_shares_and_text_stays():
     visual = last[ids[last] == IMAGE]
     assert (int(first[visual].sum()), int((~first[visual]).sum())) == (4, 4)
     assert torch.equal(last, last.sort().values)
+
+
+def test_a_sample_whose_visual_tokens_have_all_left_does_not_stop_the_others():
+    """Its question is still there, in rows that come before every visual token of the batch."""
+    model = tiny_model("llava_next")
+    samples = prompts(model, [[340, 20], [5, 450]])
+    recipe = PruningRecipe((0.5, 0.011, 0.004, 0.004, 0.004), adapt(model).shape, 60)
+    with prune(model, recipe), torch.no_grad():
+        together = model(**batch_of(samples)).logits[:, -1]
+        for row, sample in zip(together, samples, strict=True):
+            assert relative(row, model(**sample).logits[0, -1]) < 1e-4
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -183,7 +183,7 @@ class Sums:
         self._row_weight = torch.stack([_own_image_weights(image), _mean_weights(question)], 1)
         self._text = (image < 0)[:, None]
         self._several = bool((image > 0).any())  # images of a sample
-        self._tiles: dict[tuple[int, bool], _Tiles] = {}
+        self._tiles: dict[tuple[int, int, bool], _Tiles] = {}
 
     @torch.no_grad()
     def received(
@@ -220,7 +220,7 @@ class Sums:
         return ReceivedAttention(received[:, 0], received[:, 1])
 
     def _tiles_of(self, samples: slice, causal: bool) -> _Tiles:
-        place = samples.start, causal
+        place = samples.start, samples.stop, causal
         if place not in self._tiles:
             visual, needed = (self._image[samples] >= 0).any(0), (self._row_weight[samples] > 0).any(1).any(0)
             self._tiles[place] = _Tiles.of(visual, needed, causal)
@@ -355,6 +355,8 @@ class _Tiles:
         blocks, edges = [], [0]
         for rows, own in _needed_rows(len(visual), needed, causal):
             seen = bisect.bisect_left(places, own)
+            if not seen:  # a sample whose visual tokens have all left still has a question
+                continue
             blocks.append((rows, seen, _numbers(places[:seen], visual.device)))
             if seen > edges[-1]:
                 size = balanced(seen - edges[-1], SCORE_BLOCK)

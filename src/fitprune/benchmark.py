@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import statistics
@@ -197,11 +198,7 @@ def time_recipes(
     visual = int(visual_mask(adapted, inputs["input_ids"][:1]).sum())
     profiler = Profiler(model, inputs, tokens=_needed(recipes, visual, length)) if profile is None else None
     if profile is not None:
-        profile.model.require_same(adapted.shape, what="profile")
-        if profile.batch != batch:
-            raise ValueError(
-                f"profile is of batches of {profile.batch}, inputs of {batch}: profile with the same batch"
-            )
+        _require_profile(profile, model, adapted, batch, length)
     watches = {name: Stopwatch(model) for name in recipes}
     blocks: dict[str, Block] = {"dense": contextlib.nullcontext}
     for name, recipe in recipes.items():
@@ -228,6 +225,21 @@ def time_recipes(
         _timing(name, recipes.get(name), found[name], found["dense"], profiles, (batch, visual, length - visual))
         for name in blocks
     ]
+
+
+def _require_profile(profile: LatencyProfile, model: Any, adapted: Any, batch: int, length: int) -> None:
+    """Refuse a profile of anything else than what is timed."""
+    profile.model.require_same(adapted.shape, what="profile")
+    timed = {"batch": batch, "dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model)}
+    for what, value in timed.items():
+        if getattr(profile, what) != value:
+            raise ValueError(
+                f"the profile is of {what} {getattr(profile, what)}, and {what} {value} is timed: profile with the same"
+            )
+    if length > profile.tokens[-1]:
+        raise ValueError(
+            f"a prompt of {length} tokens: the profile was measured up to {profile.tokens[-1]}; profile longer ones"
+        )
 
 
 def _needed(recipes: Mapping[str, PruningRecipe], visual: int, length: int) -> list[int]:
@@ -264,9 +276,11 @@ def noise_inputs(
         made = make_batches(samples, processor, batch_size=count, prompt_template=prompt_template)
         return to_model(next(made), model)
 
-    words = 1
-    while (text := int((~visual_mask(adapted, batch(words, 1)["input_ids"])).sum())) < text_tokens:
-        words += max(1, (text_tokens - text) // 2)
+    def too_few(words: int) -> bool:
+        return int((~visual_mask(adapted, batch(words, 1)["input_ids"])).sum()) < text_tokens
+
+    # Each word is at least one token, so no more than these are needed.
+    words = bisect.bisect_left(range(1, text_tokens + 1), True, key=lambda n: not too_few(n)) + 1
     return batch(words, batch_size)
 
 

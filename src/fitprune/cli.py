@@ -224,6 +224,16 @@ def _profile(args: argparse.Namespace) -> None:
     )
 
 
+def _recipes(given: Sequence[str]) -> dict[str, PruningRecipe]:
+    """Load recipes by the names that tables show: a file's without its ending, a folder's, or the published one's."""
+    found = {Path(name).name.removesuffix(".json") if Path(name).exists() else name: name for name in given}
+    if len(found) < len(given):
+        raise ValueError(f"--recipe {' '.join(given)}: two have the same name; rename one")
+    if "dense" in found:
+        raise ValueError(f"--recipe {found['dense']}: 'dense' names the model without a recipe; rename the file")
+    return {name: PruningRecipe.named(source) for name, source in found.items()}
+
+
 def _benchmark(args: argparse.Namespace) -> None:
     import json
 
@@ -234,9 +244,7 @@ def _benchmark(args: argparse.Namespace) -> None:
 
     if args.output is not None:
         files.require_writable(args.output)
-    recipes = {
-        Path(name).stem if Path(name).exists() else name: PruningRecipe.named(name) for name in args.recipe or []
-    }
+    recipes = _recipes(args.recipe or [])
     budgets = [checked_budget("flops_reduction", value) for value in args.flops_reduction or []]
     if not recipes and not budgets:
         raise ValueError("nothing to compare with dense: state --recipe or --flops-reduction")
@@ -316,11 +324,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from fitprune.summary import Entry
 
     files.require_writable(args.output)
-    recipes = {
-        Path(name).stem if Path(name).exists() else name: PruningRecipe.named(name) for name in args.recipe or []
-    }
-    if len(recipes) < len(args.recipe or []):
-        raise ValueError(f"--recipe {' '.join(args.recipe)}: two files have the same name; rename one")
+    recipes = _recipes(args.recipe or [])
     solved, skipped = _solved(args)
     at = {name: _output_budget(recipe) for name, recipe in recipes.items()}
     budgets = [budget for budget in at.values() if budget is not None]

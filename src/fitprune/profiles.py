@@ -153,7 +153,8 @@ class LatencyProfile:
         except FileNotFoundError:
             raise FileNotFoundError(2, f"{path}: no such file; make it with 'fitprune profile'") from None
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: not readable as a latency profile ({error}); profile again") from None
+            why = str(error).removesuffix("; profile again")
+            raise ValueError(f"{path}: not readable as a latency profile ({why}); profile again") from None
 
 
 def token_grid(longest: int) -> list[int]:
