@@ -218,7 +218,7 @@ def time_recipes(
             if profiler is not None:  # lengths in turn with methods: a machine that slows down slows the ideal down
                 profiler.measure(profiler.grid[number :: len(blocks)])
     # Where the ideal was measured in the same rounds, each round is held against its own.
-    profiles = [] if profile is None else [profile]
+    profiles = [] if profile is None else [profile] * rounds
     if profiler is not None:
         profiles = [profiler.profile(slice(turn, turn + 1)) for turn in range(1, rounds + 1)]
     return [
@@ -341,7 +341,7 @@ def _timing(
     profiles: Sequence[LatencyProfile],
     sizes: tuple[int, int, int],
 ) -> Timing:
-    """Summarise the rounds of one method; `profiles` are one for each round, or one for all."""
+    """Summarise the rounds of one method, each with the profile that it is held against."""
     (batch, visual, text), profile = sizes, profiles[0]
     priced = recipe or PruningRecipe.dense(profile.model, visual)
     value_bytes = 4 if profile.dtype == "float32" else 2
@@ -349,8 +349,6 @@ def _timing(
     kept = list(cost.kept)
     entering = entering_counts(visual, priced.counts(visual), priced.counts_before(visual))
     ideals = [p.prefill_seconds(visual, kept, entering, text_tokens=text, scoring=False) for p in profiles]
-    if len(ideals) < len(runs):
-        ideals *= len(runs)
     longest = max(runs[0].at)
     steps = [(run.at[longest] - run.prefill) / (longest - 1) for run in runs] if longest > 1 else []
     peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]

@@ -200,7 +200,6 @@ class Profiler:
     def profile(self, rounds: slice = slice(1, None)) -> LatencyProfile:
         """Take medians over complete rounds, by default without the first, which is to warm up."""
         chosen = self._rounds[rounds]
-
         # Within a round means, not medians: a prefill is the sum of its layers, slow ones too.
         layers = _medians([r.layers for r in chosen])
         mlps = _medians([r.mlps for r in chosen])
