@@ -26,7 +26,7 @@ from fitprune.flops import SCORE_BLOCK, balanced, score_width
 HEAD_KINDS = ("mean", "max", "last", "self")
 BLOCK_BYTES = 16 * 2**20  # of attention weights or products held at a time; a few such blocks live at once
 _TILE_BYTES = 8 * 2**20  # of products, where no softmax is made: two cores' caches
-_SOFTMAX_ROWS = 64  # rows whose softmax is made at a time, where it is
+_SOFTMAX_ROWS = 64  # rows whose softmax is made at a time, where it is: fewer where these are more than BLOCK_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +333,9 @@ def _strongest_by_softmax(query: torch.Tensor, key: torch.Tensor, needed: torch.
     """Make the weights of the needed rows [Q] bool, and take the maximum over heads."""
     past = key.shape[2] - query.shape[2]
     for rows, own, weights in _row_blocks(query, key, needed, softmax):
-        yield rows, slice(0, own), weights.amax(1)[..., past:]
+        strongest = weights.amax(1)[..., past:]
+        del weights  # before the next block is made
+        yield rows, slice(0, own), strongest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,10 +371,10 @@ def _strongest_by_lse(
 ) -> _Strongest:
     """Take the maximum over heads of products less log-sum-exp, and then one exponential.
 
-    The log-sum-exp rides along in the product: in LSE_COLUMNS behind those of the queries, the second of which holds
-    what rounding to their dtype has left of it, against ones behind the keys. One tile of products is held at a time,
-    in one place: what is written is still in the processor's cache when it is read, and no page of memory is asked for
-    twice.
+    In fp32 the product is added to the log-sum-exp. In shorter types, which would round that, it rides along: in LSE_COLUMNS
+    behind those of the queries, the second of which holds what rounding has left of it, against ones behind the keys.
+    One tile of products is held at a time, in one place: what is written is still in the processor's cache when it is
+    read, and no page of memory is asked for twice.
     """
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]
@@ -380,26 +382,25 @@ def _strongest_by_lse(
     rest = lse * (-1 / softmax.scaling)
     if not softmax.only_causal:
         rest.nan_to_num_(0, 0, 0)  # of a row that sees no key: hidden below, but must be no NaN
-    if wide == width + 1:
-        behind = rest.to(query.dtype)[..., None]
-    else:
-        behind = query.new_zeros(batch, heads, length, wide - width)
+    behind = query.new_zeros(batch, heads, length, wide - width)
+    if wide > width:
         behind[..., 0] = rest
         behind[..., 1] = rest - behind[..., 0]
-    ones = key.new_ones(1, 1, 1, 1)
-    key = key[:, :, past:]
     theirs = []
     for columns in tiles.columns:
-        part = key[:, :, columns]
-        filled = ones.expand(batch, groups, part.shape[2], wide - width)
-        theirs.append(torch.cat([part, filled], -1).view(batch * groups, -1, wide).transpose(1, 2))
+        part = key[:, :, past:][:, :, columns]
+        if wide > width:
+            part = torch.cat([part, key.new_ones(1, 1, 1, 1).expand(*part.shape[:3], wide - width)], -1)
+        theirs.append(part.flatten(0, 1).transpose(1, 2))
     at_once = each * min(length, SCORE_BLOCK) * max(tile.shape[2] for tile in theirs) if theirs else 1
     some = batch * groups if batch > 1 else max(1, _TILE_BYTES // (at_once * query.element_size()))
     room = query.new_empty(min(some, batch * groups) * at_once)
     for rows, seen, columns in tiles.blocks:
-        ours = torch.cat([query[:, :, rows], behind[:, :, rows]], -1)
+        ours, added = query[:, :, rows], rest[:, :, rows]
+        if wide > width:
+            ours = torch.cat([ours, behind[:, :, rows]], -1)
         count = ours.shape[2]
-        ours = ours.view(batch * groups, each * count, wide)
+        ours, added = (part.reshape(batch * groups, each * count, -1) for part in (ours, added))
         strongest, start = query.new_empty(batch, count, seen), 0
         for tile in theirs:
             if start >= seen:
@@ -409,7 +410,10 @@ def _strongest_by_lse(
             for first in range(0, batch * groups, some):
                 mine, other = ours[first : first + some], tile[first : first + some]
                 products = room[: mine.shape[0] * mine.shape[1] * other.shape[2]].view(*mine.shape[:2], -1)
-                torch.bmm(mine, other, out=products)
+                if wide > width:
+                    torch.bmm(mine, other, out=products)
+                else:
+                    torch.baddbmm(added[first : first + some], mine, other, out=products)
                 by_head = products.view(batch, -1, count, other.shape[2])
                 if first == 0:
                     torch.amax(by_head, 1, out=here)
@@ -439,11 +443,12 @@ def _row_blocks(
     groups = key.shape[1]
     past = key.shape[2] - length
     numbers = torch.arange(length, device=query.device)
-    for rows, own in reversed(list(_needed_rows(length, needed, softmax.causal, _SOFTMAX_ROWS))):
+    at_once = max(1, min(_SOFTMAX_ROWS, BLOCK_BYTES // (batch * heads * key.shape[2] * 4)))
+    for rows, own in reversed(list(_needed_rows(length, needed, softmax.causal, at_once))):
         keys, index = past + own, numbers[rows]
         block = (query[:, :, rows] * softmax.scaling).reshape(batch, groups, heads // groups * len(index), width)
-        products = (block @ key[:, :, :keys].transpose(2, 3)).view(batch, heads, len(index), keys)
-        yield rows, own, softmax.weights(products, index, past)
+        products = block @ key[:, :, :keys].transpose(2, 3)
+        yield rows, own, softmax.weights(products.view(batch, heads, len(index), keys), index, past)
 
 
 def _needed_rows(

@@ -308,11 +308,11 @@ def balanced(rows: int, most: int) -> int:
 def score_width(head_dim: int, value_bytes: int = 2) -> int:
     """Count the columns of the products that score: the head's, and those of the log-sum-exp.
 
-    One number of 32 bits holds it; of shorter ones LSE_COLUMNS do, in up to 32, as matrix units like it.
+    To numbers of 32 bits it is added; of shorter ones LSE_COLUMNS hold it, in up to 32, as matrix units like it.
     """
-    if not LSE_COLUMNS:
+    if not LSE_COLUMNS or value_bytes >= 4:
         return head_dim
-    return head_dim + 1 if value_bytes >= 4 else -(-(head_dim + LSE_COLUMNS) // 32) * 32
+    return -(-(head_dim + LSE_COLUMNS) // 32) * 32
 
 
 def scoring_flops(
