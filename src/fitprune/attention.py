@@ -371,8 +371,8 @@ def _strongest_by_lse(
 ) -> _Strongest:
     """Take the maximum over heads of products less log-sum-exp, and then one exponential.
 
-    In fp32 the product is added to the log-sum-exp. In shorter types, which would round that, it rides along: LSE_COLUMNS
-    of it behind the queries, the second of which holds what rounding has left, against ones behind the keys.
+    In fp32 the product is added to the log-sum-exp. In shorter types, which would round that, it rides along:
+    LSE_COLUMNS behind the queries, the second of which holds what rounding has left, against ones behind the keys.
     One tile of products is held at a time, in one place: what is written is still in the processor's cache when it is
     read, and no page of memory is asked for twice.
     """
