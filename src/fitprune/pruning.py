@@ -113,7 +113,7 @@ def remover_by(
     recipe = fitted_to(find_recipe(model, recipe), adapted.shape, force=force)
     _require_prunable(recipe, adapted)
     used = get_scorer(recipe.scorer if scorer is None else scorer)
-    plan = _by_recipe(recipe, used, pool_images)
+    plan = plan_by(recipe, used, pool_images)
     return removing(adapted, plan, needs_question=used.query_aware, reads_vision=used.reads_vision)
 
 
@@ -127,7 +127,7 @@ def _require_prunable(recipe: PruningRecipe, adapted: AdaptedModel) -> None:
         )
 
 
-def _by_recipe(recipe: PruningRecipe, scorer: Scorer, pool_images: bool) -> Plan:
+def plan_by(recipe: PruningRecipe, scorer: Scorer, pool_images: bool = False) -> Plan:
     """Make the function that plans a prefill: how many tokens of each image are left at each layer."""
 
     def plan(image: torch.Tensor) -> Choose:

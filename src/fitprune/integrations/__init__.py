@@ -13,3 +13,13 @@ def lmms_eval_manifest() -> Any:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="fitprune", chat_class_path="fitprune.integrations.lmms_eval.FitPrune")
+
+
+def vllm_plugin() -> None:
+    """Have vLLM prune by the recipe that is configured; the entry point `vllm.general_plugins` calls this.
+
+    It stands here because vLLM calls it in every process, and what prunes loads torch models.
+    """
+    from fitprune.integrations.vllm import install
+
+    install()
