@@ -1,5 +1,5 @@
 # make demo: the whole way on the embedded model. make test: lint, types and tests. make test-oldest: the engine's tests with
-# the oldest transformers that is supported. make test-integrations: the lmms-eval plug-in. The last two have environments
+# the oldest transformers that is supported. make test-integrations: the plug-ins for lmms-eval and vLLM. The last two have environments
 # of their own. All work on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -38,11 +38,12 @@ lint: .venv/installed
 		-e '.[llava-hr]' accelerate hypothesis pytest
 	touch $@
 
-# Apart from .venv, because lmms-eval needs torchvision, whose torch brings gigabytes of CUDA libraries.
-.venv-integrations/installed: pyproject.toml constraints-integrations.txt
+# Apart from .venv, because lmms-eval needs torchvision, whose torch brings gigabytes of CUDA libraries, and vLLM another
+# transformers.
+.venv-integrations/installed: pyproject.toml requirements-integrations.txt
 	$(PYTHON) -m venv .venv-integrations
-	$(INTEGRATIONS)/python -m pip install --quiet --disable-pip-version-check -c constraints-integrations.txt \
-		-e '.[lmms-eval]' pytest
+	$(INTEGRATIONS)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-integrations.txt
+	$(INTEGRATIONS)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 # Trains the embedded model again (about 80 minutes on two cores) and renders its data again.

@@ -1,9 +1,9 @@
-"""Answer prompts by a vLLM engine of its own process: what test_vllm.py starts, since an engine takes its process whole.
+"""Answer prompts by a vLLM engine: what test_vllm.py starts, since an engine takes its process whole.
 
     python vllm_engine.py MODEL JOB ANSWERS
 
 JOB is JSON: {"options": of vllm.LLM, "prompts": [[text, [image file, ...]], ...], "tokens": ...}; ANSWERS gets
-{"ids": [[token id, ...], ...], "preemptions": ..., "plan": layers that were hooked}.
+{"ids": [[token id, ...], ...], "logprobs": [[of each such token], ...], "preemptions": how often}.
 """
 
 import json
@@ -22,11 +22,18 @@ def main() -> None:
     for text, files in job["prompts"]:
         images = [Image.open(file).convert("RGB") for file in files]
         prompts.append({"prompt": text, "multi_modal_data": {"image": images}} if images else {"prompt": text})
-    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=job.get("ignore_eos", False))
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["tokens"], logprobs=0, ignore_eos=job.get("ignore_eos", False)
+    )
     done = llm.generate(prompts, sampling, use_tqdm=False)
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    answers = [one.outputs[0] for one in done]
     found = {
-        "ids": [list(one.outputs[0].token_ids) for one in done],
+        "ids": [list(answer.token_ids) for answer in answers],
+        "logprobs": [
+            [each[token].logprob for token, each in zip(answer.token_ids, answer.logprobs, strict=True)]
+            for answer in answers
+        ],
         "preemptions": metrics["vllm:num_preemptions"],
     }
     Path(out).write_text(json.dumps(found))

@@ -31,7 +31,7 @@ from fitprune.lookup import fitted_to
 from fitprune.packing import Choose
 from fitprune.pruning import plan_by
 from fitprune.recipe import PruningRecipe
-from fitprune.scoring import Scorer, get_scorer
+from fitprune.scoring import get_scorer
 from fitprune.views import LayerView, Prompt
 
 RECIPE_VARIABLE = "FITPRUNE_RECIPE"
@@ -82,7 +82,10 @@ def configured_recipe(vllm_config: Any) -> PruningRecipe | None:
     """
     name = os.environ.get(RECIPE_VARIABLE)
     if name:
-        recipe = PruningRecipe.named(name)
+        try:
+            recipe = PruningRecipe.named(name)
+        except (OSError, ValueError) as error:
+            raise type(error)(f"{RECIPE_VARIABLE}={name}: {error}") from error
     else:
         config = vllm_config.model_config
         try:
@@ -164,8 +167,8 @@ def _require_runner(runner: Any) -> None:
 
     if not isinstance(runner, GPUModelRunner):
         raise ValueError(
-            f"fitprune cannot prune in this vLLM engine:\n- model runner {type(runner).__module__}.{type(runner).__name__}: "
-            "must be vllm.v1.worker.gpu_model_runner.GPUModelRunner or its child for CPUs"
+            f"fitprune cannot prune in this vLLM engine:\n- model runner {type(runner).__qualname__} of "
+            f"{type(runner).__module__}: must be GPUModelRunner of vllm.v1.worker.gpu_model_runner, or a child of it"
         )
 
 
@@ -177,20 +180,22 @@ class _Layer:
         module: the layer.
         norm: the norm behind its attention, whose two results, hidden states and residual, go into and around the MLP.
         attention: its vLLM attention.
+        takes: names of the module's arguments.
     """
 
     module: Any
     norm: Any
     attention: Any
+    takes: tuple[str, ...]
 
     @classmethod
     def of(cls, number: int, module: Any) -> _Layer:
         from vllm.model_executor.layers.attention import Attention as VllmAttention
 
         where = f"layer {number}, a {type(module).__name__}"
-        taken = list(inspect.signature(module.forward).parameters)[:3]
-        if taken != ["positions", "hidden_states", "residual"]:
-            raise ValueError(f"{where}: takes {taken}; must take positions, hidden_states, residual")
+        takes = tuple(inspect.signature(module.forward).parameters)
+        if takes[:3] != ("positions", "hidden_states", "residual"):
+            raise ValueError(f"{where}: takes {takes}; must take positions, hidden_states, residual")
         names = [name for name, _ in module.named_children()]
         norms = [name for name in names if "norm" in name]
         if len(norms) != 2:
@@ -203,7 +208,7 @@ class _Layer:
             raise ValueError(f"{where}: looks back {impl.sliding_window} tokens; must see all")
         if getattr(impl, "alibi_slopes", None) is not None or inside[0].kv_sharing_target_layer_name is not None:
             raise ValueError(f"{where}: has ALiBi or another layer's keys; must have rotary positions and its own")
-        return cls(module, getattr(module, norms[1]), inside[0])
+        return cls(module, getattr(module, norms[1]), inside[0], takes)
 
     def softmax(self) -> Softmax:
         impl = self.attention.impl
@@ -361,7 +366,7 @@ class Pruner:
 
     def _enter(self, number: int, module: Any, args: Any, kwargs: Any) -> Any:
         """Give a layer its rows' positions and metadata."""
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        given = {**dict(zip(self._layers[number].takes, args, strict=False)), **kwargs}
         hidden, residual = given["hidden_states"], given["residual"]
         if number == 0:
             self._step = self._begin(hidden)
@@ -408,7 +413,7 @@ class Pruner:
     def _see(self, module: Any, args: Any, kwargs: Any) -> None:
         """Keep queries, keys and values of a layer where tokens may leave."""
         if self._step is not None and self._step.pruned:
-            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
             self._step.states = tuple(given[name] for name in ("query", "key", "value"))
 
     def _leave(self, number: int, stage: int, module: Any, args: Any, output: Any) -> Any:
