@@ -77,22 +77,25 @@ def configured_recipe(vllm_config: Any) -> PruningRecipe | None:
         None where the variable is unset and no recipe is beside the model.
 
     Raises:
-        OSError: the recipe's file cannot be read, or nothing has its name.
+        OSError: the recipe's file cannot be read, or nothing has the variable's name.
         ValueError: it is no recipe, or one of another model.
     """
-    name = os.environ.get(RECIPE_VARIABLE)
-    if name:
+    if name := os.environ.get(RECIPE_VARIABLE):
         try:
             recipe = PruningRecipe.named(name)
         except (OSError, ValueError) as error:
             raise type(error)(f"{RECIPE_VARIABLE}={name}: {error}") from error
     else:
-        config = vllm_config.model_config
+        place, revision = vllm_config.model_config.model, vllm_config.model_config.revision
+        folder = os.path.isdir(place)
         try:
-            recipe = PruningRecipe.from_pretrained(
-                config.model, revision=None if os.path.isdir(config.model) else config.revision
-            )
-        except (FileNotFoundError, ConnectionError):
+            recipe = PruningRecipe.from_pretrained(place, revision=None if folder else revision)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if folder:
+                raise
+            logger.info("fitprune: could not look for a recipe beside %s, which runs dense: %s", place, error)
             return None
     return fitted_to(recipe, _shape(vllm_config), force=False)
 
@@ -159,7 +162,9 @@ def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:
         ),
     }
     if found := [what for what, holds in wrong.items() if holds]:
-        raise ValueError("fitprune cannot prune in this vLLM engine:\n- " + "\n- ".join(found))
+        raise ValueError(
+            "fitprune cannot prune in this vLLM engine (VLLM_PLUGINS=none runs it dense):\n- " + "\n- ".join(found)
+        )
 
 
 def _require_runner(runner: Any) -> None:
@@ -337,7 +342,7 @@ class Pruner:
         batch = self._runner.input_batch
         request, prompt_length = self._runner.requests[batch.req_ids[row]], int(batch.num_prompt_tokens[row])
         features = sorted(request.mm_features, key=lambda feature: feature.mm_position.offset)
-        if not features:
+        if not features or request.prompt_token_ids is None:
             return None
         if any(feature.modality != "image" for feature in features):
             logger.warning_once("fitprune: a request with more than images and text runs dense")
