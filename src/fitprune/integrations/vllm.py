@@ -254,6 +254,7 @@ class _Step:
         total: how many dense rows there are.
         hidden: [T', d], input of the present layer, where tokens may leave.
         states: query, key and value of the present layer, [T', heads * D] each, where tokens may leave.
+        places: of all stages, keys of each request and slots of the step's; where no row leaves.
     """
 
     common: Any
@@ -265,6 +266,7 @@ class _Step:
     rows: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
     states: tuple[torch.Tensor, ...] | None = None
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Pruner:
@@ -388,24 +390,25 @@ class Pruner:
 
     def _enter_stage(self, step: _Step, stage: int) -> None:
         """Make the metadata of the layers behind one that removes, up to the next."""
-        common, device = step.common, step.first.device
-        starts = torch.tensor([0, *itertools.accumulate(step.lengths)], dtype=common.query_start_loc_cpu.dtype)
-        begin, lengths = starts.to(device), torch.tensor(step.lengths, device=device)
-        held = common.seq_lens - self._lost[step.first, stage]
-        count = sum(step.lengths)
-        owner = torch.arange(len(step.lengths), device=device).repeat_interleave(lengths, output_size=count)
-        place = torch.arange(count, device=device) + (held - lengths - begin[:-1])[owner]
-        block = common.block_table_tensor[owner, place // self._block_size].long()
-        slots = block * self._block_size + place % self._block_size
+        common = step.common
+        if step.pruned:
+            starts = torch.tensor([0, *itertools.accumulate(step.lengths)], dtype=common.query_start_loc_cpu.dtype)
+            common = common.replace(
+                query_start_loc=starts.to(common.query_start_loc.device),
+                query_start_loc_cpu=starts,
+                num_actual_tokens=sum(step.lengths),
+                max_query_len=max(step.lengths),
+                positions=None if common.positions is None or step.rows is None else common.positions[step.rows],
+            )
+            held, slots = (part[0] for part in self._places(common, self._lost[step.first, stage][None]))
+        else:  # no row leaves in this step: all stages at once
+            if step.places is None:
+                step.places = self._places(common, self._lost[step.first].T.contiguous())
+            held, slots = (part[stage] for part in step.places)
         metadata = self._build(
             common.replace(
-                query_start_loc=begin,
-                query_start_loc_cpu=starts,
                 seq_lens=held,
-                num_actual_tokens=count,
-                max_query_len=max(step.lengths),
                 slot_mapping=slots,
-                positions=None if common.positions is None or step.rows is None else common.positions[step.rows],
                 _num_computed_tokens_cache=None,
                 _token_to_req_indices_cache=None,
             )
@@ -414,6 +417,15 @@ class Pruner:
         for layer in self._layers[self._removing[stage - 1] + 1 : behind]:
             step.context.attn_metadata[layer.attention.layer_name] = metadata
             step.context.slot_mapping[layer.attention.layer_name] = slots
+
+    def _places(self, common: Any, lost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tell for each of S stages, by tokens lost [S, R], keys of the requests [S, R] and slots of the step [S, T]."""
+        begin, count = common.query_start_loc, common.num_actual_tokens
+        lengths, held = begin.diff(), common.seq_lens - lost
+        owner = torch.arange(len(lengths), device=begin.device).repeat_interleave(lengths, output_size=count)
+        place = torch.arange(count, device=begin.device) + (held - lengths - begin[:-1])[:, owner]
+        block = common.block_table_tensor[owner, place // self._block_size].long()
+        return held, block * self._block_size + place % self._block_size
 
     def _see(self, module: Any, args: Any, kwargs: Any) -> None:
         """Keep queries, keys and values of a layer where tokens may leave."""
