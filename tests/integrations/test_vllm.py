@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -102,12 +103,16 @@ def prompts():
 
 @functools.cache
 def by_transformers(recipe, tokens=8, ignore_eos=False, count=None):
+    return answers_to(prompts()[:count], recipe, tokens, ignore_eos)
+
+
+def answers_to(asked, recipe, tokens=8, ignore_eos=False):
     """What transformers answers under `prune`, each prompt alone: ids, and log-probability of each."""
     model, processor = loaded()
     end = model.generation_config.eos_token_id
     answers, logprobs = [], []
     with prune(model, recipe) if recipe else contextlib.nullcontext(), torch.inference_mode():
-        for text, files in prompts()[:count]:
+        for text, files in asked:
             images = [Image.open(file).convert("RGB") for file in files]
             inputs = processor(text=text, images=images or None, return_tensors="pt")
             out = model.generate(
@@ -197,6 +202,17 @@ def test_a_recipe_beside_the_model_is_found(made):
     assert found.ids == by_transformers(made / "60.json").ids[:32]
 
 
+def test_a_prompt_that_ends_with_its_image_runs_dense(made):
+    """Its last token is a visual one; `prune` refuses it, a server cannot."""
+    recipe = dataclasses.replace(PruningRecipe.load(made / "80.json"), scorer={"name": "self"})
+    recipe.save(made / "self.json")
+    questions = [prompt for prompt in prompts()[:20] if prompt[1]]
+    ends = [["<image>", prompt[1][:1]] for prompt in questions]
+    found = by_vllm(made, made / "self.json", asked=questions + ends)
+    assert found.ids == answers_to(questions, recipe).ids + answers_to(ends, None).ids
+    assert "a prompt without text after its last image runs dense" in found.said
+
+
 def test_a_quantized_cache_runs(made):
     """Scores come from the queries and keys of the forward, before they are quantized."""
     found = by_vllm(made, made / "60.json", dtype="bfloat16", kv_cache_dtype="fp8")
@@ -217,6 +233,7 @@ def test_an_engine_that_would_prune_wrongly_does_not_start(made):
     [
         ({"enable_prefix_caching": True}, "enable_prefix_caching"),
         ({"enable_chunked_prefill": True}, "enable_chunked_prefill"),
+        ({"long_prefill_token_threshold": 100}, "long_prefill_token_threshold=100"),
         ({"enforce_eager": False}, "enforce_eager"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
@@ -242,8 +259,14 @@ def test_what_is_no_recipe_is_named(made, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"FITPRUNE_RECIPE=.*none\.json: no such file or folder"):
         configured_recipe(config)
     monkeypatch.setenv("FITPRUNE_RECIPE", "llava-1.5-7b:60")
-    with pytest.raises(ValueError, match="recipe is of another model: layers 32 there, 8 here"):
+    with pytest.raises(
+        ValueError, match=r"FITPRUNE_RECIPE=llava-1\.5-7b:60: recipe is of another model: layers 32 there"
+    ):
         configured_recipe(config)
+    monkeypatch.delenv("FITPRUNE_RECIPE")
+    for elsewhere in ("s3://bucket/model", "org/na--me", "model.gguf"):
+        monkeypatch.setattr(config.model_config, "model", elsewhere)
+        assert configured_recipe(config) is None
 
 
 def test_another_attention_backend_is_named():

@@ -22,6 +22,7 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from vllm.logger import init_logger
 
 from fitprune import adapters
@@ -82,21 +83,20 @@ def configured_recipe(vllm_config: Any) -> PruningRecipe | None:
     """
     if name := os.environ.get(RECIPE_VARIABLE):
         try:
-            recipe = PruningRecipe.named(name)
+            return fitted_to(PruningRecipe.named(name), _shape(vllm_config), force=False)
         except (OSError, ValueError) as error:
-            raise type(error)(f"{RECIPE_VARIABLE}={name}: {error}") from error
-    else:
-        place, revision = vllm_config.model_config.model, vllm_config.model_config.revision
-        folder = os.path.isdir(place)
-        try:
-            recipe = PruningRecipe.from_pretrained(place, revision=None if folder else revision)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            if folder:
-                raise
-            logger.info("fitprune: could not look for a recipe beside %s, which runs dense: %s", place, error)
-            return None
+            raise type(error)(f"{RECIPE_VARIABLE}={name}: {error}\nUnset {RECIPE_VARIABLE} to serve dense.") from error
+    place, revision = vllm_config.model_config.model, vllm_config.model_config.revision
+    folder = os.path.isdir(place)
+    try:
+        recipe = PruningRecipe.from_pretrained(place, revision=None if folder else revision)
+    except FileNotFoundError:
+        return None
+    except (OSError, HFValidationError) as error:
+        if folder:
+            raise
+        logger.info("fitprune: could not look for a recipe beside %s, which runs dense: %s", place, error)
+        return None
     return fitted_to(recipe, _shape(vllm_config), force=False)
 
 
@@ -116,6 +116,9 @@ def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:
     wrong = {
         "enable_chunked_prefill=True: a prompt must be prefilled in one step; pass --no-enable-chunked-prefill": (
             scheduler.enable_chunked_prefill
+        ),
+        f"long_prefill_token_threshold={scheduler.long_prefill_token_threshold}: splits longer prompts; leave it out": (
+            0 < scheduler.long_prefill_token_threshold < model.max_model_len
         ),
         "enable_prefix_caching=True: what is cached depends on the question; pass --no-enable-prefix-caching": (
             cache.enable_prefix_caching
@@ -349,7 +352,8 @@ class Pruner:
         if any(feature.modality != "image" for feature in features):
             logger.warning_once("fitprune: a request with more than images and text runs dense")
             return None
-        if length < prompt_length:
+        if length < prompt_length or hasattr(request, "fitprune_dense"):
+            request.fitprune_dense = True  # also if it is preempted and then prefilled whole
             logger.warning_once("fitprune: a prompt whose images come in several steps runs dense; see docs/vllm.md")
             return None
         image = torch.full((1, length), -1)
@@ -359,11 +363,11 @@ class Pruner:
             span[slice(None) if place.is_embed is None else place.is_embed] = number
         valid = (torch.arange(length) < prompt_length)[None]  # after a preemption, an answer's first part follows
         question = text_after(image >= 0, valid)
-        if not self._query_aware:
-            question = torch.zeros_like(question)
-        elif not question.any():
+        if not question.any():  # its last token, whose logits are asked for, might leave
             logger.warning_once("fitprune: a prompt without text after its last image runs dense")
             return None
+        if not self._query_aware:
+            question = torch.zeros_like(question)
         ids = torch.zeros_like(image)
         ids[0, :prompt_length] = torch.tensor(request.prompt_token_ids)
         device = self._runner.device
@@ -419,7 +423,7 @@ class Pruner:
             step.context.slot_mapping[layer.attention.layer_name] = slots
 
     def _places(self, common: Any, lost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tell for each of S stages, by tokens lost [S, R], keys of the requests [S, R] and slots of the step [S, T]."""
+        """Tell for S stages, by tokens lost [S, R], the keys of each request [S, R] and the step's slots [S, T]."""
         begin, count = common.query_start_loc, common.num_actual_tokens
         lengths, held = begin.diff(), common.seq_lens - lost
         owner = torch.arange(len(lengths), device=begin.device).repeat_interleave(lengths, output_size=count)
