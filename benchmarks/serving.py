@@ -175,7 +175,8 @@ def main() -> None:
                 own["throughput over dense"] = own["requests per second"] / dense["requests per second"]
                 own["first token over dense"] = own["first token, median s"] / dense["first token, median s"]
                 print(name, {what: round(value, 3) for what, value in own.items()}, flush=True)
-                result = {"device": device, "arguments": vars(args), "rounds": found}
+                given = {name: value for name, value in vars(args).items() if name != "output"}
+                result = {"device": device, "arguments": given, "rounds": found}
                 Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -256,7 +256,7 @@ def test_what_is_no_recipe_is_named(made, monkeypatch):
     config = EngineArgs(str(made / "model"), **OPTIONS).create_engine_config()
     assert configured_recipe(config) is None
     monkeypatch.setenv("FITPRUNE_RECIPE", str(made / "none.json"))
-    with pytest.raises(FileNotFoundError, match=r"FITPRUNE_RECIPE=.*none\.json: no such file or folder"):
+    with pytest.raises(ValueError, match=r"FITPRUNE_RECIPE=.*none\.json: no such file or folder"):
         configured_recipe(config)
     monkeypatch.setenv("FITPRUNE_RECIPE", "llava-1.5-7b:60")
     with pytest.raises(
@@ -267,6 +267,26 @@ def test_what_is_no_recipe_is_named(made, monkeypatch):
     for elsewhere in ("s3://bucket/model", "org/na--me", "model.gguf"):
         monkeypatch.setattr(config.model_config, "model", elsewhere)
         assert configured_recipe(config) is None
+
+
+class NormsBehind(torch.nn.Module):
+    """A decoder layer as Exaone 4's, whose norms stand behind its attention and behind its MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.post_attention_layernorm = self.post_feedforward_layernorm = torch.nn.Identity()
+
+    def forward(self, positions, hidden_states, residual):
+        return hidden_states, residual
+
+
+@pytest.mark.parametrize(("layer", "named"), [(NormsBehind(), "post_feed"), (torch.nn.Linear(2, 2), "must take pos")])
+def test_a_layer_of_another_form_is_named(layer, named):
+    group = SimpleNamespace(backend=SimpleNamespace(get_name=lambda: "CPU_ATTN"))
+    decoder = SimpleNamespace(layers=[layer], norm=None)
+    model = SimpleNamespace(get_language_model=lambda: SimpleNamespace(model=decoder))
+    with pytest.raises(ValueError, match=f"layer 0, a .*{named}"):
+        Pruner(SimpleNamespace(attn_groups=[[group]], get_model=lambda: model), None)
 
 
 def test_another_attention_backend_is_named():

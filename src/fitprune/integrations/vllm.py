@@ -36,6 +36,7 @@ from fitprune.scoring import get_scorer
 from fitprune.views import LayerView, Prompt
 
 RECIPE_VARIABLE = "FITPRUNE_RECIPE"
+NORMS = (("input_layernorm", "post_attention_layernorm"), ("attention_norm", "ffn_norm"))  # what layers call their two
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
@@ -78,14 +79,14 @@ def configured_recipe(vllm_config: Any) -> PruningRecipe | None:
         None where the variable is unset and no recipe is beside the model.
 
     Raises:
-        OSError: the recipe's file cannot be read, or nothing has the variable's name.
-        ValueError: it is no recipe, or one of another model.
+        OSError: the file beside the model cannot be read.
+        ValueError: nothing has the variable's name, or it is no recipe, or one of another model.
     """
     if name := os.environ.get(RECIPE_VARIABLE):
         try:
             return fitted_to(PruningRecipe.named(name), _shape(vllm_config), force=False)
         except (OSError, ValueError) as error:
-            raise type(error)(f"{RECIPE_VARIABLE}={name}: {error}\nUnset {RECIPE_VARIABLE} to serve dense.") from error
+            raise ValueError(f"{RECIPE_VARIABLE}={name}: {error}\nUnset {RECIPE_VARIABLE} to serve dense.") from error
     place, revision = vllm_config.model_config.model, vllm_config.model_config.revision
     folder = os.path.isdir(place)
     try:
@@ -204,9 +205,8 @@ class _Layer:
         takes = tuple(inspect.signature(module.forward).parameters)
         if takes[:3] != ("positions", "hidden_states", "residual"):
             raise ValueError(f"{where}: takes {takes}; must take positions, hidden_states, residual")
-        names = [name for name, _ in module.named_children()]
-        norms = [name for name in names if "norm" in name]
-        if len(norms) != 2:
+        norms = tuple(name for name, _ in module.named_children() if "norm" in name)
+        if norms not in NORMS:
             raise ValueError(f"{where}: has norms {norms}; must have one before its attention and one before its MLP")
         inside = [child for child in module.modules() if isinstance(child, VllmAttention)]
         if len(inside) != 1:
