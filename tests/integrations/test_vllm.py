@@ -274,7 +274,7 @@ class NormsBehind(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.post_attention_layernorm = self.post_feedforward_layernorm = torch.nn.Identity()
+        self.post_attention_layernorm, self.post_feedforward_layernorm = torch.nn.Identity(), torch.nn.Identity()
 
     def forward(self, positions, hidden_states, residual):
         return hidden_states, residual
@@ -287,6 +287,24 @@ def test_a_layer_of_another_form_is_named(layer, named):
     model = SimpleNamespace(get_language_model=lambda: SimpleNamespace(model=decoder))
     with pytest.raises(ValueError, match=f"layer 0, a .*{named}"):
         Pruner(SimpleNamespace(attn_groups=[[group]], get_model=lambda: model), None)
+
+
+def test_a_prompt_in_several_steps_stays_dense():
+    """Also if it is preempted, and its whole prompt comes at once when it goes on."""
+    place = SimpleNamespace(offset=1, length=4, is_embed=None)
+    features = [SimpleNamespace(modality="image", mm_position=place)]
+    request = SimpleNamespace(mm_features=features, prompt_token_ids=[1, 3, 3, 3, 3, 5])
+    other = SimpleNamespace(**vars(request))
+    batch = SimpleNamespace(req_ids=["a", "b"], num_prompt_tokens=[6, 6])
+    pruner = Pruner.__new__(Pruner)
+    pruner._runner = SimpleNamespace(input_batch=batch, requests={"a": request, "b": other}, device=torch.device("cpu"))
+    pruner._query_aware, pruner._plan, pruner._norm = True, lambda image: image, None
+    assert pruner._request(0, 4) is None
+    assert pruner._request(0, 6) is None
+    assert pruner._request(1, 6).choose.tolist() == [[-1, 0, 0, 0, 0, -1]]
+    assert pruner._request(1, 8).question.tolist() == [
+        [False] * 5 + [True] + [False] * 2
+    ]  # with two tokens of an answer
 
 
 def test_another_attention_backend_is_named():
