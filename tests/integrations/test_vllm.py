@@ -165,7 +165,13 @@ def first_apart(found, expected):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_answers_are_those_of_transformers(made, budget):
     recipe = made / f"{budget}.json"
-    found = by_vllm(made, recipe)
+    beside = budget == 40  # where no variable names it
+    if beside:
+        PruningRecipe.load(recipe).save_pretrained(made / "model")
+    try:
+        found = by_vllm(made, None if beside else recipe)
+    finally:
+        (made / "model" / "fitprune_recipe.json").unlink(missing_ok=True)
     assert "fitprune: visual tokens leave at layers" in found.said
     expected = by_transformers(recipe)
     assert not differing(found, expected)
@@ -193,15 +199,6 @@ def test_a_preempted_request_goes_on_as_it_had_begun(made):
     assert not differing(found, by_transformers(recipe, **job))
 
 
-def test_a_recipe_beside_the_model_is_found(made):
-    PruningRecipe.load(made / "60.json").save_pretrained(made / "model")
-    try:
-        found = by_vllm(made, None, count=32)
-    finally:
-        (made / "model" / "fitprune_recipe.json").unlink()
-    assert found.ids == by_transformers(made / "60.json").ids[:32]
-
-
 def test_a_prompt_that_ends_with_its_image_runs_dense(made):
     """Its last token is a visual one; `prune` refuses it, a server cannot."""
     recipe = dataclasses.replace(PruningRecipe.load(made / "80.json"), scorer={"name": "self"})
@@ -215,8 +212,8 @@ def test_a_prompt_that_ends_with_its_image_runs_dense(made):
 
 def test_a_quantized_cache_runs(made):
     """Scores come from the queries and keys of the forward, before they are quantized."""
-    found = by_vllm(made, made / "60.json", dtype="bfloat16", kv_cache_dtype="fp8")
-    expected = by_transformers(made / "60.json")
+    found = by_vllm(made, made / "60.json", count=64, dtype="bfloat16", kv_cache_dtype="fp8")
+    expected = by_transformers(made / "60.json", count=64)
     assert len(differing(found, expected)) < 0.1 * len(expected.ids)  # which is what eight bits do to dense answers too
 
 
@@ -315,7 +312,7 @@ def test_another_attention_backend_is_named():
 
 # Other families: tiny models of random weights, with heads as wide as vLLM's CPU attention takes them.
 
-FAMILIES = ("llava_next", "llava_next-mistral", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl")
+FAMILIES = ("llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl")
 
 
 def row_of(name, monkeypatch):
