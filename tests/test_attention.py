@@ -86,6 +86,20 @@ def test_bfloat16_is_scored_in_fp32():
     assert torch.allclose(found.self_attention.double(), own, rtol=0.05, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_log_sum_exp_in_fp32_serves_any_dtype(dtype):
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 4, 40, 16, generator=generator).to(dtype)
+    visual = torch.zeros(1, 40, dtype=torch.bool)
+    visual[:, 3:30] = True
+    products = 0.25 * query.float() @ key.float().transpose(2, 3)
+    lse = products.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).logsumexp(-1)
+    at = query, key, images_of(visual), text_after(visual, None), Softmax(0.25)
+    told, made = received_attention(*at, lse), received_attention(*at)
+    assert torch.allclose(told.self_attention, made.self_attention, rtol=0.02, atol=1e-4)
+    assert torch.allclose(told.cross_attention, made.cross_attention, rtol=0.02, atol=1e-4)
+
+
 PEAK = """
 import sys
 import torch

@@ -386,6 +386,8 @@ def _strongest_by_lse(
     if wide > width:
         behind[..., 0] = rest
         behind[..., 1] = rest - behind[..., 0]
+    else:
+        rest = rest.to(query.dtype)
     theirs = []
     for columns in tiles.columns:
         part = key[:, :, past:][:, :, columns]
