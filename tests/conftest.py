@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 
 import pytest
 import torch
@@ -15,8 +16,16 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
 )
+from transformers.masking_utils import create_causal_mask
 
 IMAGE = 5  # image token id
+# The argument that takes the KV cache, which transformers 5.24 renamed.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def cache_in(output):
+    """The KV cache that a model returned."""
+    return output[CACHE]
 
 
 def count_cpu_attention(query, key, value, *_, out_shape=None, **__):
@@ -153,11 +162,11 @@ def converse(model, turns, *, oracle=None):
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=where,
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
                 **images,
             )
-        cache = output.past_key_values
+        cache = cache_in(output)
         return output.logits
 
     for inputs, answer in turns:
@@ -277,11 +286,11 @@ def greedy_logits(model, inputs, steps, *, oracle=None):
                     input_ids=token,
                     attention_mask=mask,
                     position_ids=_positions(mask)[:, -1:],
-                    past_key_values=output.past_key_values,
+                    **{CACHE: cache_in(output)},
                     use_cache=True,
                 )
         found.append(output.logits[:, -1])
-    return torch.stack(found, 1), output.past_key_values
+    return torch.stack(found, 1), cache_in(output)
 
 
 def _positions(mask):

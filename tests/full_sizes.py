@@ -15,6 +15,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from conftest import CACHE
 from fitprune.flops import DecoderShape
 from fitprune.shapes import SHAPES, Shape
 
@@ -71,7 +72,7 @@ def prefill(model: Any, tokens: int) -> tuple[int, int]:
     embeds = torch.empty(1, tokens, text.hidden_size, dtype=torch.bfloat16, device="meta")
     cache = DynamicCache(config=text)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        hidden = model.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)[0]
+        hidden = model.model.language_model(inputs_embeds=embeds, **{CACHE: cache}, use_cache=True)[0]
         model.lm_head(hidden[:, -1:])
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return counter.get_total_flops(), sum(tensor.numel() * tensor.element_size() for tensor in held)

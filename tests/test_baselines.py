@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import IMAGE, batch_of, prompts, replay, tiny_inputs, tiny_model
+from conftest import CACHE, IMAGE, batch_of, cache_in, prompts, replay, tiny_inputs, tiny_model
 from fitprune import PruningRecipe, measure, prune
 from fitprune.adapters import adapt
 from fitprune.baselines import BASELINES, Sizes, make_method, search_vtw
@@ -260,7 +260,7 @@ def test_dart_takes_pivots_by_their_keys_and_states_from_before_its_layer(model,
 
     cache = DynamicCache()
     with torch.no_grad():
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE: cache}, use_cache=True)
         hidden = decoder.norm(seen["hidden"])[0]
     handles[0].remove()
     size = cache.layers[1].keys[0].abs().sum((0, 2))
@@ -353,7 +353,7 @@ def test_the_first_layers_cache_shrinks_and_positions_go_on(fitter):
     inputs = tiny_inputs(model)
     used = method("divprune", fitter, 0.5)
     with prune(model, used.recipe, used.scorer), torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_in(model(**inputs, use_cache=True))
     left = used.recipe.kept(16)[0]
     assert [layer.keys.shape[2] for layer in cache.layers] == [left + 9] * LAYERS
     assert cache.get_seq_length() == 25  # of the sequence, by which the model counts positions

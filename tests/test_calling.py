@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM, StoppingCriteria, TextIteratorStreamer
 
-from conftest import IMAGE, Oracle, batch_of, converse, prompts, replay, tiny_model
+from conftest import CACHE, IMAGE, Oracle, batch_of, cache_in, converse, prompts, replay, tiny_model
 from fitprune import PruningRecipe, prune
 from fitprune.adapters import adapt
 from fitprune.pruning import kept_positions
@@ -145,15 +145,15 @@ def test_a_turn_with_images_may_hide_some_of_the_past(family):
     def talk(model, prefill, step):
         images = {n: v for n, v in second.items() if n not in ("input_ids", "attention_mask")}
         with prefill(first["input_ids"], first["attention_mask"]):
-            cache = model(**first).past_key_values
+            cache = cache_in(model(**first))
         upto = mask[:, :-3]
         with prefill(second["input_ids"], upto):
-            call = {"input_ids": second["input_ids"], "attention_mask": upto, "past_key_values": cache, **images}
+            call = {"input_ids": second["input_ids"], "attention_mask": upto, CACHE: cache, **images}
             found = [model(**call).logits[:, -1]]
         for number in (2, 1, 0):
             upto = mask[:, : mask.shape[1] - number]
             with step(upto):
-                call = {"input_ids": torch.tensor([[11]]), "attention_mask": upto, "past_key_values": cache}
+                call = {"input_ids": torch.tensor([[11]]), "attention_mask": upto, CACHE: cache}
                 found.append(model(**call).logits[:, -1])
         return torch.stack(found)
 
@@ -195,9 +195,9 @@ def test_generate_continues_a_conversation(family):
         first = model.generate(**inputs, max_new_tokens=4, eos_token_id=None, return_dict_in_generate=True, **PLAIN)
         ids = torch.cat([first.sequences, question], 1)
         mask = grown(inputs["attention_mask"], 9)
-        cache = first.past_key_values
+        cache = cache_in(first)
         second = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4, eos_token_id=None, **PLAIN
+            input_ids=ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=4, eos_token_id=None, **PLAIN
         )
         return second[:, ids.shape[1] - 9 :]
 
@@ -217,7 +217,7 @@ def test_what_is_kept_without_a_question_serves_any_question(family):
     prefix = batch_of(prompts(model, [[3, 4, 2], [6, 1], [2, 3, 4, 1]]))
     past = prefix["input_ids"].shape[1]
     with prune(model, recipe_of(model), scorer="self"), torch.no_grad():
-        cache = model(**prefix, position_ids=positions(prefix)).past_key_values
+        cache = cache_in(model(**prefix, position_ids=positions(prefix)))
         for seed in range(3):
             question = torch.randint(10, 97, (3, 7), generator=torch.Generator().manual_seed(seed))
             whole = dict(prefix, input_ids=torch.cat([prefix["input_ids"], question], 1))
@@ -227,7 +227,7 @@ def test_what_is_kept_without_a_question_serves_any_question(family):
                 input_ids=question,
                 attention_mask=whole["attention_mask"],
                 position_ids=positions(whole)[:, past:],
-                past_key_values=copy.deepcopy(cache),
+                **{CACHE: copy.deepcopy(cache)},
             )
             assert torch.allclose(served.logits, expected, atol=1e-4)
 
@@ -468,11 +468,11 @@ def test_positions_of_ones_own_stay(family):
     inputs = batch_of(prompts(model, SEVERAL[:3]), "right")
     more = grown(inputs["attention_mask"], 1)
     with torch.no_grad(), prune(model, recipe_of(model)):
-        cache = model(**inputs, position_ids=positions(inputs)).past_key_values
+        cache = cache_in(model(**inputs, position_ids=positions(inputs)))
         step = {"input_ids": torch.full((3, 1), 11), "attention_mask": more}
         found = []
         for where in (positions({"attention_mask": more})[:, -1:], torch.ones(3, 1).long(), torch.full((3, 1), 99)):
-            found.append(model(**step, position_ids=where, past_key_values=copy.deepcopy(cache)).logits)
+            found.append(model(**step, position_ids=where, **{CACHE: copy.deepcopy(cache)}).logits)
     ends_in_padding = inputs["attention_mask"][:, -1] == 0
     assert torch.equal(found[0][ends_in_padding], found[1][ends_in_padding])
     assert not torch.allclose(found[0], found[2], atol=1e-3)
@@ -532,17 +532,17 @@ def test_cropping_a_pruned_cache_takes_columns_off(family):
     length = inputs["input_ids"].shape[1]
     answer = torch.tensor([[11, 12, 13]])
     with prune(model, recipe_of(model)), torch.no_grad():
-        cache = model(**inputs).past_key_values
-        first = model(input_ids=answer, past_key_values=cache).logits
+        cache = cache_in(model(**inputs))
+        first = model(input_ids=answer, **{CACHE: cache}).logits
         for back in (3, 3 + 4):  # the answer; the answer and half of the question
             cache.crop(-back)
             again = torch.cat([inputs["input_ids"], answer], 1)[:, -back:]
-            assert torch.allclose(model(input_ids=again, past_key_values=cache).logits[:, -3:], first, atol=1e-4)
+            assert torch.allclose(model(input_ids=again, **{CACHE: cache}).logits[:, -3:], first, atol=1e-4)
         cache.crop(-(length + 3 - 5))
         assert [cache.get_seq_length(layer) for layer in range(5)] == [5] * 5
         again = torch.cat([inputs["input_ids"][:, 5:], answer], 1)
         question = {n: v for n, v in inputs.items() if n not in ("input_ids", "attention_mask")}
-        logits = model(input_ids=again, past_key_values=cache, logits_to_keep=4, **question).logits
+        logits = model(input_ids=again, **{CACHE: cache}, logits_to_keep=4, **question).logits
         assert torch.allclose(logits[:, 1:], first, atol=1e-4)
 
 
@@ -555,11 +555,11 @@ def test_cropping_a_ragged_cache_takes_from_each_row_its_own(family):
     more = torch.randint(10, 97, (3, 4), generator=torch.Generator().manual_seed(2))
 
     def back_and_on(inputs, more, back):
-        cache = model(**inputs, position_ids=positions(inputs)).past_key_values
+        cache = cache_in(model(**inputs, position_ids=positions(inputs)))
         cache.crop(-back)
         mask = grown(inputs["attention_mask"][:, :-back], 4)
         where = positions({"attention_mask": mask})[:, -4:]
-        return model(input_ids=more, attention_mask=mask, position_ids=where, past_key_values=cache).logits
+        return model(input_ids=more, attention_mask=mask, position_ids=where, **{CACHE: cache}).logits
 
     with torch.no_grad(), prune(model, recipe_of(model)):
         for back in (3, 6, 12):
@@ -584,18 +584,18 @@ def test_rows_of_a_ragged_cache_move_with_their_columns(family, how):
     def go_on(cache, rows):
         mask = grown(inputs["attention_mask"], 2)[rows]
         where = positions({"attention_mask": mask})[:, -2:]
-        call = {"input_ids": tokens[rows], "attention_mask": mask, "position_ids": where, "past_key_values": cache}
+        call = {"input_ids": tokens[rows], "attention_mask": mask, "position_ids": where, CACHE: cache}
         return model(**call).logits
 
     with torch.no_grad(), prune(model, recipe_of(model)):
-        cache = model(**inputs, position_ids=positions(inputs)).past_key_values
+        cache = cache_in(model(**inputs, position_ids=positions(inputs)))
         expected = go_on(copy.deepcopy(cache), [0, 1, 2])[rows]
         getattr(cache, how)(2 if how == "batch_repeat_interleave" else torch.tensor(rows))
         assert torch.allclose(go_on(cache, rows), expected, atol=1e-4)
         cache.reset()
         assert cache.get_seq_length() == 0
-        first = model(**inputs, position_ids=positions(inputs), past_key_values=cache)
-        assert torch.allclose(go_on(first.past_key_values, [0, 1, 2])[rows], expected, atol=1e-4)
+        first = model(**inputs, position_ids=positions(inputs), **{CACHE: cache})
+        assert torch.allclose(go_on(cache_in(first), [0, 1, 2])[rows], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -610,12 +610,12 @@ def test_a_mask_that_hides_more_of_the_past_later_is_obeyed(family, side):
     hidden[:, 1:8] = 0
     with torch.no_grad():
         with oracle.prefill(inputs["input_ids"], inputs["attention_mask"]):
-            dense = reference(**inputs, position_ids=positions(inputs)).past_key_values
+            dense = cache_in(reference(**inputs, position_ids=positions(inputs)))
         with prune(model, recipe_of(model)):
-            cache = model(**inputs, position_ids=positions(inputs)).past_key_values
+            cache = cache_in(model(**inputs, position_ids=positions(inputs)))
             for now in (mask, hidden):
                 step = {"input_ids": torch.full((3, 1), 11), "attention_mask": now, "position_ids": where}
-                found = model(**step, past_key_values=copy.deepcopy(cache)).logits
+                found = model(**step, **{CACHE: copy.deepcopy(cache)}).logits
                 with oracle.step(now):
-                    expected = reference(**step, past_key_values=copy.deepcopy(dense)).logits
+                    expected = reference(**step, **{CACHE: copy.deepcopy(dense)}).logits
                 assert torch.allclose(found, expected, atol=1e-4)

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from conftest import IMAGE, Oracle, batch_of, prompts, tiny_model
+from conftest import CACHE, IMAGE, Oracle, batch_of, cache_in, prompts, tiny_model
 from fitprune import prune
 from test_calling import KEEP, recipe_of
 
@@ -25,7 +25,7 @@ class Talk:
 
     def say(self, keep, ids, valid, *, without_mask=False, **images):
         self.mask = torch.cat([self.mask.expand(len(valid), -1), valid], 1)
-        call = {"input_ids": ids, "past_key_values": self.cache, "use_cache": True, **images}
+        call = {"input_ids": ids, CACHE: self.cache, "use_cache": True, **images}
         call["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if not (without_mask and bool(self.mask.all())):
             call["attention_mask"] = self.mask
@@ -36,7 +36,7 @@ class Talk:
             inside = self.oracle.prefill(ids, self.mask) if images else self.oracle.step(self.mask)
         with torch.no_grad(), inside:
             output = self.model(**call)
-        self.cache = output.past_key_values
+        self.cache = cache_in(output)
         return output.logits
 
     def crop(self, columns):

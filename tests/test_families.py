@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import COUNTED
+from conftest import COUNTED, cache_in
 from families import PADDING, ROWS, picture
 from fitprune import PruningRecipe, fit, fit_output, fit_sequential, flops, make_batches, measure, prune
 from fitprune.adapters import adapt, model_shape, say_generic
@@ -58,7 +58,7 @@ def greedy(model, inputs, steps=STEPS):
         output_logits=True,
         return_dict_in_generate=True,
     )
-    return torch.stack(made.logits, 1), made.sequences[:, inputs["input_ids"].shape[1] :], made.past_key_values
+    return torch.stack(made.logits, 1), made.sequences[:, inputs["input_ids"].shape[1] :], cache_in(made)
 
 
 def relative(a, b):
@@ -244,7 +244,7 @@ def test_executed_flops_and_kv_bytes_equal_the_cost_model(row, monkeypatch):
         )
         assert executed == pytest.approx(cost.decoder + cost.scoring + cost.head, rel=0.01)
         with torch.no_grad(), prune(model, used):
-            cache = model(**{**call, "use_cache": True}).past_key_values
+            cache = cache_in(model(**{**call, "use_cache": True}))
         layers = [cache.layers[layer] for layer in adapted.shape.decoder.attention_layers]
         held = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in layers)
         priced = flops.kv_bytes(adapted.shape.decoder, visual, removed, text_tokens=length - visual, value_bytes=4)

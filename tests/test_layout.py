@@ -10,7 +10,7 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "families", "files", "hub", "card", "diversity", "processes", "tables", "kernels"},
+    {"tokens", "flops", "families", "files", "hub", "card", "diversity", "processes", "tables", "kernels", "host"},
     {
         "recipe",
         "journal",
@@ -25,7 +25,7 @@ LAYERS = [
         "profiles",
     },
     {"merging", "shapes", "hooks", "batches", "cache", "images", "views", "vision", "lookup", "loading"},
-    {"fitting", "scoring", "packing", "arguments"},
+    {"fitting", "scoring", "packing", "arguments", "rotary"},
     {"measurement", "removal", "analysis"},
     {"pruning", "sequential", "analysis_files"},
     {"baselines", "profiling", "divergence", "figures"},

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from conftest import COUNTED, IMAGE, Oracle, batch_of, greedy_logits, prompts, tiny_inputs, tiny_model
+from conftest import CACHE, COUNTED, IMAGE, Oracle, batch_of, cache_in, greedy_logits, prompts, tiny_inputs, tiny_model
 from fitprune import PruningRecipe, embedded, fit, flops, load_samples, make_batches, measure, prune
 from fitprune.adapters import adapt
 from fitprune.flops import prefill_flops
@@ -229,11 +229,11 @@ def test_a_text_turn_continues_a_pruned_cache(how):
     def turn(cache, tokens, start):
         stop = inputs["input_ids"].shape[1] + start + tokens.shape[1]
         where = positions[:, stop - tokens.shape[1] : stop]
-        return model(input_ids=tokens, attention_mask=mask[:, :stop], position_ids=where, past_key_values=cache).logits
+        return model(input_ids=tokens, attention_mask=mask[:, :stop], position_ids=where, **{CACHE: cache}).logits
 
     with torch.no_grad():
         with prune(model, recipe):
-            steps = model(**inputs, position_ids=positions[:, :-4].clamp(min=0)).past_key_values
+            steps = cache_in(model(**inputs, position_ids=positions[:, :-4].clamp(min=0)))
             cache = copy.deepcopy(steps)
             one_by_one = torch.cat([turn(steps, more[:, i : i + 1], i) for i in range(4)], 1)
             if how != "another block":

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
-from conftest import IMAGE, tiny_inputs, tiny_model
+from conftest import CACHE, IMAGE, cache_in, tiny_inputs, tiny_model
 from fitprune import PruningRecipe, measure, prune
 from fitprune.adapters import adapt
 from fitprune.pruning import kept_positions
@@ -76,7 +76,7 @@ def test_a_static_cache(model, inputs, where):
     def call():
         if where == "generate":
             return model.generate(**inputs, cache_implementation="static", max_new_tokens=2)
-        return model(**inputs, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=64))
+        return model(**inputs, **{CACHE: StaticCache(config=model.config.text_config, max_cache_len=64)})
 
     with prune(model, recipe_for(model)), pytest.raises(ValueError, match=r"StaticCache of .*StaticLayer"):
         call()
@@ -86,12 +86,12 @@ def test_a_static_cache(model, inputs, where):
 def test_a_sliding_window_cache(model, inputs):
     config = MistralConfig(num_hidden_layers=5, sliding_window=8)
     with prune(model, recipe_for(model)), pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
-        model(**inputs, past_key_values=DynamicCache(config=config))
+        model(**inputs, **{CACHE: DynamicCache(config=config)})
 
 
 def test_an_offloaded_cache(model, inputs):
     with prune(model, recipe_for(model)), pytest.raises(ValueError, match="offloading=True"):
-        model(**inputs, past_key_values=DynamicCache(offloading=True))
+        model(**inputs, **{CACHE: DynamicCache(offloading=True)})
 
 
 def test_models_that_are_no_supported_mllm(model):
@@ -139,15 +139,15 @@ def test_more_image_tokens_than_features(model, inputs):
 
 def test_the_images_of_earlier_turns_passed_again(model, inputs):
     with torch.no_grad(), prune(model, recipe_for(model)):
-        cache = model(**inputs).past_key_values
+        cache = cache_in(model(**inputs))
         with pytest.raises(ValueError, match="pass only the images of this turn"):
-            model(input_ids=torch.tensor([[7]]), pixel_values=inputs["pixel_values"], past_key_values=cache)
+            model(input_ids=torch.tensor([[7]]), pixel_values=inputs["pixel_values"], **{CACHE: cache})
 
 
 def test_a_refused_call_leaves_no_state(model, inputs):
     with torch.no_grad(), prune(model, recipe_for(model)):
         with pytest.raises(ValueError, match="drop cache_implementation"):
-            model(**inputs, past_key_values=DynamicCache(offloading=True))
+            model(**inputs, **{CACHE: DynamicCache(offloading=True)})
         with pytest.raises(ValueError, match="call the model that prune was given"):
             model.model(**inputs)
 
@@ -175,7 +175,7 @@ def test_calls_that_have_no_exact_meaning(model, inputs):
         square = {**inputs, "attention_mask": torch.zeros(1, 1, *ids.shape)}
         with pytest.raises(ValueError, match="attention_mask has 4 dimensions: must be a tensor"):
             model(**square)
-        with pytest.raises(ValueError, match=r"attention_mask covers 3 tokens: must cover 25, the 0 in past"):
+        with pytest.raises(ValueError, match=r"attention_mask covers 3 tokens: must cover 25, the 0 in the KV cache"):
             model(**{**inputs, "attention_mask": torch.ones(1, 3)})
         with pytest.raises(ValueError, match="sample 0 of the batch has no text after its last visual token"):
             model(**{**inputs, "input_ids": ids[:, :19], "attention_mask": ids[:, :19] > 0})
@@ -216,15 +216,15 @@ def test_a_quantized_cache(model, inputs):
     cache = DynamicCache()
     cache.layers = [Rounded() for _ in range(5)]
     with prune(model, recipe_for(model)), pytest.raises(ValueError, match="DynamicCache of Rounded"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
 
 
 def test_a_pruned_cache_outside_of_prune(model, inputs):
     with torch.no_grad():
         with prune(model, recipe_for(model)):
-            cache = model(**inputs).past_key_values
-        with pytest.raises(ValueError, match=r"past_key_values was pruned: .* continue it in such a block"):
-            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            cache = cache_in(model(**inputs))
+        with pytest.raises(ValueError, match=r"the KV cache was pruned: .* continue it in such a block"):
+            model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
 
 
 def test_a_part_of_a_pruned_model(model, inputs):
@@ -267,16 +267,16 @@ def test_images_put_in_by_hand_on_a_cache(model, inputs, first):
     with torch.no_grad(), prune(model, recipe_for(model)):
         cache = DynamicCache()
         if first == "text":
-            cache = model(input_ids=torch.tensor([[7, 8]])).past_key_values
+            cache = cache_in(model(input_ids=torch.tensor([[7, 8]])))
         elif first != "nothing":
-            cache = model(**inputs).past_key_values
+            cache = cache_in(model(**inputs))
         if first == "reset":
             cache.reset()
         with pytest.raises(ValueError, match="which of them are visual tokens is unknown"):
-            model(inputs_embeds=torch.randn(1, 5, 32), past_key_values=cache)
+            model(inputs_embeds=torch.randn(1, 5, 32), **{CACHE: cache})
         with pytest.raises(ValueError, match="has 16 visual tokens, but no image is given"):
-            model(input_ids=inputs["input_ids"], past_key_values=cache)
-        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            model(input_ids=inputs["input_ids"], **{CACHE: cache})
+        model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
 
 
 def test_a_pruned_draft_model(model, inputs):
@@ -286,12 +286,12 @@ def test_a_pruned_draft_model(model, inputs):
 
 def test_a_pruned_cache_that_was_taken_apart(model, inputs):
     with torch.no_grad(), prune(model, recipe_for(model)):
-        parts = [layer[:2] for layer in model(**inputs).past_key_values]
+        parts = [layer[:2] for layer in cache_in(model(**inputs))]
         cache = DynamicCache()
         for number, (keys, values) in enumerate(parts):
             cache.update(keys, values, number)
         with pytest.raises(ValueError, match="do not know which: a pruned cache was taken apart"):
-            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
 
 
 def test_a_mask_of_another_batch(model, inputs):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import tiny_inputs, tiny_model
+from conftest import CACHE, cache_in, tiny_inputs, tiny_model
 from fitprune import PruningRecipe, attention, measure, prune
 from fitprune.adapters import adapt
 from fitprune.attention import Softmax, received_attention, text_after
@@ -46,8 +46,8 @@ def decode(model, inputs, steps=2):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             call = {"input_ids": torch.full_like(position, 11), "attention_mask": mask, "position_ids": position + step}
             with Work() as work:
-                made = model(**call, past_key_values=made.past_key_values)
-    return work, made.past_key_values
+                made = model(**call, **{CACHE: cache_in(made)})
+    return work, cache_in(made)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -106,7 +106,7 @@ def test_the_memory_of_removed_tokens_is_given_back(family):
     tokens = int((inputs["input_ids"][0] == model.config.image_token_id).sum())
     recipe = recipe_of(model, tokens)
     with prune(model, recipe), torch.no_grad():
-        cache = model(**inputs, logits_to_keep=1).past_key_values
+        cache = cache_in(model(**inputs, logits_to_keep=1))
     held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
     assert all(part.untyped_storage().nbytes() == part.numel() * part.element_size() for part in held)
     text = inputs["input_ids"].shape[1] - tokens

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fitprune.adapters import AdaptedModel
-from fitprune.images import visual_mask
+from fitprune.images import PIXELS, modality_of, visual_mask
 
 _COMPILED = (
     "compiled code does not see the hooks that prune puts on, and would run dense; use the model before torch.compile "
@@ -48,9 +48,9 @@ def _tokens(given: dict[str, Any]) -> torch.Tensor:
     return tokens
 
 
-def valid_columns(given: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
-    """Read padding and the length of the past: ([B, P + Q] bool or None, P)."""
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+def valid_columns(given: dict[str, Any], cache: Any = None) -> tuple[torch.Tensor | None, int]:
+    """Read padding and the length of the past, which `cache` holds: ([B, P + Q] bool or None, P)."""
+    mask = given.get("attention_mask")
     length, past = call_length(given), 0 if cache is None else cache.get_seq_length()
     if mask is None:
         return None, past
@@ -59,7 +59,7 @@ def valid_columns(given: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
         raise ValueError(f"attention_mask {what}: must be a tensor [batch, tokens] for prune")
     if mask.shape[1] != past + length:
         raise ValueError(
-            f"attention_mask covers {mask.shape[1]} tokens: must cover {past + length}, the {past} in past_key_values "
+            f"attention_mask covers {mask.shape[1]} tokens: must cover {past + length}, the {past} in the KV cache "
             f"(as many as before pruning) and the {length} of this call"
         )
     batch = len(_tokens(given))
@@ -83,12 +83,12 @@ def require_left_padding(adapted: AdaptedModel, valid: torch.Tensor | None) -> N
         )
 
 
-def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any]) -> None:
+def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any], cache: Any) -> None:
     """Refuse a call without images that has visual tokens, or does not tell.
 
     A decoding step may have an image token that the model wrote, or a draft that proposes some.
     """
-    cache, ids = given.get("past_key_values"), given.get("input_ids")
+    ids = given.get("input_ids")
     begins = cache is None or cache.get_seq_length() == 0
     if ids is None:
         if begins or call_length(given) > 1:
@@ -101,12 +101,13 @@ def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any]) -> No
     draft = max(int(asked) - 1, 0) if isinstance(asked, int) else 0
     if ids.shape[1] - draft <= 1:
         return
-    tokens = int(visual_mask(adapted, ids)[:, : ids.shape[1] - draft].sum())
-    if tokens > len(ids):  # one a row may be the model's own
+    tokens = visual_mask(adapted, ids)[:, : ids.shape[1] - draft]
+    if int(tokens.sum()) > len(ids):  # one a row may be the model's own
+        what = modality_of(adapted, ids[:, : ids.shape[1] - draft][tokens])
         raise ValueError(
-            f"the prompt has {tokens} visual tokens, but no image is given: pass the processor's pixel_values, and do "
-            "not cut the prompt into chunks (prefill_chunk_size); a draft model of assisted decoding, which gets no "
-            "images, must not be pruned itself"
+            f"the prompt has {int(tokens.sum())} visual tokens, but no {what} is given: pass the processor's "
+            f"{PIXELS[what][0]}, and do not cut the prompt into chunks (prefill_chunk_size); a draft model of assisted "
+            "decoding, which gets no images, must not be pruned itself"
         )
 
 

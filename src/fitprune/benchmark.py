@@ -20,6 +20,7 @@ from fitprune.adapters import adapt
 from fitprune.batches import make_batches
 from fitprune.calibration import Sample
 from fitprune.flops import entering_counts
+from fitprune.host import cache_argument, cache_in
 from fitprune.images import visual_mask
 from fitprune.lookup import fitted_to
 from fitprune.measurement import to_model
@@ -83,7 +84,7 @@ def decode_seconds(
                 input_ids=made.logits[:, -1:].argmax(-1),
                 attention_mask=mask,
                 position_ids=position + step,
-                past_key_values=made.past_key_values,
+                **cache_argument(model, cache_in(made)),
                 use_cache=True,
             )
         return (_now(model) - started) / steps
@@ -315,7 +316,7 @@ def _answer(model: Any, adapted: Any, inputs: Mapping[str, Any], lengths: Sequen
     with timed_layers(adapted) as found:
         made = model(**inputs, use_cache=True, logits_to_keep=1)
     prefill = _now(model) - started
-    held = [part for layer in made.past_key_values.layers for part in (layer.keys, layer.values)]
+    held = [part for layer in cache_in(made).layers for part in (layer.keys, layer.values)]
     kv_bytes = sum(part.numel() * part.element_size() for part in held if part is not None)
     at, mask = {1: prefill}, inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
     position = mask.long().sum(1, keepdim=True)
@@ -325,7 +326,7 @@ def _answer(model: Any, adapted: Any, inputs: Mapping[str, Any], lengths: Sequen
             input_ids=made.logits[:, -1:].argmax(-1),
             attention_mask=mask,
             position_ids=position + token - 2,
-            past_key_values=made.past_key_values,
+            **cache_argument(model, cache_in(made)),
             use_cache=True,
         )
         if token in lengths:

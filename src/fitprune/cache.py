@@ -29,6 +29,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
         first: whether it is the cache's first layer with keys, whose length stands for that of the sequence.
         window: how many columns back its layer looks, its own counted; None for all. Older keys are let go of.
         gone: the last column whose key was let go of; -1 for none.
+        rope_offset: [B, 1] or [1, 1] int64, in the first layer with keys, how far multimodal rotary positions after
+            the prompt are from the columns; None for models without such.
     """
 
     keys: torch.Tensor | None
@@ -39,6 +41,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
     first: bool = False
     window: int | None = None
     gone: int = -1
+    rope_offset: torch.Tensor | None = None
     _expected: tuple[torch.Tensor, int, bool] | None = None
 
     def all_columns(self, length: int, batch: int, device: torch.device) -> torch.Tensor:
@@ -74,7 +77,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
             self._expected = None
         elif self.columns is not None:
             raise ValueError(
-                "past_key_values was pruned: its layers hold different tokens, which only a model inside "
+                "the KV cache was pruned: its layers hold different tokens, which only a model inside "
                 "`with prune(model, recipe):` takes into account; continue it in such a block"
             )
         keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -146,25 +149,31 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
     def reset(self) -> None:
         """Forget all keys and columns."""
         super().reset()
-        self.columns, self.covered, self.padded, self.gone = None, 0, False, -1
+        self.columns, self.covered, self.padded, self.gone, self.rope_offset = None, 0, False, -1, None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let row b become what row `beam_idx[b]` was."""
         super().reorder_cache(beam_idx)
         if self.columns is not None:
             self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
+        if self.rope_offset is not None and len(self.rope_offset) > 1:
+            self.rope_offset = self.rope_offset.index_select(0, beam_idx.to(self.rope_offset.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         super().batch_repeat_interleave(repeats)
         if self.columns is not None:
             self.columns = self.columns.repeat_interleave(repeats, dim=0)
+        if self.rope_offset is not None and len(self.rope_offset) > 1:
+            self.rope_offset = self.rope_offset.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these rows."""
         super().batch_select_indices(indices)
         if self.columns is not None:
             self.columns = self.columns[indices.to(self.columns.device), ...]
+        if self.rope_offset is not None and len(self.rope_offset) > 1:
+            self.rope_offset = self.rope_offset[indices.to(self.rope_offset.device)]
 
 
 def pack(columns: torch.Tensor, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +195,12 @@ def pack(columns: torch.Tensor, stays: torch.Tensor) -> tuple[torch.Tensor, torc
 def is_pruned(cache: Any) -> bool:
     """Whether a cache went through a prefill inside `prune`."""
     return any(isinstance(layer, PrunedLayer) for layer in getattr(cache, "layers", ()))
+
+
+def first_layer(cache: Any, adapted: AdaptedModel) -> Any:
+    """Give a cache's first layer with keys, whose length stands for that of the sequence; None if it has none yet."""
+    number = adapted.shape.decoder.attention_layers[0]
+    return next(iter(getattr(cache, "layers", ())[number : number + 1]), None)
 
 
 def adopt(cache: Any, adapted: AdaptedModel) -> None:
@@ -214,7 +229,7 @@ def require_whole(cache: Any) -> None:
     lengths = {layer.get_seq_length() for layer in layers} - {0}
     if len(lengths) > 1:
         raise ValueError(
-            f"layers of past_key_values hold {sorted(lengths)} tokens and do not know which: a pruned cache was taken "
+            f"layers of the KV cache hold {sorted(lengths)} tokens and do not know which: a pruned cache was taken "
             "apart (DynamicCache(list(cache)) does that); keep the cache that the model returned, or a deepcopy"
         )
 
@@ -229,7 +244,7 @@ def require_plain(cache: Any, adapted: AdaptedModel) -> None:
     plain = type(cache) is DynamicCache and not cache.offloading
     if plain and not cache.layers and adapted.shape.decoder.linear_layers:
         raise ValueError(
-            "past_key_values is a DynamicCache that knows no layers, and some of this model's have no keys: make it "
+            "the KV cache is a DynamicCache that knows no layers, and some of this model's have no keys: make it "
             "with DynamicCache(config=model.config)"
         )
     if plain and cache.layers:
@@ -240,7 +255,7 @@ def require_plain(cache: Any, adapted: AdaptedModel) -> None:
         kinds = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
         names = sorted(getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__} of {', '.join(names)}, offloading={cache.offloading}: "
+            f"the KV cache is a {type(cache).__name__} of {', '.join(names)}, offloading={cache.offloading}: "
             "layers of a pruned cache differ in length, which only DynamicCache holds; drop cache_implementation"
         )
 

@@ -61,6 +61,11 @@ def visual_mask(
     return torch.stack(masks).any(0)
 
 
+def modality_of(adapted: AdaptedModel, tokens: torch.Tensor) -> str:
+    """Say whether visual tokens, ids [N], are those of an "image" or of a "video"; by the first."""
+    return next(name for name, token in adapted.token_ids.items() if token == int(tokens[0]))
+
+
 def _marked(
     adapted: AdaptedModel, modality: str, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> torch.Tensor:
@@ -72,12 +77,13 @@ def _marked(
     return (inputs_embeds == embedding).all(-1)
 
 
-def read_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> Images:
+def read_images(adapted: AdaptedModel, given: Mapping[str, Any], cache: Any = None) -> Images:
     """Find a call's visual tokens and their images; encode these, unless that is done already.
 
     Args:
         adapted: the model.
         given: the arguments of its call, with pixels or `mm_encoder_outputs` (as generate makes them).
+        cache: the call's KV cache, if it has one.
 
     Raises:
         ValueError: no image is given, features and visual tokens differ in number, or the features come from
@@ -95,7 +101,7 @@ def read_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> Images:
         marked = _marked(adapted, modality, ids, embeds) if modality in adapted.token_ids else None
         if marked is None or not bool(marked.any()):  # some models mark a video's frames as images
             marked = _marked(adapted, "image", ids, embeds)
-        _require_features(marked, parts, modality, given)
+        _require_features(marked, parts, modality, cache)
         how = adapted.family.images if modality == "image" else adapted.family.video
         lengths = [len(part) for part in parts]
         if how == "tiles":
@@ -110,9 +116,10 @@ def read_images(adapted: AdaptedModel, given: Mapping[str, Any]) -> Images:
         owner = torch.where(own >= 0, own + first, owner)
         first = int(owner.max()) + 1
     if bool((left := visual & (owner < 0)).any()):
+        what = "image" if ids is None else modality_of(adapted, ids[left])
         raise ValueError(
-            f"the prompt has {int(left.sum())} visual tokens of images that are not given: pass the pixels of "
-            "all of this turn's"
+            f"the prompt has {int(left.sum())} visual tokens of {what}s that are not given: pass the {PIXELS[what][0]} "
+            "of all of this turn's"
         )
     return Images(visual, _numbered(owner), features, changed)
 
@@ -148,14 +155,12 @@ def _features(outputs: Any) -> list[torch.Tensor]:
     return [part.reshape(-1, part.shape[-1]) for part in pooled]
 
 
-def _require_features(
-    marked: torch.Tensor, parts: Sequence[torch.Tensor], modality: str, given: Mapping[str, Any]
-) -> None:
+def _require_features(marked: torch.Tensor, parts: Sequence[torch.Tensor], modality: str, cache: Any) -> None:
     """Refuse a prompt whose visual tokens are not as many as its images' features."""
     if (tokens := int(marked.sum())) != (there := sum(len(part) for part in parts)):
         remedy = "make the prompt with the model's own processor"
-        if given.get("past_key_values") is not None and given["past_key_values"].get_seq_length():
-            remedy += ", and pass only the images of this turn: those of earlier turns are in past_key_values"
+        if cache is not None and cache.get_seq_length():
+            remedy += ", and pass only the images of this turn: those of earlier turns are in the KV cache"
         raise ValueError(
             f"the prompt has {tokens} visual tokens, but its {len(parts)} {modality}(s) have {there} features: "
             f"must be as many; {remedy}"

@@ -49,6 +49,7 @@ class Forward:
         index: [B, m'] rows that stay, between a layer's attention and its end; shorter samples are filled on the left.
         kept_next: [B, m'] `kept` of those.
         keys_valid: [B, keys] False at keys of the present layer that are padding; None where there is none.
+        rope_offset: [B, 1] what multimodal rotary positions go on with after this forward; None where it stays.
         stages: what was made for a layer, by the columns that its cache holds and what it is given for each position;
             until more rows leave.
     """
@@ -69,6 +70,7 @@ class Forward:
     index: torch.Tensor | None = None
     kept_next: torch.Tensor | None = None
     keys_valid: torch.Tensor | None = None
+    rope_offset: torch.Tensor | None = None
     stages: dict[tuple[int, ...], tuple[Any, _Stage]] = dataclasses.field(default_factory=dict)
 
     def is_plain_step(self, cache: Any, mask: Any) -> bool:

@@ -29,8 +29,10 @@ from fitprune.adapters import AdaptedModel
 from fitprune.attention import Attention, text_after
 from fitprune.cache import PrunedLayer, adopt, is_pruned, require_plain, require_whole
 from fitprune.hooks import COPIED, AttentionTap, tap_attention
+from fitprune.host import cache_in, cache_of, without_cache
 from fitprune.images import PIXELS, given_images, read_images
 from fitprune.packing import Forward, Plan, cut_mask, rows_at
+from fitprune.rotary import RotaryOffsets
 from fitprune.views import Prompt
 from fitprune.vision import Tower, watching
 
@@ -64,6 +66,7 @@ class Remover:
         self.tower = tower
         self.entered: list[torch.Tensor] = []
         self.hooks: LayerHooks | None = None
+        self.rotary = RotaryOffsets(adapted)
         self.lock = threading.Lock()  # while it is held no call begins, and no hook comes or goes
         self._names = list(inspect.signature(type(adapted.model).forward).parameters)[1:]
         # Whether generate encodes images; where not (some models in transformers 5.19), each step has the same pixels.
@@ -94,40 +97,55 @@ class Remover:
         if model is not self.adapted.model:
             raise ValueError(COPIED)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        cache: Any = given.get("past_key_values")
+        cache = cache_of(self.adapted.model, given)
         images = given_images(given)
         if images is None:
-            arguments.require_no_visual_tokens(self.adapted, given)
+            arguments.require_no_visual_tokens(self.adapted, given, cache)
+        elif cache is not None:
+            require_plain(cache, self.adapted)  # first: with a static cache generate makes masks of a form of its own
         if not is_pruned(cache):
             require_whole(cache)
-            if images is None:
-                return args, kwargs  # text alone, where even a generated image token is no image: as the dense model
-        valid, past = arguments.valid_columns(given)
+            if images is None:  # text alone, where even a generated image token is no image: as the dense model
+                return self._text_alone(args, kwargs, given, cache)
+        valid, past = arguments.valid_columns(given, cache)
         arguments.require_left_padding(self.adapted, valid)
         if images is not None:
             arguments.require_uncompiled_call()
-            state, changed = self._prefill(given, valid, past)
+            state, changed = self._prefill(given, cache, valid, past)
         else:
             state, changed = Forward(past, arguments.call_length(given), valid), {}
-        if (positions := arguments.counted_positions(valid, past, given.get("position_ids"))) is not None:
+        counted = arguments.counted_positions(valid, past, given.get("position_ids"))
+        rotary, state.rope_offset = self.rotary.positions(given, cache, valid, past, state.length)
+        if (positions := rotary if counted is None else counted) is not None:
             changed["position_ids"] = positions
         self._forwards[threading.get_ident()][-1] = state
         return ((), {**given, **changed}) if changed else (args, kwargs)
 
-    def _prefill(self, given: dict[str, Any], valid: torch.Tensor | None, past: int) -> tuple[Forward, dict[str, Any]]:
+    def _text_alone(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any], cache: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let a call of text alone run as in the dense model, but with its own conversation's rotary positions."""
+        past = 0 if cache is None else cache.get_seq_length()
+        if not past or self.rotary.offset_of(cache) is None:
+            return args, kwargs
+        length = arguments.call_length(given)
+        positions, _ = self.rotary.positions(given, cache, None, past, length)
+        return ((), {**given, "position_ids": positions}) if positions is not None else (args, kwargs)
+
+    def _prefill(
+        self, given: dict[str, Any], cache: Any, valid: torch.Tensor | None, past: int
+    ) -> tuple[Forward, dict[str, Any]]:
         """Start a forward that prunes; also says which arguments of the call change."""
-        if (cache := given.get("past_key_values")) is not None:
-            require_plain(cache, self.adapted)
         if self.adapted.model.training and getattr(self.adapted.decoder, "gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing runs layers again in the backward pass, when their tokens are gone: "
                 "disable it, or call model.eval()"
             )
-        seen = read_images(self.adapted, given)
+        seen = read_images(self.adapted, given, cache)
         visual, image, changed = seen.visual, seen.image, seen.changed
         length = visual.shape[1]
         column = torch.arange(length, device=visual.device).expand_as(visual)
-        prompt = self._uncached_prompt(given, length)
+        prompt = self._uncached_prompt(given, cache, length)
         kept = column
         present = None if valid is None else valid[:, past:]
         if present is not None:
@@ -160,7 +178,7 @@ class Remover:
         )
         return Forward(past, length, valid, self.plan(image), whole, kept=kept, image=image, question=question), changed
 
-    def _uncached_prompt(self, given: dict[str, Any], length: int) -> int:
+    def _uncached_prompt(self, given: dict[str, Any], cache: Any, length: int) -> int:
         """The length of the prompt, also where the call repeats the last one with one more token.
 
         generate(use_cache=False) sends prompt and answer so far at every step, and the answer must not become question.
@@ -168,7 +186,7 @@ class Remover:
         """
         encoded = given.get("mm_encoder_outputs") or not self._encodes_ahead
         images, ids = given_images(given) if encoded else None, given.get("input_ids")
-        cached = given.get("past_key_values") is not None or given.get("use_cache") is not False
+        cached = cache is not None or given.get("use_cache") is not False
         if cached or ids is None or images is None:
             return length
         self._uncached = {key: step for key, step in self._uncached.items() if step.images() is not None}
@@ -187,13 +205,21 @@ class Remover:
             )
         return self.tower.deal(features, visual)
 
-    def after_model(self) -> None:
+    def after_model(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forget this thread's innermost forward, which has ended or died."""
         running = self._forwards.get(threading.get_ident(), [])
         if running:
             running.pop()
         if not running:
             self._forwards.pop(threading.get_ident(), None)
+        if self.rotary.tracked and output is not None:
+            given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            cache = cache_in(output)
+            # A conversation that began with text alone: another one's offset must not become its own.
+            if given_images(given) is None and cache is not None and self.rotary.offset_of(cache) is None:
+                length = arguments.call_length(given)
+                if cache.get_seq_length() == length:
+                    self.rotary.keep(cache, torch.zeros(1, 1, dtype=torch.long, device=self.adapted.model.device))
 
     def require_idle(self) -> None:
         """Refuse to end quietly while other threads are inside a forward, whose hooks vanish under them."""
@@ -214,10 +240,10 @@ class Remover:
         state = self._state
         if state is None:
             return hidden, kwargs
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(self.adapted.layers[0], kwargs)
         if state.is_plain_step(cache, kwargs.get("attention_mask")):
             self.hooks.off_if(self.alone)
-            for layer in cache.layers:  # type: ignore[union-attr]  # a plain step has one
+            for layer in cache.layers:
                 if isinstance(layer, PrunedLayer):
                     layer.expect_step()
             return hidden, kwargs
@@ -231,9 +257,11 @@ class Remover:
         state = self._state
         if state is None:
             return hidden, kwargs
-        cache = kwargs.get("past_key_values")
-        if cache is not None and number == 0 and state.choose is not None:
-            adopt(cache, self.adapted)  # the model may have made it itself
+        cache = cache_of(self.adapted.layers[number], kwargs)
+        if cache is not None and number == 0:
+            if state.choose is not None:
+                adopt(cache, self.adapted)  # the model may have made it itself
+            self.rotary.keep(cache, state.rope_offset)
         if state.choose is not None:
             state.hidden = hidden
         if state.choose is not None and self.adapted.attentions[number] is not None:
@@ -253,7 +281,7 @@ class Remover:
         kept, mask = state.kept.to(hidden.device), kwargs.get("attention_mask")
         own = mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None
         columns = torch.where(kept < 0, -1, kept + state.past)
-        given = {**kwargs, "past_key_values": None}
+        given = without_cache(self.adapted.layers[number], kwargs)
         given["attention_mask"] = None if own is None else cut_mask(own, kept, columns)
         if state.packed:
             given |= rows_at(given, kept.clamp(min=0), self.adapted.decoder.config._attn_implementation)
@@ -395,6 +423,7 @@ def removing(
     with contextlib.ExitStack() as stack:
         tower = stack.enter_context(watching(adapted)) if reads_vision else None
         remover = Remover(adapted, plan, needs_question, tower)
+        stack.enter_context(remover.rotary.in_generate())
         stack.callback(remover.require_idle)
         tap = stack.enter_context(tap_attention(adapted, remover.at_attention))
         remover.hooks = hooks = LayerHooks(remover, tap)
@@ -406,7 +435,9 @@ def removing(
                 torch.compiler.disable(remover.before_model),  # type: ignore[no-untyped-call]
                 with_kwargs=True,
             ),
-            adapted.model.register_forward_hook(lambda *_: remover.after_model(), always_call=True),
+            adapted.model.register_forward_hook(
+                lambda _, *call: remover.after_model(*call), always_call=True, with_kwargs=True
+            ),
             adapted.layers[0].register_forward_pre_hook(_entering(remover.before_first_layer), with_kwargs=True),
         ]
         for handle in handles:
