@@ -18,7 +18,6 @@ from torch import nn
 
 from fitprune.families import FAMILIES, GENERIC, Family
 from fitprune.flops import LINEAR_CHUNK, DecoderShape, ModelShape, VisionShape
-from fitprune.host import require_known
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +97,7 @@ def adapt(model: Any) -> AdaptedModel:
     """Find the parts of a model.
 
     Raises:
-        ValueError: the family is refused, the model has no decoder layers of the common shape, or transformers is one
-            whose insides differ from what is relied on.
+        ValueError: the family is refused, or the model has no decoder layers of the common shape.
     """
     config = getattr(model, "config", None)
     if config is None:
@@ -134,7 +132,6 @@ def adapt(model: Any) -> AdaptedModel:
             f"model_type={config.model_type!r}: {type(model).__name__} lacks {named}, and so the shape that fitprune "
             "prunes; 'fitprune families' lists what is supported"
         )
-    require_known(model, layers)
     if family is GENERIC:
         say_generic(config.model_type)
     try:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitprune.adapters import AdaptedModel
 from fitprune.attention import Attention, Softmax
+from fitprune.host import require_known
 
 # Hears of an attention call before it runs: its layer's number, and what gives its queries, keys and values. Returns
 # what is to see the call once it has run, its log-sum-exp with it; None if nothing is.
@@ -92,8 +93,10 @@ def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[AttentionTap]:
         The tap, which is on.
 
     Raises:
-        ValueError: the decoder is tapped already, or its attention does not go through transformers' registry.
+        ValueError: the decoder is tapped already, its attention does not go through transformers' registry, or the
+            insides of transformers are not those that are relied on.
     """
+    require_known(adapted.model, adapted.layers)
     if adapted.decoder in _IN_USE:
         raise ValueError("the model is in use by fitprune; leave that block first")
     _register(adapted.decoder.config._attn_implementation)
