@@ -18,8 +18,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttentionStats": "stats",
     "LatencyProfile": "profiles",
+    "Pruner": "pruning",
     "PruningRecipe": "recipe",
     "analyze": "analysis",
+    "attach": "pruning",
     "evaluate": "evaluation",
     "fit": "fitting",
     "fit_output": "output_fitting",
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from fitprune.output_fitting import fit_output as fit_output
     from fitprune.profiles import LatencyProfile as LatencyProfile
     from fitprune.profiling import profile_latency as profile_latency
+    from fitprune.pruning import Pruner as Pruner
+    from fitprune.pruning import attach as attach
     from fitprune.pruning import prune as prune
     from fitprune.recipe import PruningRecipe as PruningRecipe
     from fitprune.sequential import fit_sequential as fit_sequential

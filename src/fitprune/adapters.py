@@ -56,7 +56,7 @@ class AdaptedModel:
     """A model's parts, under the same names for every family.
 
     Attributes:
-        model: the whole model, as the user holds it.
+        model: the whole model, without what wraps it.
         family: what is particular about it.
         decoder: the language model that owns `layers`.
         layers: the decoder layers, a ModuleList.
@@ -93,12 +93,27 @@ class AdaptedModel:
         return ""
 
 
+def unwrapped(model: Any) -> Any:
+    """Take a model out of what wraps it: PEFT, a pipeline, DataParallel, DistributedDataParallel; others stay."""
+    while True:
+        if callable(getattr(model, "get_base_model", None)):  # PEFT
+            inner = model.get_base_model()
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        elif not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):  # a pipeline
+            inner = model.model
+        else:
+            return model
+        model = inner
+
+
 def adapt(model: Any) -> AdaptedModel:
-    """Find the parts of a model.
+    """Find the parts of a model, which may be wrapped (see `unwrapped`).
 
     Raises:
         ValueError: the family is refused, or the model has no decoder layers of the common shape.
     """
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     if config is None:
         raise ValueError(f"model is a {type(model).__name__}: must be a transformers model with a config")

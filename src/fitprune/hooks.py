@@ -44,7 +44,8 @@ class _Tapped:
     window: int | None
 
 
-_TAPPED: weakref.WeakKeyDictionary[nn.Module, _Tapped] = weakref.WeakKeyDictionary()
+# Weak on both sides: a tap holds its model, which would never be collected.
+_TAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionTap]] = weakref.WeakKeyDictionary()
 _IN_USE: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # decoders inside a block of ours, their tap on or off
 
 
@@ -69,13 +70,17 @@ class AttentionTap:
         if self._given:
             return
         named: dict[int, Any] = {}  # layers mostly share one config
-        for attention, tapped in self._tapped.items():
-            _TAPPED[attention] = tapped  # first: another thread may be about to call the module
+        for attention in self._tapped:
+            _TAPPED[attention] = weakref.ref(self)  # first: another thread may be about to call the module
             self._given[attention] = given = attention.config
             if id(given) not in named:
                 named[id(given)] = copy.copy(given)
                 named[id(given)]._attn_implementation = NAME
             attention.config = named[id(given)]
+
+    def at(self, attention: nn.Module) -> _Tapped:
+        """What a module calls."""
+        return self._tapped[attention]
 
     def off(self) -> None:
         """Take it off, if it is on."""
@@ -98,7 +103,9 @@ def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[AttentionTap]:
     """
     require_known(adapted.model, adapted.layers)
     if adapted.decoder in _IN_USE:
-        raise ValueError("the model is in use by fitprune; leave that block first")
+        raise ValueError(
+            "the model is in use by fitprune, which prunes or measures it: leave that block or detach() its pruner"
+        )
     _register(adapted.decoder.config._attn_implementation)
     made = AttentionTap(adapted, tap)
     _IN_USE.add(adapted.decoder)
@@ -126,9 +133,10 @@ def _register(implementation: str) -> None:
     def forward(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        tapped = _TAPPED.get(module)
-        if tapped is None:
+        tap = _TAPPED.get(module, lambda: None)()
+        if tap is None:
             raise ValueError(COPIED)
+        tapped = tap.at(module)
 
         def given(lse: torch.Tensor | None = None) -> Attention:
             return Attention(query, key, value, _softmax(query, tapped, args, kwargs), lse)

@@ -67,6 +67,7 @@ def measure(
     attention of each token is stored instead of the sum, so that a fit needs no model.
     """
     adapted = adapt(model)
+    model = adapted.model  # without what may be wrapped around it
     processes = Processes()
     if processes.count > 1 and parts is None:
         raise ValueError(

@@ -46,6 +46,7 @@ class Forward:
         question: [B, m] rows whose attention is cross.
         packed: whether rows have left, so that the rows present are no longer all Q.
         entered: for each layer so far, `kept` before it.
+        after: for each layer so far, `kept` after it.
         index: [B, m'] rows that stay, between a layer's attention and its end; shorter samples are filled on the left.
         kept_next: [B, m'] `kept` of those.
         keys_valid: [B, keys] False at keys of the present layer that are padding; None where there is none.
@@ -67,6 +68,7 @@ class Forward:
     question: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     packed: bool = False
     entered: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    after: list[torch.Tensor] = dataclasses.field(default_factory=list)
     index: torch.Tensor | None = None
     kept_next: torch.Tensor | None = None
     keys_valid: torch.Tensor | None = None

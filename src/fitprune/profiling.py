@@ -19,7 +19,7 @@ from fitprune.adapters import AdaptedModel, adapt
 from fitprune.images import visual_mask
 from fitprune.measurement import provenance_of
 from fitprune.profiles import LatencyProfile, token_grid
-from fitprune.pruning import remover_by
+from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
 
 LAYERS_TIMED = 8
@@ -234,7 +234,8 @@ class Profiler:
                 kept.append(left / self._visual)
             recipe = PruningRecipe(tuple(kept), self._adapted.shape, self._visual)
             watches = {name: Stopwatch(self._model) for name in REMOVING}
-            with remover_by(self._model, recipe) as remover:
+            with prune(self._model, recipe) as pruner:
+                remover = pruner.remover
                 for name, watch in watches.items():
                     setattr(remover, name, watch.timed(getattr(remover, name)))
                 self._model(**self._inputs, logits_to_keep=1)

@@ -1,26 +1,164 @@
-"""`prune`: a recipe at work on a model."""
+"""`prune` and `attach`: a recipe at work on a model."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from fitprune.adapters import AdaptedModel, adapt
+from fitprune.images import given_images
 from fitprune.lookup import find_recipe, fitted_to
 from fitprune.packing import Choose, Plan
 from fitprune.recipe import PruningRecipe
-from fitprune.removal import Remover, removing
+from fitprune.removal import Prefill, Remover, removing
 from fitprune.scoring import Score, Scorer, checked_scores, get_scorer
 from fitprune.selection import keep_highest, tokens_of
 from fitprune.tokens import kept_counts
 from fitprune.views import LayerView
 
+# Decoders that are pruned now. The model's own hooks hold what is attached, so that only `detach` undoes it.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[_Attached]] = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()  # while a pruner is attached or detached
 
-@contextlib.contextmanager
+
+class _Attached:
+    """One recipe on one model, shared by the pruners that attached it."""
+
+    def __init__(self, key: tuple[Any, ...], removal: contextlib.AbstractContextManager[Remover]) -> None:
+        self.key = key
+        self.count = 0  # how often it was attached
+        self.stack = contextlib.ExitStack()
+        self.remover = self.stack.enter_context(removal)
+        self.remover.attached = self  # the model's hooks hold the remover, and so this
+
+
+class Pruner(contextlib.ContextDecorator):
+    """A recipe for one model, switched on by `with` or `attach` and off at the end of the block or by `detach`.
+
+    Attributes:
+        model: the model that is pruned, without what wraps it (PEFT, a pipeline, DataParallel).
+        recipe: the recipe at work.
+        scorer: what ranks the tokens.
+        remover: what takes them out; None until it was attached.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        recipe: PruningRecipe | str | os.PathLike[str] | None = None,
+        scorer: str | Scorer | Mapping[str, Any] | Score | None = None,
+        *,
+        pool_images: bool = False,
+        force: bool = False,
+    ) -> None:
+        """Arguments as for `prune`."""
+        self._adapted = adapt(model)
+        self.model = self._adapted.model
+        self.recipe = fitted_to(find_recipe(self.model, recipe), self._adapted.shape, force=force)
+        _require_prunable(self.recipe, self._adapted)
+        self.scorer = get_scorer(self.recipe.scorer if scorer is None else scorer)
+        self._pool_images = pool_images
+        self.remover: Remover | None = None  # the last one at work
+        self._entered = 0
+        self._unused = True
+
+    def __call__(self, function: Any) -> Any:
+        """Make a function that runs inside the block."""
+        self._unused = False
+        return super().__call__(function)
+
+    def __enter__(self) -> Pruner:
+        with _LOCK:
+            self._unused = False
+            found = _ATTACHED.get(self._adapted.decoder, lambda: None)()
+            key = (self.recipe, self.scorer.spec or self.scorer, self._pool_images)
+            if found is None:
+                found = _Attached(
+                    key,
+                    removing(
+                        self._adapted,
+                        plan_by(self.recipe, self.scorer, self._pool_images),
+                        needs_question=self.scorer.query_aware,
+                        reads_vision=self.scorer.reads_vision,
+                    ),
+                )
+                _ATTACHED[self._adapted.decoder] = weakref.ref(found)
+            elif found.key != key:
+                raise ValueError(
+                    "the model is in use by fitprune, pruned by another recipe or scorer: leave that block or detach() "
+                    "that pruner first; for two recipes at once load the model twice, for a dense call use "
+                    "`with pruner.paused():`"
+                )
+            found.count += 1
+            self._entered += 1
+            self.remover = found.remover
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Stop pruning: the model is as it was found, unless another pruner of the same recipe is still attached.
+
+        Once detached, calling it again does nothing.
+
+        Raises:
+            ValueError: another thread is still inside a call of the model.
+        """
+        with _LOCK:
+            if not self._entered or self.remover is None:
+                return
+            self._entered -= 1
+            attached = self.remover.attached
+            attached.count -= 1
+            if not attached.count:
+                del _ATTACHED[self._adapted.decoder]
+                attached.stack.close()
+
+    @property
+    def attached(self) -> bool:
+        """Whether this pruner is at work."""
+        return self._entered > 0
+
+    @property
+    def last(self) -> Prefill | None:
+        """What the last prefill with images kept: of this thread, or of any where this one had none; None before it."""
+        return None if self.remover is None else self.remover.last
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """Run this thread's calls of the model dense inside the block, as for a comparison."""
+        return contextlib.nullcontext() if self.remover is None else self.remover.paused()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "not attached"
+        return f"Pruner({type(self.model).__name__}, {self.recipe!r}, {state})"
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(vars(self).get("model"), name):
+            raise AttributeError(
+                f"a Pruner has no {name!r}: call model.{name} inside `with prune(model, recipe):`, or after "
+                "`fitprune.attach(model, recipe)`"
+            )
+        raise AttributeError(f"'Pruner' object has no attribute {name!r}")
+
+    def __del__(self) -> None:
+        if vars(self).get("_unused"):
+            warnings.warn(
+                "prune(...) was never entered, so the model runs dense: write `with prune(model, recipe):`, or "
+                "`pruner = fitprune.attach(model, recipe)`",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
 def prune(
     model: Any,
     recipe: PruningRecipe | str | os.PathLike[str] | None = None,
@@ -28,8 +166,14 @@ def prune(
     *,
     pool_images: bool = False,
     force: bool = False,
-) -> Iterator[Any]:
-    """Remove visual tokens by `recipe` in every prefill of `model`, until the block ends.
+) -> Pruner:
+    """Remove visual tokens by `recipe` in every prefill of `model`, until the `with` block ends.
+
+        with prune(model, recipe) as pruner:
+            model.generate(**inputs)
+        pruner.last.kept  # visual tokens of each layer, sample and image
+
+    For a server or a notebook, which has no block to stay in, see `attach`. Threads may enter the same recipe at once.
 
     Inside the block, use the model as ever: any batch, any number of images, any decoding. At each layer that the
     recipe names, the tokens with the lowest score leave after the attention: the layer's KV cache keeps them, its MLP
@@ -49,7 +193,7 @@ def prune(
     of a dense model in which the removed tokens are masked. Gradients flow through what is kept.
 
     Args:
-        model: a supported `...ForConditionalGeneration` model.
+        model: a supported `...ForConditionalGeneration` model; also inside PEFT, a pipeline or DataParallel.
         recipe: fitted for this model; whole, or what `PruningRecipe.named` finds it by: a file, a folder, a hub name, a
             published name. None for the one beside the model's weights, in its folder or hub repository.
         scorer: instead of the recipe's own: a name in `fitprune.scoring.SCORERS`, name and parameters as a recipe
@@ -57,20 +201,50 @@ def prune(
         pool_images: let the images of a sample share one count and compete for it, instead of one share each.
         force: use a recipe of another model, if that has as many layers.
 
-    Yields:
-        `model`. On exit, also after an exception, it is as it was found.
+    Returns:
+        The pruner, to be entered by `with`. On exit, also after an exception, the model is as it was found.
 
     Raises:
         OSError: a recipe's file cannot be read, nothing has its name, or the hub is out of reach.
         ValueError: there is no recipe beside the model, the recipe is of another model, the scorer is unknown, the
-            model's family is not supported or the model is pruned already; from a call of the model, where its result
-            could not be exact: docs/calling.md has the list; on exit, if another thread is still inside a call.
+            model's family is not supported; when it is entered, if the model is pruned by another recipe, or measured;
+            from a call of the model, where its result could not be exact: docs/calling.md has the list; on exit, if
+            another thread is still inside a call.
 
     Source: arXiv:2409.10197. Differs from the authors' code: any batch, prompt and attention implementation instead of
     one prompt of 35 + 576 tokens under eager attention.
     """
-    with remover_by(model, recipe, scorer, pool_images, force):
-        yield model
+    return Pruner(model, recipe, scorer, pool_images=pool_images, force=force)
+
+
+def attach(
+    model: Any,
+    recipe: PruningRecipe | str | os.PathLike[str] | None = None,
+    scorer: str | Scorer | Mapping[str, Any] | Score | None = None,
+    *,
+    pool_images: bool = False,
+    force: bool = False,
+) -> Pruner:
+    """Prune every prefill of `model` until `detach`: for servers, notebooks and Trainer.
+
+        pruner = attach(model, recipe)
+        model.generate(**inputs)
+        pruner.detach()
+
+    All threads' calls are pruned. Losing the pruner changes nothing: only `detach` ends it. Everything else is as in
+    the block of `prune`.
+
+    Args:
+        model: as for `prune`, like the other arguments.
+
+    Returns:
+        The pruner, at work.
+
+    Raises:
+        OSError: as `prune`.
+        ValueError: as `prune`, and as entering its block.
+    """
+    return Pruner(model, recipe, scorer, pool_images=pool_images, force=force).__enter__()
 
 
 def kept_positions(
@@ -94,27 +268,12 @@ def kept_positions(
     call = {**inputs, "use_cache": False}
     if "labels" not in inputs:
         call.setdefault("logits_to_keep", 1)
-    with remover_by(model, recipe, scorer, pool_images, force) as remover, torch.no_grad():
-        model(**call)
-    if not remover.entered:
+    if given_images(inputs) is None:
         raise ValueError("the inputs have no image: nothing is pruned; pass the processor's pixel_values")
-    return remover.entered
-
-
-def remover_by(
-    model: Any,
-    recipe: PruningRecipe | str | os.PathLike[str] | None,
-    scorer: str | Scorer | Mapping[str, Any] | Score | None = None,
-    pool_images: bool = False,
-    force: bool = False,
-) -> contextlib.AbstractContextManager[Remover]:
-    """Prune as `prune` does, and give what removes the tokens."""
-    adapted = adapt(model)
-    recipe = fitted_to(find_recipe(model, recipe), adapted.shape, force=force)
-    _require_prunable(recipe, adapted)
-    used = get_scorer(recipe.scorer if scorer is None else scorer)
-    plan = plan_by(recipe, used, pool_images)
-    return removing(adapted, plan, needs_question=used.query_aware, reads_vision=used.reads_vision)
+    with prune(model, recipe, scorer, pool_images=pool_images, force=force) as pruner, torch.no_grad():
+        pruner.model(**call)
+        assert pruner.last is not None
+        return pruner.last.positions
 
 
 def _require_prunable(recipe: PruningRecipe, adapted: AdaptedModel) -> None:

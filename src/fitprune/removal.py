@@ -33,6 +33,7 @@ from fitprune.host import cache_in, cache_of, without_cache
 from fitprune.images import PIXELS, given_images, read_images
 from fitprune.packing import Forward, Plan, cut_mask, rows_at
 from fitprune.rotary import RotaryOffsets
+from fitprune.selection import tokens_of
 from fitprune.views import Prompt
 from fitprune.vision import Tower, watching
 
@@ -50,13 +51,46 @@ class _Seen(Exception):
     """Ends a layer's attention once its queries and keys are known."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """What a prefill kept.
+
+    Attributes:
+        positions: for each layer, the columns of the prompt [B, m] that enter it, ascending; -1 at padding, on the left
+            of rows that hold fewer tokens than the longest.
+        after: the same of what is present after each layer.
+        image: [B, Q] int64, number of the image or frame that each column belongs to in its sample; -1 for others.
+    """
+
+    positions: list[torch.Tensor]
+    after: list[torch.Tensor]
+    image: torch.Tensor
+
+    @property
+    def visual_tokens(self) -> list[list[int]]:
+        """For each sample the visual tokens of each of its images in the prompt."""
+        return [[count for count in row if count] for row in tokens_of(self.image)]
+
+    @property
+    def kept(self) -> list[list[list[int]]]:
+        """For each layer, sample and image, the visual tokens that are present after the layer."""
+        found = []
+        for columns in self.after:
+            image = self.image.to(columns.device).gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
+            counts = image.new_zeros(len(image), int(self.image.max()) + 2).scatter_add_(
+                1, image + 1, image.new_ones(image.shape)
+            )
+            found.append([row[: len(own)] for row, own in zip(counts[:, 1:].tolist(), self.visual_tokens, strict=True)])
+        return found
+
+
 class Remover:
     """Removes tokens from one model's prefills; made and undone by `removing`.
 
     The state of a forward belongs to the thread that runs it.
 
     Attributes:
-        entered: for each layer, the columns [B, m] that entered it in the last prefill, -1 at padding.
+        attached: what is to live as long as the hooks that are on the model.
     """
 
     def __init__(self, adapted: AdaptedModel, plan: Plan, needs_question: bool, tower: Tower | None) -> None:
@@ -64,8 +98,10 @@ class Remover:
         self.plan = plan
         self.needs_question = needs_question
         self.tower = tower
-        self.entered: list[torch.Tensor] = []
+        self._latest: Prefill | None = None
+        self._own = threading.local()
         self.hooks: LayerHooks | None = None
+        self.attached: Any = None
         self.rotary = RotaryOffsets(adapted)
         self.lock = threading.Lock()  # while it is held no call begins, and no hook comes or goes
         self._names = list(inspect.signature(type(adapted.model).forward).parameters)[1:]
@@ -75,6 +111,25 @@ class Remover:
         # By thread, innermost last: a hook may call the model again. None in a call that neither prunes nor continues.
         self._forwards: dict[int, list[Forward | None]] = {}
         self._uncached: dict[int, _Uncached] = {}  # by the id of the images
+
+    @property
+    def last(self) -> Prefill | None:
+        """The last prefill with images of this thread, or of any thread where this one had none."""
+        return getattr(self._own, "last", self._latest)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let this thread's calls run as in the dense model, until the block ends."""
+        before = self._is_paused
+        self._own.paused = True
+        try:
+            yield
+        finally:
+            self._own.paused = before
+
+    @property
+    def _is_paused(self) -> bool:
+        return getattr(self._own, "paused", False)
 
     @property
     def _state(self) -> Forward | None:
@@ -96,6 +151,8 @@ class Remover:
         """Find the visual tokens of a prefill, and refuse what cannot be pruned rightly."""
         if model is not self.adapted.model:
             raise ValueError(COPIED)
+        if self._is_paused:
+            return args, kwargs
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = cache_of(self.adapted.model, given)
         images = given_images(given)
@@ -212,7 +269,7 @@ class Remover:
             running.pop()
         if not running:
             self._forwards.pop(threading.get_ident(), None)
-        if self.rotary.tracked and output is not None:
+        if self.rotary.tracked and output is not None and not self._is_paused:
             given = {**dict(zip(self._names, args, strict=False)), **kwargs}
             cache = cache_in(output)
             # A conversation that began with text alone: another one's offset must not become its own.
@@ -336,10 +393,11 @@ class Remover:
             return output
         hidden = state.drop(output[0] if isinstance(output, tuple) else output)
         state.hidden = None
+        state.after.append(state.kept)
         if number == len(self.adapted.layers) - 1:
             hidden = state.to_columns(hidden)
-            if state.choose is not None:
-                self.entered = state.entered
+            if state.prompt is not None:
+                self._latest = self._own.last = Prefill(state.entered, state.after, state.prompt.images)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
