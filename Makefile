@@ -1,11 +1,15 @@
-# make demo: the whole way on the embedded model. make test: lint, types and tests. make test-oldest: the engine's tests with
-# the oldest transformers that is supported. make test-integrations: the plug-ins for lmms-eval and vLLM. The last two have environments
-# of their own. All work on a fresh clone.
+# make demo: the whole way on the embedded model. make test: lint, types and tests. make test-oldest, make test-newest: the
+# engine's tests with the oldest and the newest transformers that is supported. make test-integrations: the plug-ins for
+# lmms-eval and vLLM. The last three have environments of their own. All work on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := .venv-integrations/bin
 
-.PHONY: demo test test-oldest test-integrations lint train data clean
+# What depends on the insides of transformers.
+ENGINE := $(addprefix tests/test_,families.py full_sizes.py pruning.py refusals.py conversations.py hub.py llava_hr.py \
+	host.py rotary.py attach.py)
+
+.PHONY: demo test test-oldest test-newest test-integrations lint train data clean
 
 demo: .venv/installed
 	$(BIN)/fitprune demo
@@ -13,9 +17,8 @@ demo: .venv/installed
 test: .venv/installed lint
 	$(BIN)/python -m pytest --durations=10
 
-test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest --durations=5 tests/test_families.py tests/test_full_sizes.py tests/test_pruning.py \
-		tests/test_refusals.py tests/test_conversations.py tests/test_hub.py tests/test_llava_hr.py
+test-oldest test-newest: test-%: .venv-%/installed
+	.venv-$*/bin/python -m pytest --durations=5 $(ENGINE)
 
 test-integrations: .venv-integrations/installed
 	$(INTEGRATIONS)/python -m pytest tests/integrations --durations=5
@@ -31,10 +34,12 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.venv-oldest/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-oldest
-	sed 's/^transformers==.*/transformers==5.19.0/' constraints.txt > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt \
+.venv-oldest/installed: TRANSFORMERS := 5.19.0
+.venv-newest/installed: TRANSFORMERS := 5.24.0
+.venv-oldest/installed .venv-newest/installed: .venv-%/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	sed 's/^transformers==.*/transformers==$(TRANSFORMERS)/' constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-$*/constraints.txt \
 		-e '.[llava-hr]' accelerate hypothesis pytest
 	touch $@
 
@@ -53,4 +58,4 @@ data: .venv/installed
 	$(BIN)/python training/render.py --out src/fitprune/data
 
 clean:
-	rm -rf .venv .venv-oldest .venv-integrations build dist demo-output src/*.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-integrations build dist demo-output src/*.egg-info

@@ -606,3 +606,25 @@ def test_statistics_do_not_depend_on_how_a_mask_is_shown():
     model.set_attn_implementation({"text_config": "flex_attention"})
     with pytest.raises(ValueError, match="attends to later tokens of an image"):
         measure(model, row.samples(model)[:1])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "gemma3", "llava_onevision", "llava_next"])
+def test_a_static_cache_is_named_in_every_family(name):
+    model, samples = built(name)
+    recipe = PruningRecipe.dense(adapt(model).shape, 16)
+    given = {key: value for key, value in samples[0].items() if key != "labels"}
+    with prune(model, recipe), pytest.raises(ValueError, match=r"the KV cache is a StaticCache .* drop cache_implem"):
+        model.generate(**given, cache_implementation="static", max_new_tokens=2)
+
+
+def test_a_video_token_without_a_video_is_called_a_video():
+    model, _ = built("llava_onevision-video")
+    video = adapt(model).token_ids["video"]
+    tokens = torch.tensor([[7, video, video, 8, 9]])
+    with prune(model, PruningRecipe.dense(adapt(model).shape, 16)):
+        with pytest.raises(ValueError, match=r"no video is given: pass the processor's pixel_values_videos"):
+            model(input_ids=tokens)
+        image = built("llava_onevision")[1][0]
+        ids = torch.cat([torch.tensor([[video]]), image["input_ids"]], 1)
+        with pytest.raises(ValueError, match=r"1 visual tokens of videos that are not given: .*pixel_values_videos"):
+            model(**{**image, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
