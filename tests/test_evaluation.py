@@ -14,14 +14,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from conftest import batch_of, prompts, tiny_model
 from fitprune import AttentionStats, PruningRecipe, embedded, evaluate, evaluation, load_samples
 from fitprune.adapters import adapt
-from fitprune.baselines import Method, Sizes, make_method
+from fitprune.baselines import Sizes, make_method
 from fitprune.cli import main
 from fitprune.evaluation import entries_for
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.journal import Journal
 from fitprune.report import write_report
 from fitprune.results import Bootstrap, Results, beside, interval, table, verdict
-from fitprune.scoring import get_scorer
 from fitprune.summary import Entry
 from fitprune.vision import crops_of
 
@@ -164,12 +163,12 @@ def test_answers_belong_to_their_images_and_scorers(tmp_path):
     samples = load_samples(embedded.folder("test"), samples=2)
     keeps = PruningRecipe((0.3,) * 8, adapt(model).shape, 144)
     options = {"journal": tmp_path / "j", "timed_batches": 0}
-    evaluate(model, processor, samples, [Entry("a", Method(keeps))], **options)
+    evaluate(model, processor, samples, [Entry("a", keeps)], **options)
     with pytest.raises(ValueError, match="other entries"):
-        evaluate(model, processor, samples, [Entry("a", Method(keeps, get_scorer("self")))], **options)
+        evaluate(model, processor, samples, [Entry("a", dataclasses.replace(keeps, scorer={"name": "self"}))], **options)
     other = [dataclasses.replace(samples[0], image=samples[1].image), samples[1]]
     with pytest.raises(ValueError, match="other tasks"):
-        evaluate(model, processor, other, [Entry("a", Method(keeps))], **options)
+        evaluate(model, processor, other, [Entry("a", keeps)], **options)
     missing = [samples[0], dataclasses.replace(samples[1], image=tmp_path / "none.jpg")]
     with pytest.raises(ValueError, match="does not exist"):  # before the first answer
         evaluate(model, processor, missing, [], timed_batches=0)
@@ -188,12 +187,14 @@ def test_the_padding_side_of_the_tokenizer_changes_nothing():
 def test_random_draws_anew_for_each_sample_of_one_question():
     model, processor = loaded()
     samples = [load_samples(embedded.folder("test"))[0]] * 4
-    used = make_method("random-input", Sizes(adapt(model).shape, 144), checked_budget("flops_reduction", 0.5))
-    results = evaluate(
-        model, processor, samples, [Entry("r", used, 0.5, seed) for seed in (0, 1)], timed_batches=0, examples=4
-    )
+    sizes, budget = Sizes(adapt(model).shape, 144), checked_budget("flops_reduction", 0.5)
+    drawn = [make_method("random-input", sizes, budget, seed=seed) for seed in (0, 1)]
+    entries = [Entry("r", recipe, 0.5, seed) for seed, recipe in enumerate(drawn)]
+    results = evaluate(model, processor, samples, entries, timed_batches=0, examples=4)
     kept = [tuple(example["layers_entered"]["r 50% seed 0"]) for example in results.examples]
     assert len(set(kept)) == 4
+    with pytest.raises(ValueError, match="seed=1: the recipe of 'r' draws by seed 0"):
+        Entry("r", drawn[0], 0.5, 1)
 
 
 def test_logits_that_are_nan_are_told():
@@ -313,7 +314,7 @@ def test_evaluate_refuses_what_makes_no_sense():
     with pytest.raises(ValueError, match="'dense' twice"):
         evaluate(model, processor, samples, {"dense": keeps})
     with pytest.raises(ValueError, match="'a' twice"):
-        evaluate(model, processor, samples, [Entry("a", Method(keeps)), Entry("a", Method(keeps))])
+        evaluate(model, processor, samples, [Entry("a", keeps), Entry("a", keeps)])
     with pytest.raises(ValueError, match="is of another model"):
         evaluate(model, processor, samples, {"other": PruningRecipe.published("llava-1.5-7b", 60)})
     with pytest.raises(ValueError, match="batch_size=0"):

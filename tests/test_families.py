@@ -557,8 +557,7 @@ def test_methods_are_refused_where_their_layers_may_not_lose_tokens():
         with pytest.raises(OutOfReach, match=rf"{name} removes tokens at layers \[.*\], which they may not leave"):
             make_method(name, fitter, budget)
     for name in ("fitprune", "random", "uniform"):
-        method = make_method(name, fitter, budget)
-        with torch.no_grad(), prune(model, method.recipe, method.scorer):
+        with torch.no_grad(), prune(model, make_method(name, fitter, budget)):
             model(**samples[0])
 
 

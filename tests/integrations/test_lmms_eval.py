@@ -155,7 +155,7 @@ def test_a_batch_of_any_images_gives_what_each_request_gives_alone(plugin):
     requests = [request(content, number, max_new_tokens=4 + number % 2) for number, content in enumerate(contents)]
     together = plugin.generate_until(requests)
     assert together == [plugin.generate_until([one])[0] for one in requests]
-    assert together[0] == said_by_generate(plugin.method.recipe, load_samples(embedded.folder("test"))[:1])[0]
+    assert together[0] == said_by_generate(plugin.recipe, load_samples(embedded.folder("test"))[:1])[0]
 
 
 def test_prompts(plugin):
@@ -205,15 +205,15 @@ def test_a_recipe_is_fitted_to_what_is_measured_now(made):
         calibration_samples=32,
         device="cpu",
     )
-    assert now.method.recipe.keep == PruningRecipe.load(made / "60.json").keep
+    assert now.recipe.keep == PruningRecipe.load(made / "60.json").keep
 
 
 def test_another_method_is_solved_for_the_budget(made):
     plugin = FitPrune(
         "digit-scenes", method="fastv:k=1", flops_reduction=0.6, stats=f"{made}/stats.safetensors", device="cpu"
     )
-    assert plugin.method.recipe.provenance["method"] == "fastv:k=1"
-    assert 0.6 <= plugin.method.recipe.cost().flops_reduction < 0.61
+    assert plugin.recipe.provenance["method"] == "fastv:k=1"
+    assert 0.6 <= plugin.recipe.cost().flops_reduction < 0.61
 
 
 @pytest.mark.parametrize(
