@@ -1,6 +1,8 @@
 """Every method against its definition, computed anew from full attention maps; and every method at the same budget."""
 
 import dataclasses
+import json
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 import torch
 
 from conftest import IMAGE, batch_of, prompts, replay, tiny_inputs, tiny_model
-from fitprune import PruningRecipe, measure, prune
+from fitprune import PruningRecipe, measure, prune, scoring
 from fitprune.adapters import adapt
 from fitprune.baselines import BASELINES, Sizes, make_method, search_vtw
+from fitprune.card import card_of
 from fitprune.diversity import dpp_order, least_similar_order, max_min_order
 from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.pruning import kept_positions
@@ -271,6 +274,92 @@ def test_dart_takes_pivots_by_their_keys_and_states_from_before_its_layer(model,
     order = torch.tensor([*mine.tolist(), *others])
     picked = order[least_similar_order(hidden[3:19][order], pivots, 4, len(kept[2]))]
     assert kept[2] == sorted(picked.tolist())
+
+
+# --- files: a recipe is all that a method is
+
+
+def by_chance(seed):
+    """The random controls' scores, written again."""
+
+    def score(view):
+        numbers = [zlib.crc32(i[v].numpy().tobytes()) for i, v in zip(view.prompt.ids, view.prompt.valid, strict=True)]
+        drawn = np.stack([np.random.default_rng([seed, number]).random(500) for number in numbers])
+        return torch.from_numpy(drawn).gather(1, view.place)
+
+    return score
+
+
+# The functions themselves, without names; and the flags that prune needs.
+PLAIN = {
+    "fitprune": Scorer(scoring.self_times_cross),
+    "random": Scorer(by_chance(7), query_aware=False),
+    "random-input": Scorer(by_chance(7), query_aware=False),
+    "uniform": Scorer(scoring.self_times_cross),
+    "last-layer-first": Scorer(scoring.self_times_cross),
+    "fastv": Scorer(scoring.by_last_row),
+    "pyramiddrop": Scorer(scoring.by_last_row),
+    "vtw": Scorer(scoring.by_place, query_aware=False),
+    "divprune": Scorer(scoring.by_max_min, query_aware=False),
+    "cdpruner": Scorer(scoring.by_dpp),
+    "dart": Scorer(scoring.by_duplication),
+    "visionzip": Scorer(scoring.by_cls, query_aware=False, reads_vision=True),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_recipe_from_its_file_keeps_what_its_methods_scores_keep(name, fitter, family, tmp_path):
+    model, file = tiny_model(family, layers=LAYERS), tmp_path / "r.json"
+    made = dataclasses.replace(method(name, fitter, 0.5, seed=7), model=adapt(model).shape)
+    made.save(file)
+    assert PruningRecipe.load(file) == made
+    counts, plain = dataclasses.replace(made, scorer={"name": "cross"}), PLAIN[name.partition(":")[0]]
+    samples = prompts(model, [[3, 6], [5, 2, 4], [2, 9]])
+    others = []
+    for inputs in (batch_of(samples), batch_of(samples, "right"), *samples):
+        for options in ({}, {"pool_images": True}):
+            expected = kept_positions(model, counts, inputs, plain, **options)
+            for recipe in (made, file):
+                found = kept_positions(model, recipe, inputs, **options)
+                assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+            other = kept_positions(model, counts, inputs, "fitprune", **options)
+            others.append(all(torch.equal(*pair) for pair in zip(other, expected, strict=True)))
+        with torch.no_grad():
+            with prune(model, counts, plain):
+                expected = model(**inputs).logits
+            with prune(model, file):
+                assert torch.equal(model(**inputs).logits, expected)
+    assert all(others) == (plain == PLAIN["fitprune"])
+
+
+LEFT_OUT = [name for name in BASELINES if PLAIN[name] != PLAIN["fitprune"]]
+
+
+@pytest.mark.parametrize("name", [*LEFT_OUT, "fastv:k=1"])
+def test_a_file_of_a_version_that_left_the_scorer_out_is_refused_with_what_to_add(name, model, fitter, tmp_path):
+    recipe, file = method(name, fitter, 0.5), tmp_path / "old.json"
+    data = json.loads(recipe.to_json())
+    scorer = data.pop("scorer")
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"old\.json: the recipe of method '{name}' names no scorer") as caught:
+        PruningRecipe.load(file)
+    with pytest.raises(ValueError, match="names no scorer"), prune(model, file):
+        pass
+    advised = json.loads(str(caught.value).split('add "scorer": ')[1])
+    assert advised == scorer
+    file.write_text(json.dumps(data | {"scorer": advised}))
+    assert PruningRecipe.load(file) == recipe
+    ours = dataclasses.replace(recipe, scorer={"name": "fitprune"})  # stated, it is what the file says
+    assert PruningRecipe.from_json(ours.to_json()) == ours
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_card_names_what_ranks_the_tokens_and_cites_fitprune_for_its_own_alone(name, fitter):
+    recipe = method(name, fitter, 0.5, seed=7)
+    card = card_of(recipe, "lab/x", None)
+    assert f"Tokens are ranked by `{recipe.scorer['name']}`" in card
+    assert ('with parameters `{"seed": 7}`' in card) == (recipe.scorer["name"] == "random")
+    assert ("The method is FitPrune" in card) == ("ye2025fitprune" in card) == (name == "fitprune")
 
 
 # --- the engine: tokens that leave before a layer

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from conftest import batch_of, prompts, tiny_model
 from fitprune import AttentionStats, PruningRecipe, embedded, evaluate, evaluation, load_samples
 from fitprune.adapters import adapt
-from fitprune.baselines import Sizes, make_method
+from fitprune.baselines import BASELINES, Sizes, make_method
 from fitprune.cli import main
 from fitprune.evaluation import entries_for
 from fitprune.fitting import Fitter, checked_budget
@@ -165,7 +165,9 @@ def test_answers_belong_to_their_images_and_scorers(tmp_path):
     options = {"journal": tmp_path / "j", "timed_batches": 0}
     evaluate(model, processor, samples, [Entry("a", keeps)], **options)
     with pytest.raises(ValueError, match="other entries"):
-        evaluate(model, processor, samples, [Entry("a", dataclasses.replace(keeps, scorer={"name": "self"}))], **options)
+        evaluate(
+            model, processor, samples, [Entry("a", dataclasses.replace(keeps, scorer={"name": "self"}))], **options
+        )
     other = [dataclasses.replace(samples[0], image=samples[1].image), samples[1]]
     with pytest.raises(ValueError, match="other tasks"):
         evaluate(model, processor, other, [Entry("a", keeps)], **options)
@@ -182,6 +184,28 @@ def test_the_padding_side_of_the_tokenizer_changes_nothing():
         processor.tokenizer.padding_side = side
         rows.append(evaluate(model, processor, samples, {}, batch_size=6, timed_batches=0).rows)
     assert rows[0] == rows[1]
+
+
+def test_recipes_from_their_files_give_what_the_methods_give(stats, tmp_path):
+    model, processor = loaded()
+    samples = load_samples(embedded.folder("test"), samples=3)
+    solved, skipped = entries_for(list(BASELINES), Fitter(AttentionStats.load(stats)), [0.6], seeds=(5, 6))
+    assert skipped == []
+    for number, entry in enumerate(solved):
+        entry.recipe.save(tmp_path / f"{number}.json")
+    files = [PruningRecipe.load(tmp_path / f"{number}.json") for number in range(len(solved))]
+    options = {"batch_size": 2, "timed_batches": 0, "examples": 1}
+    expected = evaluate(model, processor, samples, solved, **options)
+    again = [dataclasses.replace(entry, recipe=recipe) for entry, recipe in zip(solved, files, strict=True)]
+    assert evaluate(model, processor, samples, again, **options) == expected
+    named = evaluate(model, processor, samples, {e.label: r for e, r in zip(solved, files, strict=True)}, **options)
+    assert named.answers == expected.answers
+    assert named.examples[0]["layers_entered"] == {
+        **named.examples[0]["layers_entered"], **expected.examples[0]["layers_entered"]
+    }  # fmt: skip
+    for name, baseline in BASELINES.items():
+        scorer = expected.recipes[f"{name} 60%"].get("scorer", {"name": "fitprune"})
+        assert scorer == {"name": baseline.scorer, **({"parameters": {"seed": 5}} if baseline.seeded else {})}
 
 
 def test_random_draws_anew_for_each_sample_of_one_question():

@@ -16,6 +16,7 @@ from fitprune.adapters import adapt, model_shape, say_generic
 from fitprune.baselines import make_method
 from fitprune.calibration import Sample
 from fitprune.evaluation import readable
+from fitprune.families import Family
 from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.images import read_images
 from fitprune.pruning import kept_positions
@@ -537,6 +538,12 @@ def test_decoding_without_a_cache_keeps_the_prompt_where_generate_encodes_nothin
         model.generate(**samples[1], use_cache=False, do_sample=False, max_new_tokens=4)
     assert len(asked) == 8
     assert len(set(asked)) == 1
+
+
+@pytest.mark.parametrize("rule", [{"images": "tile"}, {"images": ""}, {"video": "frames"}, {"video": None}])
+def test_a_rule_that_is_none_is_refused_when_a_family_is_made(rule):
+    with pytest.raises(ValueError, match=r"family 'new': (images|video)=.*: must be one of \('"):
+        Family("new", "New", **rule)
 
 
 def test_a_method_that_reads_the_tower_is_left_out_where_it_cannot():

@@ -218,7 +218,9 @@ def test_every_scorer_has_a_case():
 
 @pytest.mark.parametrize(("family", "side"), [("llava", "right"), ("llava_next", "left")])
 @pytest.mark.parametrize("diversity", [0, 0.5])
-@pytest.mark.parametrize("name", [name for name in INSIDE if name != "dpp"])  # past 32 picks, its rank, rounding decides
+@pytest.mark.parametrize(
+    "name", [name for name in INSIDE if name != "dpp"]
+)  # past 32 picks, its rank, rounding decides
 def test_a_row_keeps_what_its_sample_keeps_alone(name, diversity, family, side):
     model = tiny_model(family)
     samples = prompts(model, [[3, 6], [5, 2, 4], [2, 9]])

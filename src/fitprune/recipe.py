@@ -462,9 +462,10 @@ class PruningRecipe:
             raise ValueError("recipe's 'keep' (and 'enter') must be a list and 'provenance' an object; fit it again")
         model = ModelShape.from_dict(data["model"])
         if "scorer" not in data and (name := _left_out(data["provenance"])):
+            spec = {"name": name, **({"parameters": {"seed": 0}} if name == "random" else {})}
             raise ValueError(
                 f"the recipe of method {short(data['provenance']['method'])} names no scorer (an older version left it "
-                f'out), and would rank by FitPrune\'s: make it again, or add "scorer": {{"name": "{name}"}}'
+                f'out), and would rank by FitPrune\'s: make it again, or add "scorer": {json.dumps(spec)}'
             )
         scorer = data.get("scorer", {"name": "fitprune"})
         return cls(tuple(data["keep"]), model, data["visual_tokens"], data["provenance"], tuple(enter), scorer)
