@@ -216,6 +216,21 @@ def test_another_method_is_solved_for_the_budget(made):
     assert 0.6 <= plugin.recipe.cost().flops_reduction < 0.61
 
 
+@pytest.mark.parametrize("method", ["divprune", "random", "visionzip", "fastv"])
+def test_a_methods_saved_recipe_answers_as_the_method_does(method, made, tmp_path):
+    stated = {"method": method, "flops_reduction": 0.8, "stats": f"{made}/stats.safetensors", "seed": 7}
+    solved = FitPrune("digit-scenes", **stated, device="cpu", batch_size=8)
+    solved.recipe.save(tmp_path / "r.json")
+    loaded_again = FitPrune("digit-scenes", recipe=str(tmp_path / "r.json"), device="cpu", batch_size=8)
+    assert loaded_again.recipe == solved.recipe
+    samples, said = load_samples(embedded.folder("test"))[:8], []
+    for plugin in (solved, loaded_again):
+        plugin.task_dict = {"task": {"test": dict.fromkeys(range(8))}}
+        asked = [request([picture(n), words(sample.text)], n, max_new_tokens=16) for n, sample in enumerate(samples)]
+        said.append(plugin.generate_until(asked))
+    assert said[0] == said[1] == said_by_generate(solved.recipe, samples)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
