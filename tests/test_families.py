@@ -554,6 +554,7 @@ def test_a_method_that_reads_the_tower_is_left_out_where_it_cannot():
     assert [entry.name for entry in left] == ["fitprune"]
     assert [(skipped["method"], skipped["budget"]) for skipped in out] == [("visionzip", 0.3)]
     assert "the vision tower of this qwen2_5_vl model has no [CLS] token" in out[0]["reason"]
+    assert "scorer 'cls'" in out[0]["reason"]
     assert readable(adapt(built("llava")[0]), entries) == (entries, [])
 
 

@@ -445,6 +445,14 @@ def test_prune_obeys_the_recipes_scorer_unless_told_another(model, padded):
     assert not torch.equal(logits(own), logits(plain))
 
 
+def test_an_entry_in_the_registry_gives_a_scorer_of_ones_own_a_name(model, padded, monkeypatch, tmp_path):
+    monkeypatch.setitem(SCORERS, "late", lambda power: Scorer(lambda view: view.place.float() ** power))
+    recipe_of(model, scorer={"name": "late", "parameters": {"power": 2}}).save(tmp_path / "r.json")
+    assert kept(model, tmp_path / "r.json", padded) == kept(model, recipe_of(model), padded, "place")
+    with pytest.raises(ValueError, match="scorer 'late': missing parameter 'power'"):
+        get_scorer("late")
+
+
 def test_a_recipe_can_be_the_key_of_a_dict(model):
     assert {recipe_of(model): 1}[recipe_of(model)] == 1
 
