@@ -512,7 +512,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# What ranks the tokens of methods whose recipes version 0.1.0 wrote without a scorer.
+# What ranks the tokens of methods whose recipes were once written without their scorer.
 _SCORERS_LEFT_OUT = {
     "random": "random", "random-input": "random", "fastv": "last", "pyramiddrop": "last", "vtw": "place",
     "divprune": "max-min", "cdpruner": "dpp", "dart": "duplication", "visionzip": "cls",
