@@ -18,7 +18,6 @@ import numpy as np
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fitprune import PruningRecipe, embedded, evaluate, load_samples, make_batches, measure
-from fitprune.baselines import Method
 from fitprune.calibration import Sample, recombined
 from fitprune.fitting import checked_budget
 from fitprune.output_fitting import OutputFitter
@@ -29,7 +28,7 @@ def agreement(
     model: Any, processor: Any, test: Sequence[Sample], recipes: dict[str, PruningRecipe]
 ) -> dict[str, float]:
     """Share of the questions that each recipe answers as the dense model does."""
-    entries = [Entry(name, Method(recipe)) for name, recipe in recipes.items()]
+    entries = [Entry(name, recipe) for name, recipe in recipes.items()]
     rows = evaluate(model, processor, test, entries, batch_size=40, timed_batches=0).rows
     return {row.method: row.agreement for row in rows if row.method in recipes}
 

@@ -1,6 +1,8 @@
 """Every method against its definition, computed anew from full attention maps; and every method at the same budget."""
 
 import dataclasses
+import json
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 import torch
 
 from conftest import CACHE, IMAGE, batch_of, cache_in, prompts, replay, tiny_inputs, tiny_model
-from fitprune import PruningRecipe, measure, prune
+from fitprune import PruningRecipe, measure, prune, scoring
 from fitprune.adapters import adapt
 from fitprune.baselines import BASELINES, Sizes, make_method, search_vtw
+from fitprune.card import card_of
 from fitprune.diversity import dpp_order, least_similar_order, max_min_order
 from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.pruning import kept_positions
@@ -38,7 +41,7 @@ def entering(model, used, inputs):
     """Places, among the visual tokens, of those that enter each layer; the first sample's."""
     visual = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
     first = int(visual[0])
-    found = kept_positions(model, used.recipe, inputs, used.scorer)
+    found = kept_positions(model, used, inputs)
     return [[c - first for c in columns[0].tolist() if c in set(visual.tolist())] for columns in found]
 
 
@@ -60,7 +63,7 @@ def top(score, count):
 def test_every_method_meets_every_budget_to_within_one_token(name, reduction, fitter):
     n, decoder = fitter.visual_tokens, fitter.stats.model.decoder
     budget = checked_budget("flops_reduction", reduction)
-    recipe = method(name, fitter, reduction).recipe
+    recipe = method(name, fitter, reduction)
     entered, kept = [round(f * n) for f in recipe.entering], recipe.kept(n)
     assert budget.met_by(budget.measured(decoder, n, kept, entered))
     assert recipe.cost().flops_reduction == pytest.approx(recipe.provenance["reached"], abs=1e-12)
@@ -79,14 +82,14 @@ FULL_SIZE = Sizes(PruningRecipe.published("llava-1.5-7b", 60).model, 576)
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in ("fitprune", "random")])
 @pytest.mark.parametrize("reduction", [0.4, 0.6])
 def test_methods_are_solved_for_a_full_size_model(name, reduction):
-    recipe = method(name, FULL_SIZE, reduction).recipe
+    recipe = method(name, FULL_SIZE, reduction)
     assert reduction <= recipe.cost().flops_reduction < reduction + 0.003
 
 
 def test_the_authors_parameters_come_back_where_the_budget_is_theirs():
-    assert method("fastv", FULL_SIZE, 0.6).recipe.provenance["k"] == 2
-    assert method("dart", FULL_SIZE, 0.6).recipe.provenance["k"] == 2
-    drop = method("pyramiddrop", FULL_SIZE, 0.535).recipe.provenance
+    assert method("fastv", FULL_SIZE, 0.6).provenance["k"] == 2
+    assert method("dart", FULL_SIZE, 0.6).provenance["k"] == 2
+    drop = method("pyramiddrop", FULL_SIZE, 0.535).provenance
     assert drop["stages"] == [8, 16, 24]
     assert drop["share"] == pytest.approx(0.5, abs=0.02)
 
@@ -139,7 +142,7 @@ def test_fastv_keeps_what_the_last_token_attends_to_in_the_layer_before_k(k, mod
 def test_pyramiddrop_ranks_by_the_attention_that_the_layer_would_have(model, fitter):
     inputs = tiny_inputs(model, seed=9)
     used = method("pyramiddrop", fitter, 0.5)
-    first = used.recipe.provenance["stages"][0]
+    first = used.provenance["stages"][0]
     kept = entering(model, used, inputs)
     row = dense_attention(model, inputs)[first].mean(0)[-1]
     assert kept[first] == top(row[3:19], len(kept[first]))
@@ -161,7 +164,7 @@ def test_vtw_and_last_layer_first_take_everything_as_late_as_they_can(model, fit
     for name in ("vtw", "last-layer-first"):
         used = method(name, fitter, 0.4)
         kept = [len(layer) for layer in entering(model, used, inputs)]
-        k = used.recipe.provenance["k"]
+        k = used.provenance["k"]
         assert kept[:k] == [16] * k
         assert kept[k + 1 :] == [0] * (LAYERS - k - 1)
     assert entering(model, method("vtw", fitter, 0.4), inputs)[k] == list(range(16 - kept[k], 16))
@@ -182,7 +185,7 @@ def test_the_search_for_vtws_layer_takes_the_first_below_the_threshold(model):
     for threshold in (min(mean.values()) * 1.001, mean[4], max(mean.values())):
         first = next(k for k in mean if mean[k] <= threshold * 1.0001)
         found = search_vtw(model, batches, threshold=threshold * 1.0001)
-        assert found.recipe.provenance["k"] == first
+        assert found.provenance["k"] == first
         kept = entering(model, found, batches[0])
         assert [len(layer) for layer in kept] == [16] * first + [0] * (LAYERS - first)
     with pytest.raises(ValueError, match="no layer from 1 on stays below"):
@@ -273,6 +276,92 @@ def test_dart_takes_pivots_by_their_keys_and_states_from_before_its_layer(model,
     assert kept[2] == sorted(picked.tolist())
 
 
+# --- files: a recipe is all that a method is
+
+
+def by_chance(seed):
+    """The random controls' scores, written again."""
+
+    def score(view):
+        numbers = [zlib.crc32(i[v].numpy().tobytes()) for i, v in zip(view.prompt.ids, view.prompt.valid, strict=True)]
+        drawn = np.stack([np.random.default_rng([seed, number]).random(500) for number in numbers])
+        return torch.from_numpy(drawn).gather(1, view.place)
+
+    return score
+
+
+# The functions themselves, without names; and the flags that prune needs.
+PLAIN = {
+    "fitprune": Scorer(scoring.self_times_cross),
+    "random": Scorer(by_chance(7), query_aware=False),
+    "random-input": Scorer(by_chance(7), query_aware=False),
+    "uniform": Scorer(scoring.self_times_cross),
+    "last-layer-first": Scorer(scoring.self_times_cross),
+    "fastv": Scorer(scoring.by_last_row),
+    "pyramiddrop": Scorer(scoring.by_last_row),
+    "vtw": Scorer(scoring.by_place, query_aware=False),
+    "divprune": Scorer(scoring.by_max_min, query_aware=False),
+    "cdpruner": Scorer(scoring.by_dpp),
+    "dart": Scorer(scoring.by_duplication),
+    "visionzip": Scorer(scoring.by_cls, query_aware=False, reads_vision=True),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_recipe_from_its_file_keeps_what_its_methods_scores_keep(name, fitter, family, tmp_path):
+    model, file = tiny_model(family, layers=LAYERS), tmp_path / "r.json"
+    made = dataclasses.replace(method(name, fitter, 0.5, seed=7), model=adapt(model).shape)
+    made.save(file)
+    assert PruningRecipe.load(file) == made
+    counts, plain = dataclasses.replace(made, scorer={"name": "cross"}), PLAIN[name.partition(":")[0]]
+    samples = prompts(model, [[3, 6], [5, 2, 4], [2, 9]])
+    others = []
+    for inputs in (batch_of(samples), batch_of(samples, "right"), *samples):
+        for options in ({}, {"pool_images": True}):
+            expected = kept_positions(model, counts, inputs, plain, **options)
+            for recipe in (made, file):
+                found = kept_positions(model, recipe, inputs, **options)
+                assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+            other = kept_positions(model, counts, inputs, "fitprune", **options)
+            others.append(all(torch.equal(*pair) for pair in zip(other, expected, strict=True)))
+        with torch.no_grad():
+            with prune(model, counts, plain):
+                expected = model(**inputs).logits
+            with prune(model, file):
+                assert torch.equal(model(**inputs).logits, expected)
+    assert all(others) == (plain == PLAIN["fitprune"])
+
+
+LEFT_OUT = [name for name in BASELINES if PLAIN[name] != PLAIN["fitprune"]]
+
+
+@pytest.mark.parametrize("name", [*LEFT_OUT, "fastv:k=1"])
+def test_a_file_of_a_version_that_left_the_scorer_out_is_refused_with_what_to_add(name, model, fitter, tmp_path):
+    recipe, file = method(name, fitter, 0.5), tmp_path / "old.json"
+    data = json.loads(recipe.to_json())
+    scorer = data.pop("scorer")
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"old\.json: the recipe of method '{name}' names no scorer") as caught:
+        PruningRecipe.load(file)
+    with pytest.raises(ValueError, match="names no scorer"), prune(model, file):
+        pass
+    advised = json.loads(str(caught.value).split('add "scorer": ')[1])
+    assert advised == scorer
+    file.write_text(json.dumps(data | {"scorer": advised}))
+    assert PruningRecipe.load(file) == recipe
+    ours = dataclasses.replace(recipe, scorer={"name": "fitprune"})  # stated, it is what the file says
+    assert PruningRecipe.from_json(ours.to_json()) == ours
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_card_names_what_ranks_the_tokens_and_cites_fitprune_for_its_own_alone(name, fitter):
+    recipe = method(name, fitter, 0.5, seed=7)
+    card = card_of(recipe, "lab/x", None)
+    assert f"Tokens are ranked by `{recipe.scorer['name']}`" in card
+    assert ('with parameters `{"seed": 7}`' in card) == (recipe.scorer["name"] == "random")
+    assert ("The method is FitPrune" in card) == ("ye2025fitprune" in card) == (name == "fitprune")
+
+
 # --- the engine: tokens that leave before a layer
 
 
@@ -307,18 +396,18 @@ def test_a_row_equals_its_sample_alone_and_the_masked_dense_model(name, side, at
     samples = prompts(model, [[3, 6], [5, 2, 4], [2, 9]])
     batch = batch_of(samples, side)
     used = method(name, fitter, 0.5)
-    recipe = dataclasses.replace(used.recipe, model=shape)
+    recipe = dataclasses.replace(used, model=shape)
     # As generate does: DART's key norms know the position, and count it from each row's first token.
     batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    entered = kept_positions(model, recipe, batch, used.scorer)
+    entered = kept_positions(model, recipe, batch)
     for row, sample in enumerate(samples):
-        alone = kept_positions(model, recipe, sample, used.scorer)
+        alone = kept_positions(model, recipe, sample)
         pad = int((batch["attention_mask"][row] == 0).sum()) if side == "left" else 0
         for together, single in zip(entered, alone, strict=True):
             own = together[row][together[row] >= 0]
             valid = own[batch["attention_mask"][row, own] == 1]
             assert (valid - pad).tolist() == single[0].tolist()
-    with torch.no_grad(), prune(model, recipe, used.scorer):
+    with torch.no_grad(), prune(model, recipe):
         found = model(**batch).logits
     model.set_attn_implementation("eager")
     expected = masked_dense(model, batch, entered)
@@ -335,14 +424,14 @@ def test_decoding_goes_on_where_the_prefill_left(name, fitter):
     used = method(name, fitter, 0.5)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     for beams in (1, 3):
-        with prune(model, used.recipe, used.scorer), torch.no_grad():
+        with prune(model, used), torch.no_grad():
             cached = model.generate(**batch, **options, num_beams=beams)
             alone = [model.generate(**sample, **options, num_beams=beams)[0, -6:] for sample in samples]
             uncached = model.generate(**batch, **options, num_beams=beams, use_cache=False)
         assert torch.equal(cached[:, -6:], torch.stack(alone))
         assert torch.equal(cached, uncached)
     answer = torch.randint(10, 97, (3, 5), generator=torch.Generator().manual_seed(0))
-    with prune(model, used.recipe, used.scorer):
+    with prune(model, used):
         together = replay(model, batch, answer)
         singles = [replay(model, s, answer[i : i + 1]) for i, s in enumerate(samples)]
     assert float((together - torch.cat(singles)).abs().max()) < 1e-4
@@ -352,9 +441,9 @@ def test_the_first_layers_cache_shrinks_and_positions_go_on(fitter):
     model = tiny_model(layers=LAYERS)
     inputs = tiny_inputs(model)
     used = method("divprune", fitter, 0.5)
-    with prune(model, used.recipe, used.scorer), torch.no_grad():
+    with prune(model, used), torch.no_grad():
         cache = cache_in(model(**inputs, use_cache=True))
-    left = used.recipe.kept(16)[0]
+    left = used.kept(16)[0]
     assert [layer.keys.shape[2] for layer in cache.layers] == [left + 9] * LAYERS
     assert cache.get_seq_length() == 25  # of the sequence, by which the model counts positions
     cache.crop(-2)
@@ -364,7 +453,7 @@ def test_the_first_layers_cache_shrinks_and_positions_go_on(fitter):
 
 def test_scorers_that_miss_what_they_read_say_so(model, fitter):
     inputs = tiny_inputs(model)
-    zip_recipe = method("visionzip", fitter, 0.5).recipe
+    zip_recipe = method("visionzip", fitter, 0.5)
     with (
         prune(model, zip_recipe, Scorer(lambda view: view.cls_attention)),
         pytest.raises(ValueError, match="reads_vision"),
@@ -374,14 +463,14 @@ def test_scorers_that_miss_what_they_read_say_so(model, fitter):
     with torch.no_grad():
         outside = model.model.get_image_features(inputs["pixel_values"], return_dict=True)
     rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    with prune(model, used.recipe, used.scorer), pytest.raises(ValueError, match="not made inside the prune block"):
+    with prune(model, used), pytest.raises(ValueError, match="not made inside the prune block"):
         model(**rest, mm_encoder_outputs={"image": outside})
-    with prune(model, used.recipe, method("dart", fitter, 0.5).scorer), pytest.raises(ValueError, match="layer before"):
+    with prune(model, used, "duplication"), pytest.raises(ValueError, match="layer before"):
         model(**inputs)
     used = method("random", fitter, 0.5)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
-    with prune(model, used.recipe, used.scorer), pytest.raises(ValueError, match="pass input_ids"):
+    with prune(model, used), pytest.raises(ValueError, match=r"scorer 'random' tells .* pass input_ids"):
         model(**rest, inputs_embeds=embeds)
 
 
@@ -391,10 +480,10 @@ def test_watching_the_tower_leaves_nothing_and_serves_threads(fitter):
     samples = prompts(model, [[3, 6], [5, 4], [2, 9], [4, 4]])
     alone = []
     for sample in samples:
-        with prune(model, used.recipe, used.scorer), torch.no_grad():
+        with prune(model, used), torch.no_grad():
             alone.append(model(**sample).logits)
-    with prune(model, used.recipe, used.scorer):
-        with pytest.raises(ValueError, match="in use by fitprune"), prune(model, used.recipe, used.scorer):
+    with prune(model, used):
+        with pytest.raises(ValueError, match="in use by fitprune"), prune(model, used, "self"):
             pass
 
         def call(number):
@@ -412,14 +501,14 @@ def test_watching_the_tower_leaves_nothing_and_serves_threads(fitter):
 def test_fitprunes_scores_work_before_the_first_layer_too(model, fitter):
     """Its attention is computed ahead: the same tokens as inside layer 0."""
     inputs = tiny_inputs(model, seed=9)
-    recipe = method("divprune", fitter, 0.5).recipe
+    recipe = method("divprune", fitter, 0.5)
     inside = dataclasses.replace(recipe, enter=())
-    before = kept_positions(model, recipe, inputs)[0][0].tolist()
-    assert before == kept_positions(model, inside, inputs)[1][0].tolist()
+    before = kept_positions(model, recipe, inputs, "fitprune")[0][0].tolist()
+    assert before == kept_positions(model, inside, inputs, "fitprune")[1][0].tolist()
 
 
 def test_a_recipe_with_removal_before_layers_survives_its_file(fitter, tmp_path):
-    recipe = method("dart", fitter, 0.5).recipe
+    recipe = method("dart", fitter, 0.5)
     recipe.save(tmp_path / "r.json")
     assert PruningRecipe.load(tmp_path / "r.json") == recipe
     n = fitter.visual_tokens

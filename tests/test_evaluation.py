@@ -14,14 +14,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from conftest import batch_of, prompts, tiny_model
 from fitprune import AttentionStats, PruningRecipe, embedded, evaluate, evaluation, load_samples
 from fitprune.adapters import adapt
-from fitprune.baselines import Method, Sizes, make_method
+from fitprune.baselines import BASELINES, Sizes, make_method
 from fitprune.cli import main
 from fitprune.evaluation import entries_for
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.journal import Journal
 from fitprune.report import write_report
 from fitprune.results import Bootstrap, Results, beside, interval, table, verdict
-from fitprune.scoring import get_scorer
 from fitprune.summary import Entry
 from fitprune.vision import crops_of
 
@@ -164,12 +163,14 @@ def test_answers_belong_to_their_images_and_scorers(tmp_path):
     samples = load_samples(embedded.folder("test"), samples=2)
     keeps = PruningRecipe((0.3,) * 8, adapt(model).shape, 144)
     options = {"journal": tmp_path / "j", "timed_batches": 0}
-    evaluate(model, processor, samples, [Entry("a", Method(keeps))], **options)
+    evaluate(model, processor, samples, [Entry("a", keeps)], **options)
     with pytest.raises(ValueError, match="other entries"):
-        evaluate(model, processor, samples, [Entry("a", Method(keeps, get_scorer("self")))], **options)
+        evaluate(
+            model, processor, samples, [Entry("a", dataclasses.replace(keeps, scorer={"name": "self"}))], **options
+        )
     other = [dataclasses.replace(samples[0], image=samples[1].image), samples[1]]
     with pytest.raises(ValueError, match="other tasks"):
-        evaluate(model, processor, other, [Entry("a", Method(keeps))], **options)
+        evaluate(model, processor, other, [Entry("a", keeps)], **options)
     missing = [samples[0], dataclasses.replace(samples[1], image=tmp_path / "none.jpg")]
     with pytest.raises(ValueError, match="does not exist"):  # before the first answer
         evaluate(model, processor, missing, [], timed_batches=0)
@@ -185,15 +186,39 @@ def test_the_padding_side_of_the_tokenizer_changes_nothing():
     assert rows[0] == rows[1]
 
 
+def test_recipes_from_their_files_give_what_the_methods_give(stats, tmp_path):
+    model, processor = loaded()
+    samples = load_samples(embedded.folder("test"), samples=3)
+    solved, skipped = entries_for(list(BASELINES), Fitter(AttentionStats.load(stats)), [0.6], seeds=(5, 6))
+    assert skipped == []
+    for number, entry in enumerate(solved):
+        entry.recipe.save(tmp_path / f"{number}.json")
+    files = [PruningRecipe.load(tmp_path / f"{number}.json") for number in range(len(solved))]
+    options = {"batch_size": 2, "timed_batches": 0, "examples": 1}
+    expected = evaluate(model, processor, samples, solved, **options)
+    again = [dataclasses.replace(entry, recipe=recipe) for entry, recipe in zip(solved, files, strict=True)]
+    assert evaluate(model, processor, samples, again, **options) == expected
+    named = evaluate(model, processor, samples, {e.label: r for e, r in zip(solved, files, strict=True)}, **options)
+    assert named.answers == expected.answers
+    assert named.examples[0]["layers_entered"] == {
+        **named.examples[0]["layers_entered"], **expected.examples[0]["layers_entered"]
+    }  # fmt: skip
+    for name, baseline in BASELINES.items():
+        scorer = expected.recipes[f"{name} 60%"].get("scorer", {"name": "fitprune"})
+        assert scorer == {"name": baseline.scorer, **({"parameters": {"seed": 5}} if baseline.seeded else {})}
+
+
 def test_random_draws_anew_for_each_sample_of_one_question():
     model, processor = loaded()
     samples = [load_samples(embedded.folder("test"))[0]] * 4
-    used = make_method("random-input", Sizes(adapt(model).shape, 144), checked_budget("flops_reduction", 0.5))
-    results = evaluate(
-        model, processor, samples, [Entry("r", used, 0.5, seed) for seed in (0, 1)], timed_batches=0, examples=4
-    )
+    sizes, budget = Sizes(adapt(model).shape, 144), checked_budget("flops_reduction", 0.5)
+    drawn = [make_method("random-input", sizes, budget, seed=seed) for seed in (0, 1)]
+    entries = [Entry("r", recipe, 0.5, seed) for seed, recipe in enumerate(drawn)]
+    results = evaluate(model, processor, samples, entries, timed_batches=0, examples=4)
     kept = [tuple(example["layers_entered"]["r 50% seed 0"]) for example in results.examples]
     assert len(set(kept)) == 4
+    with pytest.raises(ValueError, match="seed=1: the recipe of 'r' draws by seed 0"):
+        Entry("r", drawn[0], 0.5, 1)
 
 
 def test_logits_that_are_nan_are_told():
@@ -313,7 +338,7 @@ def test_evaluate_refuses_what_makes_no_sense():
     with pytest.raises(ValueError, match="'dense' twice"):
         evaluate(model, processor, samples, {"dense": keeps})
     with pytest.raises(ValueError, match="'a' twice"):
-        evaluate(model, processor, samples, [Entry("a", Method(keeps)), Entry("a", Method(keeps))])
+        evaluate(model, processor, samples, [Entry("a", keeps), Entry("a", keeps)])
     with pytest.raises(ValueError, match="is of another model"):
         evaluate(model, processor, samples, {"other": PruningRecipe.published("llava-1.5-7b", 60)})
     with pytest.raises(ValueError, match="batch_size=0"):

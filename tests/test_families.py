@@ -16,6 +16,7 @@ from fitprune.adapters import adapt, model_shape, say_generic
 from fitprune.baselines import make_method
 from fitprune.calibration import Sample
 from fitprune.evaluation import readable
+from fitprune.families import Family
 from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.images import read_images
 from fitprune.pruning import kept_positions
@@ -539,6 +540,12 @@ def test_decoding_without_a_cache_keeps_the_prompt_where_generate_encodes_nothin
     assert len(set(asked)) == 1
 
 
+@pytest.mark.parametrize("rule", [{"images": "tile"}, {"images": ""}, {"video": "frames"}, {"video": None}])
+def test_a_rule_that_is_none_is_refused_when_a_family_is_made(rule):
+    with pytest.raises(ValueError, match=r"family 'new': (images|video)=.*: must be one of \('"):
+        Family("new", "New", **rule)
+
+
 def test_a_method_that_reads_the_tower_is_left_out_where_it_cannot():
     model, samples = built("qwen2_5_vl")
     fitter, budget = Fitter(measure(model, samples)), checked_budget("flops_reduction", 0.3)
@@ -547,6 +554,7 @@ def test_a_method_that_reads_the_tower_is_left_out_where_it_cannot():
     assert [entry.name for entry in left] == ["fitprune"]
     assert [(skipped["method"], skipped["budget"]) for skipped in out] == [("visionzip", 0.3)]
     assert "the vision tower of this qwen2_5_vl model has no [CLS] token" in out[0]["reason"]
+    assert "scorer 'cls'" in out[0]["reason"]
     assert readable(adapt(built("llava")[0]), entries) == (entries, [])
 
 
@@ -557,8 +565,7 @@ def test_methods_are_refused_where_their_layers_may_not_lose_tokens():
         with pytest.raises(OutOfReach, match=rf"{name} removes tokens at layers \[.*\], which they may not leave"):
             make_method(name, fitter, budget)
     for name in ("fitprune", "random", "uniform"):
-        method = make_method(name, fitter, budget)
-        with torch.no_grad(), prune(model, method.recipe, method.scorer):
+        with torch.no_grad(), prune(model, make_method(name, fitter, budget)):
             model(**samples[0])
 
 

@@ -1,9 +1,8 @@
-"""Published ways to prune visual tokens, and controls, all as (recipe, scorer) in one engine and solved to one budget.
+"""Published ways to prune visual tokens, and controls, all as recipes of one engine and solved to one budget.
 
-Each method here is two things: a schedule, which says how many tokens enter and leave each layer for a budget, and a
-scorer, which says which. docs/baselines.md tells for each what was read in its authors' code and what differs.
-
-Shapes: as in `fitprune.views`.
+Each method here is two things: a schedule, which says how many tokens enter and leave each layer for a budget, and the
+name of a scorer (`fitprune.scoring.SCORERS`), which says which. A recipe holds both. docs/baselines.md tells for each
+what was read in its authors' code and what differs.
 """
 
 from __future__ import annotations
@@ -15,36 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from fitprune.adapters import adapt
-from fitprune.diversity import dpp_order, least_similar_order, max_min_order
+from fitprune.divergence import kl
 from fitprune.fitting import Budget, Fitter, OutOfReach, give_back
 from fitprune.flops import ModelShape
 from fitprune.measurement import to_model
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
-from fitprune.scoring import Scorer, by_last_row, get_scorer
-from fitprune.views import LayerView
+from fitprune.scoring import get_scorer
 
 Counts = tuple[list[int], list[int]]  # tokens that enter each layer, tokens that it keeps
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A way to prune one model to one budget.
-
-    Attributes:
-        recipe: how many tokens leave, and where.
-        scorer: which; by default the recipe's own.
-    """
-
-    recipe: PruningRecipe
-    scorer: Scorer = None  # type: ignore[assignment]  # never None once made
-
-    def __post_init__(self) -> None:
-        if self.scorer is None:
-            object.__setattr__(self, "scorer", get_scorer(self.recipe.scorer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,33 +49,42 @@ class Baseline:
 
     Attributes:
         schedule: (target, budget, **parameters) -> counts, and the parameters that were used.
-        scorer: seed -> scorer.
+        scorer: name of what ranks the tokens, in `fitprune.scoring.SCORERS`.
         source: where it was published.
         parameters: those that a user may set, with their meaning.
-        seeded: whether the scorer draws at random.
     """
 
     schedule: Callable[..., tuple[Counts, dict[str, Any]]]
-    scorer: Callable[[int], Scorer]
+    scorer: str
     source: str
     parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    seeded: bool = False
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the scorer draws at random."""
+        return self.scorer == "random"
 
 
-def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> Method:
+def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> PruningRecipe:
     """Solve a method for a budget.
 
     Args:
         name: one of `BASELINES`, with parameters as in "fastv:k=1" or "pyramiddrop:shift=-1".
         target: sizes of the model and its images; FitPrune's own counts need a Fitter, which has statistics too.
         budget: met to within one token, for images of `target.visual_tokens`.
-        seed: of methods that draw at random; others ignore it.
+        seed: of methods that draw at random, 0 or more; others ignore it.
+
+    Returns:
+        A recipe that names its scorer with its parameters, the seed too: `prune` needs nothing else.
 
     Raises:
-        ValueError: there is no such method or parameter, or the method cannot meet the budget (the message says why).
+        ValueError: there is no such method or parameter, the seed is negative, or the method cannot meet the budget
+            (the message says why).
     """
     base, given = parse_name(name)
     baseline = BASELINES[base]
+    scorer = {"name": baseline.scorer, **({"parameters": {"seed": seed}} if baseline.seeded else {})}
+    get_scorer(scorer)  # a wrong seed is found now
     (entering, kept), used = baseline.schedule(target, budget, **given)
     n, model = target.visual_tokens, target.model
     provenance = {
@@ -112,13 +101,14 @@ def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> 
         n,
         provenance,
         tuple(count / n for count in entering) if between else (),
+        scorer,
     )
     if wrong := [layer for layer in recipe.removing if layer not in model.decoder.prunable]:
         raise OutOfReach(
             f"{name} removes tokens at layers {wrong}, which they may not leave in a {model.model_type} model: of its "
             f"{model.decoder.layers} layers, {list(model.decoder.prunable)}"
         )
-    return Method(recipe, baseline.scorer(seed))
+    return recipe
 
 
 def parse_name(name: str) -> tuple[str, dict[str, int]]:
@@ -143,7 +133,9 @@ def parse_name(name: str) -> tuple[str, dict[str, int]]:
     return base, given
 
 
-def search_vtw(model: Any, batches: Iterable[Mapping[str, Any]], *, threshold: float = 0.003, first: int = 1) -> Method:
+def search_vtw(
+    model: Any, batches: Iterable[Mapping[str, Any]], *, threshold: float = 0.003, first: int = 1
+) -> PruningRecipe:
     """Find VTW's layer, the first that may run without any visual token, as its authors do: by no budget.
 
     Args:
@@ -153,7 +145,7 @@ def search_vtw(model: Any, batches: Iterable[Mapping[str, Any]], *, threshold: f
         first: the first layer to try, from 1; the authors begin at 5 of 32.
 
     Returns:
-        The method; its layer is `k` in the recipe's provenance.
+        The recipe; its layer is `k` in the provenance.
 
     Raises:
         ValueError: there is no batch, or no layer stays below the threshold.
@@ -172,10 +164,9 @@ def search_vtw(model: Any, batches: Iterable[Mapping[str, Any]], *, threshold: f
             dense = model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
         samples += len(dense)
         for k in range(first, layers):
-            tried = _without_from(k, adapted.shape)
-            with torch.inference_mode(), prune(model, tried.recipe, tried.scorer):
+            with torch.inference_mode(), prune(model, _without_from(k, adapted.shape)):
                 cut = model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
-            total[k] += float((cut.exp() * (cut - dense)).nansum())
+            total[k] += float(kl(cut, dense).sum())
     if not samples:
         raise ValueError("batches is empty: there must be at least one")
     for k in range(first, layers):
@@ -187,11 +178,11 @@ def search_vtw(model: Any, batches: Iterable[Mapping[str, Any]], *, threshold: f
     )
 
 
-def _without_from(k: int, model: ModelShape) -> Method:
+def _without_from(k: int, model: ModelShape) -> PruningRecipe:
     """No visual token from layer k on: they leave inside the layer before, after its attention."""
     keep = (1.0,) * (k - 1) + (0.0,) * (model.decoder.layers - k + 1)
     provenance = {"source": BASELINES["vtw"].source, "method": "vtw", "k": k}
-    return Method(PruningRecipe(keep, model, 1, provenance), BASELINES["vtw"].scorer(0))
+    return PruningRecipe(keep, model, 1, provenance, scorer={"name": BASELINES["vtw"].scorer})
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int | None:
@@ -360,149 +351,28 @@ def _require_layer(name: str, k: int | None, least: int, target: Target) -> None
         raise ValueError(f"{name}:k={k}: must be from {least} to {layers - 1}, a layer of the {layers}")
 
 
-def random_scorer(seed: int, samples: Sequence[int] | None = None) -> Scorer:
-    """Rank tokens by chance; a token's rank is the same at every layer.
-
-    Args:
-        seed: of the draws, 0 or more.
-        samples: a number for each row of the batch that is to be pruned, which its draw depends on. Without them the
-            draw depends on the prompt's ids: a row of a batch gives what its sample gives alone, but one question about
-            two images draws the same places.
-
-    Raises:
-        ValueError: `seed` is negative.
-    """
-    if seed < 0:
-        raise ValueError(f"seed={seed}: must be at least 0")
-
-    def score(view: LayerView) -> torch.Tensor:
-        longest = int(view.place.max()) + 1
-        numbers = view.prompt.numbers if samples is None else samples
-        # numpy: its streams begin alike whatever their length, so padding changes nothing.
-        drawn = np.stack([np.random.default_rng([seed, number]).random(longest) for number in numbers])
-        return torch.from_numpy(drawn).to(view.place.device).gather(1, view.place)
-
-    return Scorer(score, query_aware=False)
-
-
-def by_place(view: LayerView) -> torch.Tensor:
-    """Score tokens by their place: the first leave first, [B, m]. For methods that do not rank."""
-    return view.place.float()
-
-
-def by_cls(view: LayerView) -> torch.Tensor:
-    """Score tokens by the attention of the vision tower's [CLS] token, [B, m].
-
-    Source: the dominant tokens of VisionZip (arXiv:2412.04467).
-    """
-    return view.cls_attention
-
-
-def by_max_min(view: LayerView) -> torch.Tensor:
-    """Score tokens by when DivPrune picks them, the first highest, [B, m]."""
-    return _by_order(view, lambda b, rows, count: max_min_order(view.hidden[b, rows], count))
-
-
-def by_dpp(view: LayerView) -> torch.Tensor:
-    """Score tokens by when CDPruner picks them, the first highest, [B, m].
-
-    Relevance is the negated cosine between a visual token and the question's embeddings, scaled to 0..1 in the image.
-
-    Source: CDPruner (arXiv:2506.10967). Differs from the authors' code: their negated cosine is in CLIP's joint space,
-    which needs a text tower that LLaVA models in transformers do not hold; here it is in the decoder's input space.
-    """
-
-    def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
-        unit = F.normalize(view.hidden[b, rows].float(), dim=1)
-        words = F.normalize(view.hidden[b, view.question[b]].float(), dim=1)
-        relevance = -(unit @ words.T).mean(1)
-        relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min()).clamp(min=1e-6)
-        return dpp_order(relevance[:, None] * (unit @ unit.T) * relevance[None], count)
-
-    return _by_order(view, order)
-
-
-def by_duplication(view: LayerView) -> torch.Tensor:
-    """Score tokens by when DART picks them, the first highest, [B, m].
-
-    Pivots are the four visual tokens and the four question tokens with the largest keys (L1 norm, in the layer before);
-    picked are, pivot by pivot, the tokens least similar to it (cosine of the normed hidden states).
-
-    Raises:
-        ValueError: tokens left in the layer before, or there is none.
-
-    Source: DART (arXiv:2502.11494) and its authors' code. Differs from it: pivots take turns in falling order of their
-    keys, not in the order of a Python set.
-    """
-    previous = view.previous
-    if previous is None:
-        raise ValueError("dart reads the keys of the layer before: remove before a layer from 1 on, and only there")
-    size = previous.keys.float().abs().sum(2)
-    hidden = view.prompt.norm(view.hidden)
-
-    def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
-        asked = view.question[b].nonzero()[:, 0]
-        largest = [part[size[b, part].argsort(descending=True, stable=True)[:4]] for part in (rows, asked)]
-        first = torch.isin(rows, largest[0])
-        place = {int(row): number for number, row in enumerate(rows)}
-        own = torch.tensor([place[int(row)] for row in largest[0]], device=rows.device)
-        by_pivot = torch.cat([own, (~first).nonzero()[:, 0]])  # the pivots, then the others
-        features = hidden[b, rows[by_pivot]]
-        picked = least_similar_order(features, hidden[b, torch.cat(largest)], len(own), count)
-        return by_pivot[picked]
-
-    return _by_order(view, order)
-
-
-def _by_order(view: LayerView, order: Callable[[int, torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
-    """Turn orders of picking into scores; `order` takes sample, rows and count, and gives places among the rows."""
-    score = torch.zeros(view.image.shape, device=view.image.device)
-    for b, counts in enumerate(view.left.tolist()):
-        for group, count in enumerate(counts):
-            rows = (view.group[b] == group).nonzero()[:, 0]
-            if 0 < count < len(rows):
-                picked = rows[order(b, rows, count)]
-                score[b, picked] = torch.arange(count, 0, -1, device=score.device, dtype=score.dtype)
-    return score
-
-
-def _fixed(scorer: Callable[[LayerView], torch.Tensor], **options: Any) -> Callable[[int], Scorer]:
-    return lambda _: Scorer(scorer, **options)
-
-
-def _fitprune_scorer(_: int) -> Scorer:
-    return get_scorer("fitprune")
-
-
 _K = {"k": "the first layer that sees fewer tokens, from 1; by default 2, or 1 where 2 cannot meet the budget"}
 
 BASELINES: dict[str, Baseline] = {
-    "fitprune": Baseline(_fitted, _fitprune_scorer, "FitPrune, arXiv:2409.10197"),
-    "random": Baseline(_fitted, random_scorer, "control: FitPrune's counts, tokens by chance", seeded=True),
+    "fitprune": Baseline(_fitted, "fitprune", "FitPrune, arXiv:2409.10197"),
+    "random": Baseline(_fitted, "random", "control: FitPrune's counts, tokens by chance"),
     "random-input": Baseline(
-        functools.partial(_embeddings, "random-input"),
-        random_scorer,
-        "control: tokens by chance before the decoder",
-        seeded=True,
+        functools.partial(_embeddings, "random-input"), "random", "control: tokens by chance before the decoder"
     ),
-    "uniform": Baseline(_uniform, _fitprune_scorer, "control: as many at each layer, FitPrune's scores"),
-    "last-layer-first": Baseline(_last_layers, _fitprune_scorer, "control: as late as possible, FitPrune's scores"),
-    "fastv": Baseline(_fastv, _fixed(by_last_row), "FastV, arXiv:2403.06764", _K),
+    "uniform": Baseline(_uniform, "fitprune", "control: as many at each layer, FitPrune's scores"),
+    "last-layer-first": Baseline(_last_layers, "fitprune", "control: as late as possible, FitPrune's scores"),
+    "fastv": Baseline(_fastv, "last", "FastV, arXiv:2403.06764", _K),
     "pyramiddrop": Baseline(
         _pyramid,
-        _fixed(by_last_row),
+        "last",
         "PyramidDrop, arXiv:2410.17247",
         {"shift": "layers by which the stages move from 1/4, 2/4 and 3/4 of the depth"},
     ),
-    "vtw": Baseline(_last_layers, _fixed(by_place, query_aware=False), "VTW, arXiv:2405.05803"),
-    "divprune": Baseline(
-        functools.partial(_embeddings, "divprune"), _fixed(by_max_min, query_aware=False), "DivPrune, arXiv:2503.02175"
-    ),
-    "cdpruner": Baseline(functools.partial(_embeddings, "cdpruner"), _fixed(by_dpp), "CDPruner, arXiv:2506.10967"),
-    "dart": Baseline(_dart, _fixed(by_duplication), "DART, arXiv:2502.11494", _K),
+    "vtw": Baseline(_last_layers, "place", "VTW, arXiv:2405.05803"),
+    "divprune": Baseline(functools.partial(_embeddings, "divprune"), "max-min", "DivPrune, arXiv:2503.02175"),
+    "cdpruner": Baseline(functools.partial(_embeddings, "cdpruner"), "dpp", "CDPruner, arXiv:2506.10967"),
+    "dart": Baseline(_dart, "duplication", "DART, arXiv:2502.11494", _K),
     "visionzip": Baseline(
-        functools.partial(_embeddings, "visionzip"),
-        _fixed(by_cls, query_aware=False, reads_vision=True),
-        "VisionZip (dominant tokens), arXiv:2412.04467",
+        functools.partial(_embeddings, "visionzip"), "cls", "VisionZip (dominant tokens), arXiv:2412.04467"
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,8 @@ def card_of(recipe: PruningRecipe, name: str, base_model: str | None) -> str:
         f"---\n{metadata.to_yaml()}\n---\n{_OURS}",
         f"# {_plain(model)}, {cut:.1f}% of its visual FLOPs cut",
         f"A pruning recipe: for each of the model's {len(recipe.keep)} decoder layers, the share of an image's visual "
-        "tokens that is still there after it. It holds no weights and needs no training; which tokens leave is chosen "
-        "for each input from its own attention.",
+        "tokens that is still there after it. It holds no weights and needs no training; which tokens leave, its "
+        "scorer chooses for each input.",
         f"```python\n{_snippet(name, base_model)}\n```",
         "## Figures",
         _table(_figures(recipe)),
@@ -69,7 +70,7 @@ def card_of(recipe: PruningRecipe, name: str, base_model: str | None) -> str:
         _table(_data(recipe)),
         "## Method",
         _method(recipe),
-        _CITATION,
+        _CITATION if _is_fitprunes(recipe) else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -133,10 +134,21 @@ def _method(recipe: PruningRecipe) -> str:
         parts.append(f"Schedule by `{provenance['method']}`.")
     if "source" in provenance:
         parts.append(f"Made by {_plain(provenance['source'])}.")
-    scorer = f"Tokens are ranked by `{recipe.scorer['name']}`"
-    parameters = recipe.scorer.get("parameters")
-    parts.append(f"{scorer} with parameters of its own (in the JSON)." if parameters else f"{scorer}.")
-    return " ".join(parts) + " The method is FitPrune; the library is an independent implementation of it."
+    scorer = f"Tokens are ranked by `{_plain(recipe.scorer['name'])}`"
+    parameters = _plain(json.dumps(recipe.scorer.get("parameters", {})))
+    if len(parameters) > 60:
+        scorer += " with parameters of its own (in the JSON)"
+    elif parameters != "{}":
+        scorer += f" with parameters `{parameters}`"
+    parts.append(f"{scorer}.")
+    if _is_fitprunes(recipe):
+        parts.append("The method is FitPrune; the library is an independent implementation of it.")
+    return " ".join(parts)
+
+
+def _is_fitprunes(recipe: PruningRecipe) -> bool:
+    """Whether the recipe is FitPrune's own, not another method's or a control."""
+    return str(recipe.provenance.get("method", "fitprune")).partition(":")[0] == "fitprune"
 
 
 def _measured(recipe: PruningRecipe) -> Mapping[str, Any]:

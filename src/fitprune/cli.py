@@ -317,7 +317,6 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from fitprune.adapters import adapt
-    from fitprune.baselines import Method
     from fitprune.evaluation import evaluate
     from fitprune.lookup import fitted_to
     from fitprune.results import beside, table
@@ -335,9 +334,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     shape = adapt(model).shape
     entries = []
     for name, recipe in recipes.items():
-        method = Method(fitted_to(recipe, shape, force=args.force, what=f"recipe {name!r}"))
+        recipe = fitted_to(recipe, shape, force=args.force, what=f"recipe {name!r}")
         alone = at[name] is None or not together
-        entries.append(Entry(name, method) if alone else Entry("output", method, at[name]))
+        entries.append(Entry(name, recipe) if alone else Entry("output", recipe, at[name]))
     entries += solved
     results = evaluate(
         model,

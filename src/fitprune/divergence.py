@@ -28,6 +28,13 @@ from fitprune.recipe import PruningRecipe
 from fitprune.scoring import get_scorer
 
 
+def kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Compute the divergence KL(one, other) of log-probabilities [..., V], in nats: [...]."""
+    share = one.exp()
+    # Where the first probability is 0 the term is 0, whatever the other says.
+    return torch.where(share > 0, share * (one - other), 0).sum(-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """One batch with the dense model's answers.
@@ -55,10 +62,7 @@ class Reference:
 
     def divergence(self, logits: torch.Tensor) -> torch.Tensor:
         """Compute each sample's mean divergence KL(dense, pruned) over its answer's tokens, in nats: [B]."""
-        pruned = logits[:, -self.log_probs.shape[1] :].float().log_softmax(-1)
-        dense = self.log_probs
-        # Where the dense probability is 0 the term is 0, whatever the other says.
-        terms = torch.where(dense > -torch.inf, dense.exp() * (dense - pruned), 0).sum(-1)
+        terms = kl(self.log_probs, logits[:, -self.log_probs.shape[1] :].float().log_softmax(-1))
         return (terms * self.valid).sum(1) / self.valid.sum(1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -23,10 +24,11 @@ from tqdm import tqdm
 
 from fitprune import results as figures
 from fitprune.adapters import AdaptedModel, adapt
-from fitprune.baselines import BASELINES, Method, make_method, parse_name, random_scorer
+from fitprune.baselines import BASELINES, make_method, parse_name
 from fitprune.batches import make_batches
 from fitprune.benchmark import decode_seconds, prefill_seconds, time_ratios
 from fitprune.calibration import Sample
+from fitprune.divergence import kl
 from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.flops import ModelShape
 from fitprune.images import visual_mask
@@ -36,8 +38,9 @@ from fitprune.processes import Processes
 from fitprune.pruning import kept_positions, prune
 from fitprune.recipe import PruningRecipe
 from fitprune.results import DENSE, Results
-from fitprune.scoring import Scorer
+from fitprune.scoring import Scorer, get_scorer
 from fitprune.summary import Entry, best_of, firsts, grouped, rows_of
+from fitprune.views import LayerView
 from fitprune.vision import crops_of, watching
 
 MOST_DIVERGENCE = 1e6  # nats; stands for an infinite one, which JSON cannot hold
@@ -68,7 +71,8 @@ def evaluate(
         model: a supported `...ForConditionalGeneration` model.
         processor: its processor.
         samples: questions, or task name -> questions; accuracy needs answers, agreement does not.
-        methods: name -> recipe (FitPrune's scores are used), or entries as `entries_for` makes them.
+        methods: name -> recipe, or entries as `entries_for` makes them. A recipe whose scorer draws at random draws
+            anew for each sample, by its place, also where one question is asked of several images.
         journal: file for each sample's answers; a run that was killed goes on from it, and one with more methods
             answers with those alone. None keeps nothing.
         skipped: methods that could not be solved for a budget; passed on to the results.
@@ -90,9 +94,7 @@ def evaluate(
         if value < 0:
             raise ValueError(f"{name}={value}: must be at least 0")
     tasks = dict(samples) if isinstance(samples, Mapping) else {"questions": samples}
-    entries = (
-        [Entry(name, Method(recipe)) for name, recipe in methods.items()] if isinstance(methods, Mapping) else methods
-    )
+    entries = [Entry(name, recipe) for name, recipe in methods.items()] if isinstance(methods, Mapping) else methods
     adapted = adapt(model)
     entries, blind = readable(adapted, entries)
     skipped = [*skipped, *blind]
@@ -135,7 +137,7 @@ def evaluate(
         best=tuple(best_of(tasks, entries, ordered)),
         skipped=tuple(dict(entry) for entry in skipped),
         recipes={
-            figures.label(name, budget): json.loads(group[0].method.recipe.to_json())
+            figures.label(name, budget): json.loads(group[0].recipe.to_json())
             for name, budget, group in grouped(entries)
         },
         examples=tuple(_examples(model, processor, tasks, entries, ordered, examples, prompt_template)),
@@ -170,8 +172,8 @@ def entries_for(
             stated = checked_budget("flops_reduction", budget)
             try:
                 for seed in seeds if seeded else (0,):
-                    method = make_method(name, fitter, stated, seed=seed)
-                    entries.append(Entry(name, method, budget, seed if seeded else None))
+                    recipe = make_method(name, fitter, stated, seed=seed)
+                    entries.append(Entry(name, recipe, budget, seed if seeded else None))
             except OutOfReach as error:
                 skipped.append({"method": name, "budget": budget, "reason": str(error)})
     return entries, skipped
@@ -186,19 +188,20 @@ def _require_sound(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entr
     if twice := sorted({name for name in labels if labels.count(name) > 1}):
         raise ValueError(f"methods has {twice[0]!r} twice ({DENSE!r} is the model without pruning): rename one")
     for entry in entries:
-        entry.method.recipe.model.require_same(shape, what=f"recipe {entry.label!r}")
+        entry.recipe.model.require_same(shape, what=f"recipe {entry.label!r}")
 
 
 def readable(adapted: AdaptedModel, entries: Sequence[Entry]) -> tuple[list[Entry], list[dict[str, Any]]]:
     """Leave out methods that read a [CLS] token of the vision tower, where there is none; also says which and why."""
     reason = ""
-    if any(entry.method.scorer.reads_vision for entry in entries):
+    seeing = [entry for entry in entries if get_scorer(entry.recipe.scorer).reads_vision]
+    if seeing:
         try:
             with watching(adapted):
                 pass
         except ValueError as error:
             reason = str(error)
-    left = [entry for entry in entries if reason and entry.method.scorer.reads_vision]
+    left = seeing if reason else []
     out = [{"method": entry.name, "budget": entry.budget, "reason": reason} for entry in left]
     return [entry for entry in entries if entry not in left], out
 
@@ -252,10 +255,7 @@ def _run_of(
         return found.hexdigest()[:16]
 
     def named(entry: Entry) -> list[Any]:
-        recipe, scorer = entry.method.recipe, entry.method.scorer
-        score = scorer.score
-        name = scorer.spec or f"{score.__module__}.{getattr(score, '__qualname__', type(score).__name__)}"
-        return [list(recipe.entering), list(recipe.keep), name]
+        return [list(entry.recipe.entering), list(entry.recipe.keep), dict(entry.recipe.scorer)]
 
     template = prompt_template or getattr(processor, "chat_template", None)
     return {
@@ -291,12 +291,18 @@ def _pruned(model: Any, entry: Entry | None, places: Sequence[int]) -> contextli
     """The block in which an entry's method works on the samples at these places; None is the dense model."""
     if entry is None:
         return contextlib.nullcontext()
-    return prune(model, entry.method.recipe, _scorer(entry, places))
+    return prune(model, entry.recipe, _scorer(entry, places))
 
 
 def _scorer(entry: Entry, places: Sequence[int]) -> Scorer:
-    """The entry's scorer; one that draws at random draws anew for every sample, also of one question asked twice."""
-    return entry.method.scorer if entry.seed is None else random_scorer(entry.seed, places)
+    """The recipe's scorer; one that draws at random draws anew for every sample, also of one question asked twice."""
+    scorer = get_scorer(entry.recipe.scorer)
+
+    def score(view: LayerView) -> torch.Tensor:
+        view.prompt.numbers = list(places)
+        return scorer.score(view)
+
+    return dataclasses.replace(scorer, score=score)
 
 
 def _answer(
@@ -346,9 +352,7 @@ def _answer(
             raise ValueError(
                 f"{name}: logits of sample {sample.id} are NaN in {model.dtype}: use another dtype, such as bfloat16"
             )
-        # Where the dense probability is 0 the term is 0, whatever the other says.
-        terms = torch.where(dense.exp() > 0, dense.exp() * (dense - first), 0)
-        divergence = terms.sum(-1).clamp(0, MOST_DIVERGENCE).tolist()
+        divergence = kl(dense, first).clamp(0, MOST_DIVERGENCE).tolist()
         texts = processor.batch_decode(made.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         name = DENSE if entry is None else entry.label
         for record, text, distance in zip(records, texts, divergence, strict=True):
@@ -391,7 +395,7 @@ def _examples(
         visual = torch.nonzero(visual_mask(adapted, inputs["input_ids"])[0])[:, 0]
         entered = {}
         for entry in firsts(entries):
-            layers = kept_positions(model, entry.method.recipe, inputs, _scorer(entry, [place]))
+            layers = kept_positions(model, entry.recipe, inputs, _scorer(entry, [place]))
             stays = torch.stack([torch.isin(visual, columns[0]) for columns in layers])
             entered[entry.label] = stays.sum(0).tolist()
         picture = sample.load_image()

@@ -8,6 +8,11 @@ that is not in the table is served as "generic". Imports neither torch nor trans
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
+
+# Which visual tokens are one image, and how a video's tokens fall into frames; `Family` says what each means.
+ImageRule = Literal["features", "runs", "joined", "tiles"]
+VideoRule = Literal["", "features", "runs", "pooled", "grid"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +32,24 @@ class Family:
         answer_type: what its processor calls a token of the answer, in the types that it gives for each token.
         removal: how tokens leave, for the table.
         refused: why the family is refused; empty if it is served.
+
+    Raises:
+        ValueError: there is no such rule for images or videos.
     """
 
     model_type: str
     models: str
-    images: str = "features"
-    video: str = ""
+    images: ImageRule = "features"
+    video: VideoRule = ""
     bidirectional: bool = False
     answer_type: int = 0
     removal: str = "in every layer"
     refused: str = ""
+
+    def __post_init__(self) -> None:
+        for name, rules in (("images", get_args(ImageRule)), ("video", get_args(VideoRule))):
+            if getattr(self, name) not in rules:
+                raise ValueError(f"family {self.model_type!r}: {name}={getattr(self, name)!r}: must be one of {rules}")
 
 
 _HYBRID = "in attention layers; the other layers run over the tokens that are left"

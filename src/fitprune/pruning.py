@@ -17,7 +17,7 @@ from fitprune.adapters import AdaptedModel, adapt
 from fitprune.images import given_images
 from fitprune.lookup import find_recipe, fitted_to
 from fitprune.packing import Choose, Plan
-from fitprune.recipe import PruningRecipe
+from fitprune.recipe import PruningRecipe, scorer_parts
 from fitprune.removal import Prefill, Remover, removing
 from fitprune.scoring import Score, Scorer, checked_scores, get_scorer
 from fitprune.selection import keep_highest, tokens_of
@@ -64,7 +64,11 @@ class Pruner(contextlib.ContextDecorator):
         self.model = self._adapted.model
         self.recipe = fitted_to(find_recipe(self.model, recipe), self._adapted.shape, force=force)
         _require_prunable(self.recipe, self._adapted)
-        self.scorer = get_scorer(self.recipe.scorer if scorer is None else scorer)
+        scorer = self.recipe.scorer if scorer is None else scorer
+        self.scorer = get_scorer(scorer)
+        named = {"name": scorer} if isinstance(scorer, str) else scorer
+        named = scorer_parts(named) if isinstance(named, Mapping) else self.scorer
+        self._key = (self.recipe, named, pool_images)
         self._pool_images = pool_images
         self.remover: Remover | None = None  # the last one at work
         self._entered = 0
@@ -79,10 +83,9 @@ class Pruner(contextlib.ContextDecorator):
         with _LOCK:
             self._unused = False
             found = _ATTACHED.get(self._adapted.decoder, lambda: None)()
-            key = (self.recipe, self.scorer.spec or self.scorer, self._pool_images)
             if found is None:
                 found = _Attached(
-                    key,
+                    self._key,
                     removing(
                         self._adapted,
                         plan_by(self.recipe, self.scorer, self._pool_images),
@@ -91,7 +94,7 @@ class Pruner(contextlib.ContextDecorator):
                     ),
                 )
                 _ATTACHED[self._adapted.decoder] = weakref.ref(found)
-            elif found.key != key:
+            elif found.key != self._key:
                 raise ValueError(
                     "the model is in use by fitprune, pruned by another recipe or scorer: leave that block or detach() "
                     "that pruner first; for two recipes at once load the model twice, for a dense call use "

@@ -11,6 +11,7 @@ import functools
 import importlib.resources
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -105,13 +106,7 @@ class PruningRecipe:
             before, named = fraction, name
         for name in ("keep", "enter"):
             object.__setattr__(self, name, tuple(float(fraction) for fraction in getattr(self, name)))
-        known = isinstance(self.scorer, Mapping) and set(self.scorer) <= {"name", "parameters"}
-        if (
-            not known
-            or not isinstance(self.scorer.get("name"), str)
-            or not isinstance(self.scorer.get("parameters", {}), Mapping)
-        ):
-            raise ValueError(f"scorer={self.scorer!r}: must be an object with a 'name' and perhaps 'parameters'")
+        scorer_parts(self.scorer)
         if type(self.visual_tokens) is not int or not 1 <= self.visual_tokens <= 10**9:
             raise ValueError(f"visual_tokens={str(self.visual_tokens)[:20]}: must be an integer from 1 to 10**9")
 
@@ -424,13 +419,14 @@ class PruningRecipe:
 
     def to_json(self) -> str:
         """Give the recipe as JSON text."""
+        stated = self.scorer != {"name": "fitprune"} or _left_out(self.provenance)
         data = {
             "schema": SCHEMA,
             "model": self.model.to_dict(),
             "visual_tokens": self.visual_tokens,
             "keep": list(self.keep),
             **({"enter": list(self.enter)} if self.enter else {}),
-            **({"scorer": dict(self.scorer)} if self.scorer != {"name": "fitprune"} else {}),
+            **({"scorer": dict(self.scorer)} if stated else {}),
             "provenance": dict(self.provenance),
         }
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
@@ -440,7 +436,8 @@ class PruningRecipe:
         """Read `to_json`'s text.
 
         Raises:
-            ValueError: no JSON object, another schema version, a missing or unknown key, or values out of the rules.
+            ValueError: no JSON object, another schema version, a missing or unknown key, values out of the rules, or
+                a published method without its scorer, as older versions wrote it.
         """
         try:
             data = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -464,6 +461,12 @@ class PruningRecipe:
         ):
             raise ValueError("recipe's 'keep' (and 'enter') must be a list and 'provenance' an object; fit it again")
         model = ModelShape.from_dict(data["model"])
+        if "scorer" not in data and (name := _left_out(data["provenance"])):
+            spec = {"name": name, **({"parameters": {"seed": 0}} if name == "random" else {})}
+            raise ValueError(
+                f"the recipe of method {short(data['provenance']['method'])} names no scorer (an older version left it "
+                f'out), and would rank by FitPrune\'s: make it again, or add "scorer": {json.dumps(spec)}'
+            )
         scorer = data.get("scorer", {"name": "fitprune"})
         return cls(tuple(data["keep"]), model, data["visual_tokens"], data["provenance"], tuple(enter), scorer)
 
@@ -488,6 +491,38 @@ class PruningRecipe:
             return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
         except ValueError as error:  # UnicodeDecodeError is one
             raise ValueError(f"{path}: {error}") from None
+
+
+def scorer_parts(scorer: Any) -> tuple[str, dict[str, Any]]:
+    """Take a scorer, as a recipe holds it, apart into its name and its parameters.
+
+    Raises:
+        ValueError: it has another form. Whether there is such a scorer, `fitprune.scoring` knows.
+    """
+    if isinstance(scorer, Mapping) and set(scorer) <= {"name", "parameters"}:
+        name, parameters = scorer.get("name"), scorer.get("parameters", {})
+        if isinstance(name, str) and isinstance(parameters, Mapping):
+            return name, dict(parameters)
+    raise ValueError(f"scorer={short(scorer)}: must be an object with a 'name' and perhaps 'parameters'")
+
+
+def short(value: Any) -> str:
+    """Show a value in a message, in at most 60 characters whatever its size."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# What ranks the tokens of methods whose recipes were once written without their scorer.
+_SCORERS_LEFT_OUT = {
+    "random": "random", "random-input": "random", "fastv": "last", "pyramiddrop": "last", "vtw": "place",
+    "divprune": "max-min", "cdpruner": "dpp", "dart": "duplication", "visionzip": "cls",
+}  # fmt: skip
+
+
+def _left_out(provenance: Mapping[str, Any]) -> str | None:
+    """The scorer that a recipe of this provenance must state; None where FitPrune's may go without saying."""
+    method = provenance.get("method")
+    return _SCORERS_LEFT_OUT.get(method.partition(":")[0]) if isinstance(method, str) else None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 A scorer looks at a `fitprune.views.LayerView`; shapes as there. Each has a name in `SCORERS` and perhaps parameters, so
 that a recipe can hold it as data: {"name": ..., "parameters": {...}}. Every scorer takes the parameter `diversity`.
+A scorer of your own gets a name by an entry in `SCORERS`: its parameters -> `Scorer`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from fitprune.attention import HEAD_KINDS
-from fitprune.diversity import relevant_and_different
+from fitprune.diversity import dpp_order, least_similar_order, max_min_order, relevant_and_different
+from fitprune.recipe import scorer_parts, short
 from fitprune.views import LayerView
 
 Score = Callable[[LayerView], torch.Tensor]
@@ -31,14 +35,14 @@ class Scorer:
         reads_vision: whether it reads the attention of the vision tower's [CLS] token.
         accumulates: whether it reads the attention of all layers so far (`view.prompt.received`), which is then
             computed in each layer up to the last that removes.
-        spec: its name and parameters, as a recipe holds them; None for a scorer that has no name.
+        reads_previous: whether it reads the layer before, so that it works only where tokens leave before a layer.
     """
 
     score: Score
     query_aware: bool = True
     reads_vision: bool = False
     accumulates: bool = False
-    spec: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
+    reads_previous: bool = False
 
 
 def self_times_cross(view: LayerView) -> torch.Tensor:
@@ -98,10 +102,107 @@ def accumulated(view: LayerView) -> torch.Tensor:
     return received.to(view.column.device).gather(1, view.column.clamp(min=0))
 
 
+def by_place(view: LayerView) -> torch.Tensor:
+    """Score tokens by their place: the first leave first, [B, m]. For methods that do not rank."""
+    return view.place.float()
+
+
+def by_cls(view: LayerView) -> torch.Tensor:
+    """Score tokens by the attention of the vision tower's [CLS] token, [B, m].
+
+    Source: the dominant tokens of VisionZip (arXiv:2412.04467).
+    """
+    return view.cls_attention
+
+
+def by_max_min(view: LayerView) -> torch.Tensor:
+    """Score tokens by when DivPrune picks them, the first highest, [B, m]."""
+    return _by_order(view, lambda b, rows, count: max_min_order(view.hidden[b, rows], count))
+
+
+def by_dpp(view: LayerView) -> torch.Tensor:
+    """Score tokens by when CDPruner picks them, the first highest, [B, m].
+
+    Relevance is the negated cosine between a visual token and the question's embeddings, scaled to 0..1 in the image.
+
+    Source: CDPruner (arXiv:2506.10967). Differs from the authors' code: their negated cosine is in CLIP's joint space,
+    which needs a text tower that LLaVA models in transformers do not hold; here it is in the decoder's input space.
+    """
+
+    def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
+        unit = F.normalize(view.hidden[b, rows].float(), dim=1)
+        words = F.normalize(view.hidden[b, view.question[b]].float(), dim=1)
+        relevance = -(unit @ words.T).mean(1)
+        relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min()).clamp(min=1e-6)
+        return dpp_order(relevance[:, None] * (unit @ unit.T) * relevance[None], count)
+
+    return _by_order(view, order)
+
+
+def by_duplication(view: LayerView) -> torch.Tensor:
+    """Score tokens by when DART picks them, the first highest, [B, m].
+
+    Pivots are the four visual tokens and the four question tokens with the largest keys (L1 norm, in the layer before);
+    picked are, pivot by pivot, the tokens least similar to it (cosine of the normed hidden states).
+
+    Raises:
+        ValueError: tokens left in the layer before, or there is none.
+
+    Source: DART (arXiv:2502.11494) and its authors' code. Differs from it: pivots take turns in falling order of their
+    keys, not in the order of a Python set.
+    """
+    previous = view.previous
+    if previous is None:
+        raise ValueError(
+            "scorer 'duplication' reads the keys of the layer before: remove before a layer from 1 on, and only there"
+        )
+    size = previous.keys.float().abs().sum(2)
+    hidden = view.prompt.norm(view.hidden)
+
+    def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
+        asked = view.question[b].nonzero()[:, 0]
+        largest = [part[size[b, part].argsort(descending=True, stable=True)[:4]] for part in (rows, asked)]
+        first = torch.isin(rows, largest[0])
+        place = {int(row): number for number, row in enumerate(rows)}
+        own = torch.tensor([place[int(row)] for row in largest[0]], device=rows.device)
+        by_pivot = torch.cat([own, (~first).nonzero()[:, 0]])  # the pivots, then the others
+        features = hidden[b, rows[by_pivot]]
+        picked = least_similar_order(features, hidden[b, torch.cat(largest)], len(own), count)
+        return by_pivot[picked]
+
+    return _by_order(view, order)
+
+
+def _by_order(view: LayerView, order: Callable[[int, torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+    """Turn orders of picking into scores; `order` takes sample, rows and count, and gives places among the rows."""
+    score = torch.zeros(view.image.shape, device=view.image.device)
+    for b, counts in enumerate(view.left.tolist()):
+        for group, count in enumerate(counts):
+            rows = (view.group[b] == group).nonzero()[:, 0]
+            if 0 < count < len(rows):
+                picked = rows[order(b, rows, count)]
+                score[b, picked] = torch.arange(count, 0, -1, device=score.device, dtype=score.dtype)
+    return score
+
+
+def _by_chance(seed: int) -> Score:
+    """Score tokens by chance, the same at every layer; which number a sample has, `view.prompt.numbers` says."""
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed={short(seed)}: must be at least 0, a whole number")
+
+    def score(view: LayerView) -> torch.Tensor:
+        longest = int(view.place.max()) + 1
+        # numpy: its streams begin alike whatever their length, so padding changes nothing.
+        drawn = np.stack([np.random.default_rng([seed, number]).random(longest) for number in view.prompt.numbers])
+        return torch.from_numpy(drawn).to(view.place.device).gather(1, view.place)
+
+    return score
+
+
 def _heads(terms: Sequence[Sequence[Any]]) -> Score:
     """Score tokens by a weighted sum over heads; `terms` are (kind, head, weight), kinds as in `head_attention`."""
     if not isinstance(terms, (list, tuple)):
-        raise ValueError(f"terms={terms!r}: must be a list of [kind, head, weight]")
+        raise ValueError(f"terms={short(terms)}: must be a list of [kind, head, weight]")
     for term in terms:
         if (
             not isinstance(term, (list, tuple))
@@ -110,7 +211,7 @@ def _heads(terms: Sequence[Sequence[Any]]) -> Score:
             or type(term[1]) is not int
             or not _is_number(term[2])
         ):
-            raise ValueError(f"terms={term!r}: must be a kind of {list(HEAD_KINDS)}, a head's number and a weight")
+            raise ValueError(f"terms={short(term)}: must be a kind of {list(HEAD_KINDS)}, a head's number and a weight")
     if not terms:
         raise ValueError("terms is empty: at least one head must count")
     kinds = sorted({kind for kind, _, _ in terms})
@@ -136,8 +237,8 @@ def _debiased(profile: Sequence[float]) -> Score:
     usable = isinstance(profile, (list, tuple)) and all(_is_number(value) and value >= 0 for value in profile)
     if not usable or not any(profile):
         raise ValueError(
-            f"profile={profile!r}: must hold a mean attention, 0 or more, for at least one place, and not 0 for all; "
-            "fit the recipe again"
+            f"profile={short(profile)}: must hold a mean attention, 0 or more, for at least one place, and not 0 for "
+            "all; fit the recipe again"
         )
 
     def score(view: LayerView) -> torch.Tensor:
@@ -157,7 +258,9 @@ def _debiased(profile: Sequence[float]) -> Score:
 def _by_stage(stages: Mapping[str, Mapping[str, Any]]) -> Scorer:
     """Score with a scorer for each place where tokens leave: "3" is inside layer 3, "before 3" before it."""
     if not isinstance(stages, Mapping) or not stages:
-        raise ValueError(f"stages={stages!r}: must name a scorer for each place, such as '3' or 'before 3'")
+        raise ValueError(f"stages={short(stages)}: must name a scorer for each place, such as '3' or 'before 3'")
+    if any(isinstance(spec, Mapping) and spec.get("name") == "by-stage" for spec in stages.values()):
+        raise ValueError("a stage names 'by-stage' again: must name another scorer")
     scorers = {place: get_scorer(spec) for place, spec in stages.items()}
 
     def score(view: LayerView) -> torch.Tensor:
@@ -166,12 +269,8 @@ def _by_stage(stages: Mapping[str, Mapping[str, Any]]) -> Scorer:
             raise ValueError(f"tokens leave at {place!r}, for which the recipe names no scorer: fit it again")
         return scorers[place].score(view)
 
-    return Scorer(
-        score,
-        any(s.query_aware for s in scorers.values()),
-        any(s.reads_vision for s in scorers.values()),
-        any(s.accumulates for s in scorers.values()),
-    )
+    reads = ("query_aware", "reads_vision", "accumulates", "reads_previous")
+    return Scorer(score, **{name: any(getattr(scorer, name) for scorer in scorers.values()) for name in reads})
 
 
 def stage_name(layer: int, before: bool) -> str:
@@ -215,6 +314,12 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "heads": lambda terms: Scorer(_heads(terms)),
     "debiased": lambda profile: Scorer(_debiased(profile)),
     "by-stage": _by_stage,
+    "random": lambda seed: Scorer(_by_chance(seed), query_aware=False),
+    "place": _plain(by_place, query_aware=False),
+    "cls": _plain(by_cls, query_aware=False, reads_vision=True),
+    "max-min": _plain(by_max_min, query_aware=False),
+    "dpp": _plain(by_dpp),
+    "duplication": _plain(by_duplication, reads_previous=True),
 }
 
 
@@ -230,25 +335,15 @@ def get_scorer(scorer: str | Scorer | Mapping[str, Any] | Score) -> Scorer:
         return scorer
     if callable(scorer):
         return Scorer(scorer)
-    spec: Mapping[str, Any] = {"name": scorer} if isinstance(scorer, str) else scorer
-    if (
-        not isinstance(spec, Mapping)
-        or not set(spec) <= {"name", "parameters"}
-        or not isinstance(spec.get("parameters", {}), Mapping)
-    ):
-        raise ValueError(
-            f"scorer={scorer!r}: must be a name, an object with a 'name' and perhaps 'parameters', or a function of "
-            "LayerView"
-        )
-    name, parameters = spec.get("name"), dict(spec.get("parameters", {}))
-    if not isinstance(name, str) or name not in SCORERS:
-        raise ValueError(f"scorer={name!r}: must be one of {sorted(SCORERS)} or a function of LayerView")
+    name, parameters = scorer_parts({"name": scorer} if isinstance(scorer, str) else scorer)
+    if name not in SCORERS:
+        raise ValueError(f"scorer={short(name)}: must be one of {sorted(SCORERS)} or a function of LayerView")
     diversity = parameters.pop("diversity", 0)
     if not _is_number(diversity) or diversity < 0:
-        raise ValueError(f"scorer {name!r}: diversity={diversity!r} must be a number of at least 0")
+        raise ValueError(f"scorer {name!r}: diversity={short(diversity)} must be a number of at least 0")
     known = list(inspect.signature(SCORERS[name]).parameters)
     if unknown := sorted(map(str, set(parameters) - set(known))):
-        raise ValueError(f"scorer {name!r}: no parameter {unknown[0]!r}; must be among {[*known, 'diversity']}")
+        raise ValueError(f"scorer {name!r}: no parameter {short(unknown[0])}; must be among {[*known, 'diversity']}")
     if missing := [parameter for parameter in known if parameter not in parameters]:
         raise ValueError(f"scorer {name!r}: missing parameter {missing[0]!r}; state it, or fit the recipe again")
     try:
@@ -256,7 +351,7 @@ def get_scorer(scorer: str | Scorer | Mapping[str, Any] | Score) -> Scorer:
     except ValueError as error:
         raise ValueError(f"scorer {name!r}: {error}") from None
     score = _diverse(made.score, diversity) if diversity else made.score
-    return dataclasses.replace(made, score=score, spec=spec)
+    return dataclasses.replace(made, score=score)
 
 
 def checked_scores(score: Any, image: torch.Tensor) -> torch.Tensor:

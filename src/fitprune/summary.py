@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from fitprune import results as figures
-from fitprune.baselines import Method
 from fitprune.calibration import Sample
 from fitprune.flops import ModelShape
 from fitprune.journal import Record
@@ -24,15 +23,25 @@ class Entry:
 
     Attributes:
         name: the method's name, the same for all its budgets and seeds.
-        method: recipe and scorer.
+        recipe: what the method is; it names its scorer.
         budget: what was asked for; None for a recipe given as such.
         seed: of a method that draws at random; None for others.
+
+    Raises:
+        ValueError: the recipe draws by another seed.
     """
 
     name: str
-    method: Method
+    recipe: PruningRecipe
     budget: float | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        drawn = self.recipe.scorer.get("parameters", {}).get("seed", self.seed)
+        if self.seed is not None and drawn != self.seed:
+            raise ValueError(
+                f"seed={self.seed}: the recipe of {self.name!r} draws by seed {drawn}; state that, or None"
+            )
 
     @property
     def label(self) -> str:
@@ -83,7 +92,7 @@ def rows_of(
         groups: list[tuple[str, float | None, list[Entry]]] = [(DENSE, None, []), *grouped(entries)]
         for name, budget, group in groups:
             labels = [entry.label for entry in group] or [DENSE]
-            priced = group[0].method.recipe if group else PruningRecipe.dense(shape, own[0]["sizes"][0] or 1)
+            priced = group[0].recipe if group else PruningRecipe.dense(shape, own[0]["sizes"][0] or 1)
             costs = _costs(priced, own, value_bytes)
             accuracy = spread = relative = relative_spread = None
             if boot is not None and base is not None:

@@ -51,13 +51,15 @@ class Prompt:
 
     @functools.cached_property
     def numbers(self) -> list[int]:
-        """For each sample a number that its prompt's ids alone decide.
+        """For each sample a number that its prompt's ids alone decide, for scorers that draw at random.
 
         Raises:
             ValueError: the call gave embeddings instead of ids.
         """
         if self.ids is None:
-            raise ValueError("the scorer tells samples apart by input_ids, but inputs_embeds are given: pass input_ids")
+            raise ValueError(
+                "scorer 'random' tells samples apart by input_ids, but inputs_embeds are given: pass input_ids"
+            )
         rows = zip(self.ids.cpu(), self.valid.cpu(), strict=True)
         return [zlib.crc32(ids[valid].numpy().tobytes()) for ids, valid in rows]
 

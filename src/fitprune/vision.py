@@ -118,7 +118,8 @@ def watching(adapted: AdaptedModel) -> Iterator[Tower]:
     ):
         raise ValueError(
             f"the vision tower of this {config.model_type} model has no [CLS] token, or none whose attention is known "
-            "to rank the visual tokens (as CLIP's does where its features but [CLS] are used): use another method"
+            "to rank the visual tokens (as CLIP's does where its features but [CLS] are used), as scorer 'cls' does: "
+            "use another method"
         )
     tower = Tower(adapted)
     encode, own = base.get_image_features, vars(base).get("get_image_features")

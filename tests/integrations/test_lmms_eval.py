@@ -155,7 +155,7 @@ def test_a_batch_of_any_images_gives_what_each_request_gives_alone(plugin):
     requests = [request(content, number, max_new_tokens=4 + number % 2) for number, content in enumerate(contents)]
     together = plugin.generate_until(requests)
     assert together == [plugin.generate_until([one])[0] for one in requests]
-    assert together[0] == said_by_generate(plugin.method.recipe, load_samples(embedded.folder("test"))[:1])[0]
+    assert together[0] == said_by_generate(plugin.recipe, load_samples(embedded.folder("test"))[:1])[0]
 
 
 def test_prompts(plugin):
@@ -205,15 +205,30 @@ def test_a_recipe_is_fitted_to_what_is_measured_now(made):
         calibration_samples=32,
         device="cpu",
     )
-    assert now.method.recipe.keep == PruningRecipe.load(made / "60.json").keep
+    assert now.recipe.keep == PruningRecipe.load(made / "60.json").keep
 
 
 def test_another_method_is_solved_for_the_budget(made):
     plugin = FitPrune(
         "digit-scenes", method="fastv:k=1", flops_reduction=0.6, stats=f"{made}/stats.safetensors", device="cpu"
     )
-    assert plugin.method.recipe.provenance["method"] == "fastv:k=1"
-    assert 0.6 <= plugin.method.recipe.cost().flops_reduction < 0.61
+    assert plugin.recipe.provenance["method"] == "fastv:k=1"
+    assert 0.6 <= plugin.recipe.cost().flops_reduction < 0.61
+
+
+@pytest.mark.parametrize("method", ["divprune", "random", "visionzip", "fastv"])
+def test_a_methods_saved_recipe_answers_as_the_method_does(method, made, tmp_path):
+    stated = {"method": method, "flops_reduction": 0.8, "stats": f"{made}/stats.safetensors", "seed": 7}
+    solved = FitPrune("digit-scenes", **stated, device="cpu", batch_size=8)
+    solved.recipe.save(tmp_path / "r.json")
+    loaded_again = FitPrune("digit-scenes", recipe=str(tmp_path / "r.json"), device="cpu", batch_size=8)
+    assert loaded_again.recipe == solved.recipe
+    samples, said = load_samples(embedded.folder("test"))[:8], []
+    for plugin in (solved, loaded_again):
+        plugin.task_dict = {"task": {"test": dict.fromkeys(range(8))}}
+        asked = [request([picture(n), words(sample.text)], n, max_new_tokens=16) for n, sample in enumerate(samples)]
+        said.append(plugin.generate_until(asked))
+    assert said[0] == said[1] == said_by_generate(solved.recipe, samples)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ from vllm import EngineArgs
 
 from fitprune import PruningRecipe, embedded, fit, load_samples, make_batches, measure, prune
 from fitprune.adapters import adapt
+from fitprune.baselines import BASELINES, make_method
+from fitprune.fitting import Fitter, checked_budget
 from fitprune.integrations.vllm import Pruner, configured_recipe, require_supported
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -65,6 +67,8 @@ def made(tmp_path_factory):
     stats = measure(model, make_batches(samples, processor, batch_size=16))
     for budget in BUDGETS:
         fit(stats, flops_reduction=budget / 100).save(path / f"{budget}.json")
+    for name in BASELINES:
+        make_method(name, Fitter(stats), checked_budget("flops_reduction", 0.6), seed=7).save(path / f"{name}.json")
     return path
 
 
@@ -179,6 +183,55 @@ def test_answers_are_those_of_transformers(made, budget):
     found.logprobs = found.logprobs[:64]
     dense = by_transformers(None, count=64)
     assert (first_apart(found, dense) > 1e-3).float().mean() > 0.25  # something was pruned
+
+
+@pytest.mark.parametrize("name", ["random", "vtw", "fastv"])
+def test_methods_answer_as_in_transformers(made, name):
+    recipe = made / f"{name}.json"
+    found = by_vllm(made, recipe, count=32)
+    assert not differing(found, by_transformers(recipe, count=32))
+
+
+BETWEEN = "takes tokens away between layers"
+REFUSED = {
+    "random-input": ("random", BETWEEN), "pyramiddrop": ("last", BETWEEN), "divprune": ("max-min", BETWEEN),
+    "cdpruner": ("dpp", BETWEEN), "dart": ("duplication", BETWEEN), "visionzip": ("cls", "reads the vision tower"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_methods_recipe_is_served_or_its_scorer_is_named(made, name, monkeypatch):
+    config = EngineArgs(str(made / "model"), **OPTIONS).create_engine_config()
+    monkeypatch.setenv("FITPRUNE_RECIPE", str(made / f"{name}.json"))
+    recipe = configured_recipe(config)
+    assert recipe.scorer["name"] == BASELINES[name].scorer
+    if name not in REFUSED:
+        require_supported(config, recipe)
+        return
+    scorer, why = REFUSED[name]
+    with pytest.raises(ValueError, match=f"scorer '{scorer}': .*{why}"):
+        require_supported(config, recipe)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        ({"name": "duplication"}, "scorer 'duplication': reads the layer before"),
+        (
+            {"name": "by-stage", "parameters": {"stages": {"3": {"name": "duplication"}}}},
+            "scorer 'by-stage': reads the layer before",
+        ),
+        ({"name": "accumulated"}, "scorer 'accumulated': reads the attention of all layers"),
+        ({"name": "cls"}, "scorer 'cls': reads the vision tower"),
+        ({"name": "none"}, "scorer='none': must be one of"),
+        ({"name": "random"}, "scorer 'random': missing parameter 'seed'"),
+    ],
+)
+def test_a_scorer_that_cannot_work_is_named_before_the_first_request(made, scorer, message):
+    config = EngineArgs(str(made / "model"), **OPTIONS).create_engine_config()
+    recipe = dataclasses.replace(PruningRecipe.load(made / "60.json"), scorer=scorer)
+    with pytest.raises(ValueError, match=message):
+        require_supported(config, recipe)
 
 
 def test_without_a_recipe_vllm_is_as_it_was(made):

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fitprune import adapters, embedded
-from fitprune.baselines import Method, make_method, parse_name
+from fitprune.baselines import make_method, parse_name
 from fitprune.batches import make_batches
 from fitprune.calibration import load_samples
 from fitprune.fitting import Fitter, checked_budget
@@ -110,7 +110,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
         # What can be read without the model is read before it: a wrong path is found in a second.
-        used = Method(PruningRecipe.named(recipe)) if recipe is not None else None
+        used = PruningRecipe.named(recipe) if recipe is not None else None
         measured = AttentionStats.load(stats) if stats is not None else None
         samples = None
         if calibration is not None:
@@ -146,8 +146,8 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
             assert measured is not None
             used = make_method(method, Fitter(measured), checked_budget("flops_reduction", flops_reduction), seed=seed)
         if used is not None:
-            used.recipe.model.require_same(adapters.adapt(self.model).shape, what="recipe")
-        self.method = used
+            used.model.require_same(adapters.adapt(self.model).shape, what="recipe")
+        self.recipe = used
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answer questions in batches; those that are generated alike share one.
@@ -166,8 +166,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
             [request.args for request in requests], lambda r: -len(r[0]), group_fn=lambda r: r[2], grouping=True
         )
         answers = []
-        used = self.method
-        pruned = contextlib.nullcontext() if used is None else prune(self.model, used.recipe, used.scorer)
+        pruned = contextlib.nullcontext() if self.recipe is None else prune(self.model, self.recipe)
         bar = tqdm(total=len(requests), desc="fitprune", unit="question", disable=self.rank != 0)
         with bar, pruned, torch.inference_mode():
             for chunk in order.get_batched(n=self.batch_size):

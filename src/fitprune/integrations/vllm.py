@@ -31,7 +31,7 @@ from fitprune.flops import ModelShape
 from fitprune.lookup import fitted_to
 from fitprune.packing import Choose
 from fitprune.pruning import plan_by
-from fitprune.recipe import PruningRecipe
+from fitprune.recipe import PruningRecipe, short
 from fitprune.scoring import get_scorer
 from fitprune.views import LayerView, Prompt
 
@@ -113,7 +113,7 @@ def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:
     """
     model, cache, scheduler = vllm_config.model_config, vllm_config.cache_config, vllm_config.scheduler_config
     parallel, scorer = vllm_config.parallel_config, get_scorer(recipe.scorer)
-    decoder = _shape(vllm_config).decoder
+    name, decoder = short(recipe.scorer["name"]), _shape(vllm_config).decoder
     wrong = {
         "enable_chunked_prefill=True: a prompt must be prefilled in one step; pass --no-enable-chunked-prefill": (
             scheduler.enable_chunked_prefill
@@ -151,15 +151,11 @@ def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:
         "this decoder's image tokens see later ones, which vLLM's attention masks by their dense position": (
             decoder.bidirectional
         ),
-        "recipe: takes tokens away between layers (enter); vLLM's plugin lets them leave inside layers alone": bool(
-            recipe.enter
-        ),
-        f"scorer {recipe.scorer['name']!r}: reads the vision tower's attention, which vLLM does not give": (
-            scorer.reads_vision
-        ),
-        f"scorer {recipe.scorer['name']!r}: reads the attention of all layers, also of those that remove nothing": (
-            scorer.accumulates
-        ),
+        f"scorer {name}: its recipe takes tokens away between layers (enter); vLLM's plugin lets them leave inside "
+        "layers alone": bool(recipe.enter),
+        f"scorer {name}: reads the vision tower's attention, which vLLM does not give": scorer.reads_vision,
+        f"scorer {name}: reads the attention of all layers, also of those that remove nothing": scorer.accumulates,
+        f"scorer {name}: reads the layer before, which no token may leave before in vLLM": scorer.reads_previous,
         f"recipe removes tokens at layers {recipe.removing}, of which this family lets tokens leave "
         f"{list(decoder.prunable)} alone; fit a recipe from this model's statistics": (
             not set(recipe.removing) <= set(decoder.prunable)
