@@ -25,7 +25,7 @@ LAYERS = [
         "profiles",
     },
     {"merging", "shapes", "hooks", "batches", "cache", "images", "views", "vision", "lookup", "loading"},
-    {"fitting", "scoring", "packing", "arguments"},
+    {"fitting", "scoring", "packing", "arguments", "inputs"},
     {"measurement", "removal", "analysis"},
     {"pruning", "sequential", "analysis_files"},
     {"baselines", "profiling", "divergence", "figures"},

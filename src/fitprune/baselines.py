@@ -21,7 +21,7 @@ from fitprune.adapters import adapt
 from fitprune.diversity import dpp_order, least_similar_order, max_min_order
 from fitprune.fitting import Budget, Fitter, OutOfReach, give_back
 from fitprune.flops import ModelShape
-from fitprune.measurement import to_model
+from fitprune.inputs import to_model
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
 from fitprune.scoring import Scorer, by_last_row, get_scorer

@@ -30,8 +30,9 @@ from fitprune.calibration import Sample
 from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.flops import ModelShape
 from fitprune.images import visual_mask
+from fitprune.inputs import to_model
 from fitprune.journal import Journal, Record
-from fitprune.measurement import provenance_of, to_model
+from fitprune.measurement import provenance_of
 from fitprune.processes import Processes
 from fitprune.pruning import kept_positions, prune
 from fitprune.recipe import PruningRecipe
