@@ -3,13 +3,16 @@
 import functools
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import families
 from conftest import batch_of, prompts, tiny_model
-from fitprune import measure, merge
+from fitprune import embedded, evaluate, load_model, measure, merge
 from fitprune.adapters import adapt
+from fitprune.calibration import Sample
 from fitprune.inputs import input_digests
 
 ROWS = {row.name: row for row in families.ROWS}
@@ -115,7 +118,7 @@ def test_every_row_is_a_sample_with_the_same_bytes_through_parts(name, tmp_path,
         whole = measure(model, batches(row, samples, size))
         assert len(whole) == 8
         assert len(set(whole.digests)) == 5
-        assert "3 of 8 samples are equal to earlier ones: each counts" in caplog.text
+        assert "3 of 8 samples are equal to earlier ones, and each counts" in caplog.text
         whole.save(tmp_path / "whole")
         for _ in range(2):  # measured, and then found
             through = measure(model, batches(row, samples, size), parts=tmp_path / "parts")
@@ -172,3 +175,22 @@ def test_statistics_of_several_files_count_a_sample_once_and_say_so(caplog):
     merged = merge([first, second])
     assert merged.digests == (*first.digests, *second.digests[1:])
     assert "1 of 6 samples are in earlier statistics too and are left out: 5 are left" in caplog.text
+
+
+def test_a_journal_of_images_of_another_shape_or_made_ready_otherwise_is_refused(tmp_path):
+    """Their bytes are the same: 16 x 8 pixels and 8 x 16."""
+    model, processor = load_model("digit-scenes")
+    bytes_ = np.random.default_rng(0).integers(0, 256, 16 * 8 * 3, dtype=np.uint8)
+    wide, high = (Sample("0", "what?", Image.fromarray(bytes_.reshape(*size, 3))) for size in ((8, 16), (16, 8)))
+    run = functools.partial(evaluate, model, processor, methods={}, journal=tmp_path / "journal", max_new_tokens=1)
+    run([wide])
+    with pytest.raises(ValueError, match="other tasks"):
+        run([high])
+    processor.image_processor.image_mean = [0.1, 0.1, 0.1]
+    with pytest.raises(ValueError, match="other settings"):
+        run([wide])
+    processor.image_processor = type(processor.image_processor).from_pretrained(embedded.folder("model"))
+    run([wide])
+    model.generation_config.repetition_penalty = 1.5
+    with pytest.raises(ValueError, match="other settings"):
+        run([wide])

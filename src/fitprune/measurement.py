@@ -109,14 +109,10 @@ def measure(
 
 
 def _counted(stats: AttentionStats, processes: Processes) -> AttentionStats:
-    """Say how many samples are equal to others; they stay, since each row of the data counts."""
+    """Say how many samples are equal to others."""
     again = len(stats) - len(set(stats.digests))
     if again and processes.rank == 0:
-        logger.warning(
-            "%d of %d samples are equal to earlier ones: each counts; remove them from the data if not wanted",
-            again,
-            len(stats),
-        )
+        logger.warning("%d of %d samples are equal to earlier ones, and each counts", again, len(stats))
     return stats
 
 
