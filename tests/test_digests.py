@@ -10,7 +10,7 @@ from PIL import Image
 
 import families
 from conftest import batch_of, prompts, tiny_model
-from fitprune import embedded, evaluate, load_model, measure, merge
+from fitprune import embedded, evaluate, load_model, measure, measurement, merge
 from fitprune.adapters import adapt
 from fitprune.calibration import Sample
 from fitprune.inputs import input_digests
@@ -175,6 +175,23 @@ def test_statistics_of_several_files_count_a_sample_once_and_say_so(caplog):
     merged = merge([first, second])
     assert merged.digests == (*first.digests, *second.digests[1:])
     assert "1 of 6 samples are in earlier statistics too and are left out: 5 are left" in caplog.text
+
+
+@pytest.mark.parametrize("place", [0, 50, -1])
+def test_one_changed_weight_is_another_model(place, tmp_path):
+    model = tiny_model()
+    inputs = batch_of(prompts(model, [[3, 6]]))
+    before = measure(model, [inputs], parts=tmp_path)
+    weight = model.model.multi_modal_projector.linear_2.weight.data.flatten()
+    kept = weight[place].clone()
+    weight[place] += 0.5
+    after = measure(model, [inputs], parts=tmp_path)
+    assert after.provenance["weights"] != before.provenance["weights"]
+    assert not torch.equal(after.self_attention, before.self_attention)
+    weight[place] = kept
+    assert measure(model, [inputs], parts=tmp_path).provenance == before.provenance
+    part = weight[1:8]  # where no whole number of 8 bytes begins
+    assert measurement._sum_of_bits(part) == measurement._sum_of_bits(part.clone())
 
 
 def test_a_journal_of_images_of_another_shape_or_made_ready_otherwise_is_refused(tmp_path):

@@ -222,16 +222,29 @@ def provenance_of(model: Any) -> dict[str, str]:
 
 
 def weights_digest(model: Any) -> str:
-    """Tell weights of one shape apart: a hash of the first values of every parameter that has any, also on disk."""
+    """Tell weights of one shape apart, also on disk: a hash of each parameter's first values and sum of bits."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = _offloaded(model, name) if parameter.device.type == "meta" else parameter.detach()
         if values is not None:
             digest.update(name.encode())
-            if hasattr(type(values), "tensor_data_names"):  # torchao's: they have no views, but rows that are numbers
+            parts = [values]
+            if inner := getattr(type(values), "tensor_data_names", ()):  # torchao's have no views, but rows
+                parts = [getattr(values, part) for part in inner]
                 values = values[:1].dequantize()
             digest.update(values.flatten()[:8].float().cpu().numpy().tobytes())
+            digest.update(json.dumps([_sum_of_bits(part) for part in parts]).encode())
     return digest.hexdigest()[:16]
+
+
+def _sum_of_bits(values: torch.Tensor) -> int:
+    """Sum a tensor as whole numbers, 8 bytes each: at the speed of memory, and the same in any order, on any device."""
+    flat = values.flatten()
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()
+    octets = flat.view(torch.uint8)
+    even = len(octets) // 8 * 8
+    return int(octets[:even].view(torch.int64).sum()) + int(octets[even:].sum())
 
 
 def _offloaded(model: Any, name: str) -> torch.Tensor | None:
