@@ -133,7 +133,12 @@ def test_what_cannot_be_dealt_enters_whole_with_the_place():
     batch = batch_of(samples)
     plain = input_digests(adapt(model), batch)
     assert plain[0] == plain[1] != plain[2]
-    for unknown in ({"regions": torch.arange(7)}, {"boxes": [[1, 2], [3, 4]]}, {"boxes": [[1, 2], [3, 5]]}):
+    for unknown in (
+        {"regions": torch.arange(7)},
+        {"regions": torch.arange(4)},
+        {"boxes": [[1, 2], [3, 4]]},
+        {"boxes": [[1], []]},
+    ):
         found = input_digests(adapt(model), {**batch, **unknown})
         assert len({*plain, *found}) == 2 + 3
     first, second = ({"boxes": [[1, 2], [3, last]]} for last in (4, 5))

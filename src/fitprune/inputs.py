@@ -8,6 +8,7 @@ Shapes: B samples, N columns, U units (images, tiles, patches or videos) of the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,10 @@ from fitprune.selection import images_of
 NOT_MEASURED = {"use_cache", "logits_to_keep"}  # of a call, what changes nothing that is measured
 _FOR_LOSS = {"labels", "shift_labels"}
 _PIXELS = [name for names in PIXELS.values() for name in names]
+# What else is laid image after image, or video after video; and what tells sizes.
+_BESIDE = {"pixel_attention_mask", "batch_num_images", "second_per_grid_ts", "image_sizes_videos"}
 _SIZES = {"image": ("image_grid_thw", "spatial_shapes", "image_sizes"), "video": ("video_grid_thw",)}
+_LAID = {*_PIXELS, *_BESIDE, *_SIZES["image"], *_SIZES["video"]}
 
 
 def to_model(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -51,10 +55,10 @@ def input_digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
     in the batch: such a sample has another name in another batch, and no two of one batch have the same.
     """
     inputs = {name: value for name, value in batch.items() if name not in NOT_MEASURED | _FOR_LOSS}
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    ids, valid = inputs.pop("input_ids"), torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    inputs = {name: _as_tensor(value) for name, value in inputs.items() if value is not None}
+    ids, valid = inputs.pop("input_ids").cpu(), torch.ones(batch["input_ids"].shape, dtype=torch.bool)
     if getattr(inputs.get("attention_mask"), "ndim", 0) == 2:
-        valid = inputs.pop("attention_mask").bool().expand(ids.shape)
+        valid = inputs.pop("attention_mask").cpu().bool().expand(ids.shape)
     dealer = _Dealer(adapted, inputs, ids, valid)
     names = [*(name for name in _PIXELS if name in inputs), *sorted(inputs.keys() - set(_PIXELS))]
     dealt = {name: dealer.deal(name) for name in names}
@@ -67,7 +71,9 @@ def input_digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
         digest = hashlib.sha256(_bytes(row[keep]))
         for name, parts in dealt.items():
             own = () if parts is None else parts[place]
-            if not isinstance(own, torch.Tensor) or len(own):  # a sample without image is the same beside one that has
+            if (
+                not isinstance(own, torch.Tensor) or own.numel()
+            ):  # a sample without image is the same beside one that has
                 _update(digest, name, own)
         if None in dealt.values():
             _update(digest, "", f"sample {place} of {whole.hexdigest()}")
@@ -94,9 +100,9 @@ class _Dealer:
     def deal(self, name: str) -> Sequence[Any] | None:
         """Give each sample's part of an input; None where nothing says whose it is."""
         value = self.inputs[name]
-        if isinstance(value, (bool, int, float, str)):
+        if isinstance(value, (bool, int, float, str)) or (isinstance(value, torch.Tensor) and not value.ndim):
             return [value] * len(self.ids)
-        if not isinstance(value, torch.Tensor) or not value.ndim:
+        if not isinstance(value, torch.Tensor):
             return None
         if name not in _PIXELS and value.ndim < 4 and value.shape[-2:] == self.ids.shape:  # something of each token
             return [value[..., row, keep] for row, keep in enumerate(self.valid)]
@@ -104,9 +110,9 @@ class _Dealer:
         sized = [size for size in _SIZES[modality] if size in self.inputs]
         # Some processors give each sample as many tiles as the one with most has.
         by_sample = self.adapted.family.images == "tiles" and modality == "image" and self._dimensions == 5
-        if by_sample and len(value) == len(self.ids):
+        if (by_sample or name not in _LAID) and len(value) == len(self.ids):
             parts: Sequence[torch.Tensor] = torch.split(value, 1)
-        elif (counts := self._counts(modality, sized, len(value))) is not None:
+        elif name in _LAID and (counts := self._counts(modality, sized, len(value))) is not None:
             parts = torch.split(value, counts)
         else:
             return None
@@ -122,6 +128,8 @@ class _Dealer:
         """Count each sample's units; None where they do not come out even, whatever is known of their sizes."""
         marked = self._marked(modality)
         tokens = marked.sum(1).tolist()
+        if sum(map(bool, tokens)) == 1:
+            return [units if own else 0 for own in tokens]
         for sizes in self._sizes(modality, sized, marked, units):
             if len(sizes) == units and (counts := _come_out(sizes, tokens)) is not None:
                 return counts
@@ -133,35 +141,34 @@ class _Dealer:
         marked = [(self.ids == token) & self.valid for token in known]
         return next((own for own in marked if bool(own.any())), marked[-1])
 
-    def _sizes(
-        self, modality: str, sized: Sequence[str], marked: torch.Tensor, units: int
-    ) -> Iterator[Sequence[int] | torch.Tensor]:
+    def _sizes(self, modality: str, sized: Sequence[str], marked: torch.Tensor, units: int) -> Iterator[list[int]]:
         """Say of how many tokens each unit is, or in which proportion: surest first, and what costs most last."""
         tokens = marked.sum(1)
         known = bool(self.adapted.family.model_type)
-        yield tokens[tokens > 0]  # where there are no more units than samples, each has one
+        yield tokens[tokens > 0].tolist()  # where there are no more units than samples, each has one
         for name in sized:
+            value = self.inputs[name]
             # Sizes of images that are cut into tiles tell tokens only to the model.
-            if name != "image_sizes" or (known and self._dimensions == 4):
-                yield torch.as_tensor(self.inputs[name]).prod(-1)
+            if getattr(value, "ndim", 0) == 2 and (name != "image_sizes" or (known and self._dimensions == 4)):
+                yield value.prod(1).tolist()
         if units % max(int(tokens.sum()), 1) == 0 or (known and not sized):  # patches; tiles, or images of one size
             yield [1] * units
         runs = images_of(marked)
-        yield torch.cat([own[own >= 0].bincount() for own in runs])
+        yield torch.cat([own[own >= 0].bincount() for own in runs]).tolist()
         if modality not in self._lengths:
             given = to_model({"input_ids": self.ids, **self.inputs}, self.adapted.model)
             self._lengths[modality] = feature_lengths(self.adapted, given, modality)
         yield self._lengths[modality]
 
 
-def _come_out(sizes: Sequence[int] | torch.Tensor, tokens: Sequence[int]) -> list[int] | None:
+def _come_out(sizes: list[int], tokens: list[int]) -> list[int] | None:
     """Count the units that each sample's tokens are of, if all come out even.
 
     Args:
         sizes: of each unit, in tokens or in proportion to them.
         tokens: of each sample.
     """
-    unit, sample = np.asarray(sizes, dtype=np.int64), np.asarray(tokens, dtype=np.int64)
+    unit, sample = np.array(sizes, dtype=np.int64), np.array(tokens, dtype=np.int64)
     size, total = int(unit.sum()), int(sample.sum())
     if not total or unit.min() < 1 or (len(unit) < total and (unit * total % size).any()):
         return None
@@ -189,13 +196,20 @@ def _update(digest: Any, name: str, value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
             _update(digest, f"{name}.{number}", item)
-    elif isinstance(value, (torch.Tensor, np.ndarray)):
-        value = torch.as_tensor(value)
+    elif isinstance(value, torch.Tensor):
         if not (name in PIXELS["image"] and value.ndim == 4 and value.shape[2] == value.shape[3]):
             digest.update(json.dumps([name, list(value.shape)]).encode())
         digest.update(_bytes(value))
     else:
         digest.update(json.dumps([name, repr(value)]).encode())
+
+
+def _as_tensor(value: Any) -> Any:
+    """Turn numbers in lists or arrays to a tensor; leave all else."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            return torch.as_tensor(value)
+    return value
 
 
 def _bytes(value: torch.Tensor) -> bytes:
