@@ -25,7 +25,7 @@ LAYERS = [
         "profiles",
     },
     {"merging", "shapes", "hooks", "batches", "cache", "images", "views", "vision", "lookup", "loading"},
-    {"fitting", "scoring", "packing", "arguments", "rotary"},
+    {"fitting", "scoring", "packing", "arguments", "rotary", "inputs"},
     {"measurement", "removal", "analysis"},
     {"pruning", "sequential", "analysis_files"},
     {"profiling", "divergence", "figures"},

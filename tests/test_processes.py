@@ -121,14 +121,14 @@ def test_batches_of_other_processes_are_not_made(tmp_path):
     assert [len(batch.get("input_ids", ())) for batch in batches] == [0, 2, 0, 1]
 
 
-def test_a_sample_of_two_batches_counts_as_the_first_has_it(tmp_path):
+def test_a_sample_of_two_batches_counts_in_each_as_it_was_measured_there(tmp_path):
     """Also where a process measured the second batch before another did the first."""
     model = tiny_model()
     short, long, other = prompts(model, [[3, 6], [9, 12], [4, 4]])
 
     batches = [batch_of([short, long]), other, batch_of([short, other]), short]
     whole = measure(model, batches)
-    assert len(whole) == 3
+    assert len(whole) == 6
     measure(model, batches[::-1], parts=tmp_path)
     again = measure(model, batches, parts=tmp_path)
     assert again.digests == whole.digests

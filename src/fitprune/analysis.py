@@ -504,6 +504,11 @@ def _over_data(
 def _left_out(stats: AttentionStats, ranks: RankAgreement | None, position: PositionBias | None) -> list[str]:
     """Say what was left out, and why."""
     notes, usual = [], stats.usual_visual_tokens
+    if again := len(stats) - len(set(stats.digests)):
+        notes.append(
+            f"{again} of {len(stats)} samples are equal to earlier ones, and each counts: halves and draws are then "
+            "not independent"
+        )
     if unreached := [size for size in SIZES if size > len(stats)]:
         sizes = ", ".join(map(str, unreached))
         notes.append(f"calibration sizes {sizes}: left out, there are {len(stats)} samples; measure more")

@@ -19,7 +19,7 @@ from fitprune.adapters import adapt
 from fitprune.divergence import kl
 from fitprune.fitting import Budget, Fitter, OutOfReach, give_back
 from fitprune.flops import ModelShape
-from fitprune.measurement import to_model
+from fitprune.inputs import to_model
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
 from fitprune.scoring import get_scorer

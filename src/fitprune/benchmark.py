@@ -22,8 +22,8 @@ from fitprune.calibration import Sample
 from fitprune.flops import entering_counts
 from fitprune.host import cache_argument, cache_in
 from fitprune.images import visual_mask
+from fitprune.inputs import to_model
 from fitprune.lookup import fitted_to
-from fitprune.measurement import to_model
 from fitprune.profiles import LatencyProfile
 from fitprune.profiling import Profiler, Stopwatch, device_name, timed_layers
 from fitprune.pruning import prune

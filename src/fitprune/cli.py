@@ -302,7 +302,7 @@ def _timed_model(args: argparse.Namespace) -> tuple[Any, Any]:
 def _generate(args: argparse.Namespace) -> None:
     from fitprune.batches import make_batches
     from fitprune.calibration import Sample
-    from fitprune.measurement import to_model
+    from fitprune.inputs import to_model
     from fitprune.pruning import prune
 
     recipe = None if args.recipe is None else PruningRecipe.named(args.recipe)

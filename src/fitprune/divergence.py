@@ -22,7 +22,7 @@ from fitprune.adapters import AdaptedModel, adapt
 from fitprune.attention import HEAD_KINDS, Attention, head_attention, text_after
 from fitprune.hooks import tap_attention
 from fitprune.images import read_images, visual_mask
-from fitprune.measurement import to_model
+from fitprune.inputs import to_model
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
 from fitprune.scoring import get_scorer

@@ -32,8 +32,9 @@ from fitprune.divergence import kl
 from fitprune.fitting import Fitter, OutOfReach, checked_budget
 from fitprune.flops import ModelShape
 from fitprune.images import visual_mask
+from fitprune.inputs import to_model
 from fitprune.journal import Journal, Record
-from fitprune.measurement import provenance_of, to_model
+from fitprune.measurement import provenance_of
 from fitprune.processes import Processes
 from fitprune.pruning import kept_positions, prune
 from fitprune.recipe import PruningRecipe
@@ -250,8 +251,9 @@ def _run_of(
     def digest(samples: Sequence[Sample]) -> str:
         found = hashlib.sha256()
         for s in samples:  # decoded, so that a bad image is found now and not when its batch comes
-            found.update(json.dumps([s.id, s.text, list(s.answers), s.kind]).encode())
-            found.update(s.load_image().tobytes())
+            image = s.load_image()
+            found.update(json.dumps([s.id, s.text, list(s.answers), s.kind, image.size]).encode())
+            found.update(image.tobytes())
         return found.hexdigest()[:16]
 
     def named(entry: Entry) -> list[Any]:
@@ -266,7 +268,16 @@ def _run_of(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "prompt_template": template,
+        "settings": _settings(model, processor),
     }
+
+
+def _settings(model: Any, processor: Any) -> str:
+    """Hash how images are made ready, and how answers are generated: both can be set without another model."""
+    images: Any = getattr(processor, "image_processor", None)
+    said = [images.to_json_string() if hasattr(images, "to_json_string") else type(images).__name__]
+    said.append(model.generation_config.to_json_string(ignore_metadata=True))
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
 
 
 def _batches(tasks: Mapping[str, Sequence[Sample]], batch_size: int) -> list[list[tuple[int, str, Sample]]]:

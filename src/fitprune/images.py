@@ -155,6 +155,13 @@ def _features(outputs: Any) -> list[torch.Tensor]:
     return [part.reshape(-1, part.shape[-1]) for part in pooled]
 
 
+def feature_lengths(adapted: AdaptedModel, given: Mapping[str, Any], modality: str) -> list[int]:
+    """Count the features of each image of a call, or of each video, as the model's own encoder gives them."""
+    with torch.no_grad():
+        outputs = _encoded(adapted, given)[0].get(modality)
+    return [] if outputs is None else [len(part) for part in _features(outputs)]
+
+
 def _require_features(marked: torch.Tensor, parts: Sequence[torch.Tensor], modality: str, cache: Any) -> None:
     """Refuse a prompt whose visual tokens are not as many as its images' features."""
     if (tokens := int(marked.sum())) != (there := sum(len(part) for part in parts)):

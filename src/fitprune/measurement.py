@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,10 @@ from fitprune.adapters import AdaptedModel, adapt
 from fitprune.arguments import valid_columns
 from fitprune.attention import Attention, ReceivedAttention, Sums, text_after
 from fitprune.hooks import tap_attention
-from fitprune.images import PIXELS, read_images, visual_mask
+from fitprune.images import read_images, visual_mask
+from fitprune.inputs import NOT_MEASURED, input_digests, to_model
 from fitprune.processes import Processes
-from fitprune.selection import images_of
-from fitprune.stats import AttentionStats, merge
+from fitprune.stats import AttentionStats, join
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ def measure(
         progress: show a progress bar; of several processes the first does, with its share.
 
     Returns:
-        Statistics of all samples, in the order of the batches; in every process.
+        Statistics of all samples, in the order of the batches; in every process. Equal samples count each, as rows of
+        the data do in the authors' code; the log says how many are equal to earlier ones.
 
     Raises:
         ValueError: `batches` is empty, a sample has no visual token or no text after its last one, `parts` is of
@@ -85,7 +87,7 @@ def measure(
         if folder is None:
             measured += _measure_batch(adapted, batch, digests, provenance)
             continue
-        files = _part_files(folder, digests)
+        files = _part_files(folder, digests, batch)
         if not _are_parts(adapted, files, provenance):
             for file, part in zip(files, _measure_batch(adapted, batch, digests, provenance), strict=True):
                 part.save(file)
@@ -93,7 +95,7 @@ def measure(
     if folder is None:
         if not measured:
             raise ValueError(EMPTY)
-        return merge(measured)
+        return _counted(join(measured), processes)
     turns = itertools.zip_longest(*processes.gather(names), fillvalue=[])
     files = [folder / name for turn in turns for batch_names in turn for name in batch_names]
     if not files:
@@ -102,9 +104,17 @@ def measure(
         raise FileNotFoundError(
             2, f"{absent[0]}: not there, though a process has written it; parts must be a folder that all processes see"
         )
-    whole = merge(_Parts(files))
+    whole = join(_Parts(files))
     processes.wait()  # all have read, so the caller may delete the parts
-    return whole
+    return _counted(whole, processes)
+
+
+def _counted(stats: AttentionStats, processes: Processes) -> AttentionStats:
+    """Say how many samples are equal to others."""
+    again = len(stats) - len(set(stats.digests))
+    if again and processes.rank == 0:
+        logger.warning("%d of %d samples are equal to earlier ones, and each counts", again, len(stats))
+    return stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +127,17 @@ class _Parts:
         return map(AttentionStats.load, self.files)
 
 
-def _part_files(folder: Path, digests: Sequence[str]) -> list[Path]:
-    """Name each part by its sample and by the batch that it is measured in.
+def _part_files(folder: Path, digests: Sequence[str], batch: Mapping[str, Any]) -> list[Path]:
+    """Name each part by its sample, by the batch that it is measured in, and by its place there.
 
-    In another batch a sample's statistics differ by rounding. So a run that goes on gives the bits of an unbroken one,
-    and of a sample that two processes measure in two batches neither overwrites the other's.
+    In another batch, or padded otherwise, a sample's statistics differ by rounding. So a run that goes on gives the
+    bits of an unbroken one, of a sample that two processes measure in two batches neither overwrites the other's, and
+    equal samples of one batch have a part each.
     """
-    batch = "".join(digests)
-    return [folder / f"{hashlib.sha256((digest + batch).encode()).hexdigest()}.safetensors" for digest in digests]
+    mask = batch.get("attention_mask")
+    around = [*digests, list(batch["input_ids"].shape), mask if mask is None else mask.tolist()]
+    named = (hashlib.sha256(json.dumps([place, *around]).encode()) for place in range(len(digests)))
+    return [folder / f"{name.hexdigest()}.safetensors" for name in named]
 
 
 def _are_parts(adapted: AdaptedModel, files: Sequence[Path], provenance: dict[str, str]) -> bool:
@@ -142,15 +155,12 @@ def _are_parts(adapted: AdaptedModel, files: Sequence[Path], provenance: dict[st
     return all(part.provenance == provenance for part in found)
 
 
-_NOT_MEASURED = {"use_cache", "logits_to_keep"}
-
-
 def _measure_batch(
     adapted: AdaptedModel, batch: Mapping[str, Any], digests: list[str], provenance: dict[str, str]
 ) -> list[AttentionStats]:
     """Run one batch and split what its visual tokens received by sample."""
     model = adapted.model
-    inputs = {name: value for name, value in to_model(batch, model).items() if name not in _NOT_MEASURED}
+    inputs = {name: value for name, value in to_model(batch, model).items() if name not in NOT_MEASURED}
     ids = inputs["input_ids"]
     padded, _ = valid_columns(inputs)
     valid = torch.ones_like(ids, dtype=torch.bool) if padded is None else padded
@@ -213,16 +223,29 @@ def provenance_of(model: Any) -> dict[str, str]:
 
 
 def weights_digest(model: Any) -> str:
-    """Tell weights of one shape apart: a hash of the first values of every parameter that has any, also on disk."""
+    """Tell weights of one shape apart, also on disk: a hash of each parameter's first values and sum of bits."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = _offloaded(model, name) if parameter.device.type == "meta" else parameter.detach()
         if values is not None:
             digest.update(name.encode())
-            if hasattr(type(values), "tensor_data_names"):  # torchao's: they have no views, but rows that are numbers
+            parts = [values]
+            if inner := getattr(type(values), "tensor_data_names", ()):  # torchao's have no views, but rows
+                parts = [getattr(values, part) for part in inner]
                 values = values[:1].dequantize()
             digest.update(values.flatten()[:8].float().cpu().numpy().tobytes())
+            digest.update(json.dumps([_sum_of_bits(part) for part in parts]).encode())
     return digest.hexdigest()[:16]
+
+
+def _sum_of_bits(values: torch.Tensor) -> int:
+    """Sum a tensor as whole numbers, 8 bytes each: at the speed of memory, and the same in any order, on any device."""
+    flat = values.flatten()
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()
+    octets = flat.view(torch.uint8)
+    even = len(octets) // 8 * 8
+    return int(octets[:even].view(torch.int64).sum()) + int(octets[even:].sum())
 
 
 def _offloaded(model: Any, name: str) -> torch.Tensor | None:
@@ -240,44 +263,3 @@ def forget_parts(parts: str | os.PathLike[str]) -> None:
             part.unlink()
     with contextlib.suppress(OSError):
         Path(parts).rmdir()
-
-
-def to_model(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Move a batch to the model's device, and its floating-point tensors to the model's dtype.
-
-    What a loss needs is left out: some processors give labels to a prompt too.
-    """
-    device = model.device
-    if device.type == "meta":  # its first weights are offloaded: accelerate says where it runs
-        device = getattr(getattr(model, "_hf_hook", None), "execution_device", device)
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(device, model.dtype if value.is_floating_point() else None)
-
-    return {name: move(value) for name, value in batch.items() if name not in ("labels", "shift_labels")}
-
-
-def input_digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
-    """Name each sample by a hash of its own inputs, whatever the batch around it.
-
-    Images are dealt to samples in order, one for each run of visual tokens. Where they do not come out even (adjacent
-    images, tiles, patches of several images in one tensor), the whole batch's images enter the hash: safe, only less
-    able to continue with another batch size.
-    """
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    given = [batch[name] for names in PIXELS.values() for name in names if batch.get(name) is not None]
-    images = (images_of(visual_mask(adapted, ids)).amax(1) + 1).tolist()
-    even = len(given) == 1 and sum(images) == len(given[0])
-    digests, first = [], 0
-    for row, count in enumerate(images):
-        own = ids[row] if mask is None else ids[row][mask[row].bool()]
-        digest = hashlib.sha256(own.cpu().numpy().tobytes())
-        for pixels in given:
-            mine = pixels[first : first + count] if even else pixels
-            digest.update(mine.float().cpu().numpy().tobytes())
-        first += count
-        digests.append(digest.hexdigest())
-    return digests

@@ -29,8 +29,9 @@ from fitprune.divergence import Judge, reference
 from fitprune.fitting import Budget, Fitter, OutOfReach, one_budget
 from fitprune.flops import DecoderShape, ahead_macs, visual_macs
 from fitprune.head_choice import HeadChoice, specs
+from fitprune.inputs import input_digests
 from fitprune.journal import Journal, Record
-from fitprune.measurement import input_digests, provenance_of
+from fitprune.measurement import provenance_of
 from fitprune.recipe import PruningRecipe
 from fitprune.scoring import stage_name
 from fitprune.stats import AttentionStats

@@ -66,8 +66,8 @@ class Pruner(contextlib.ContextDecorator):
         _require_prunable(self.recipe, self._adapted)
         scorer = self.recipe.scorer if scorer is None else scorer
         self.scorer = get_scorer(scorer)
-        named = {"name": scorer} if isinstance(scorer, str) else scorer
-        named = scorer_parts(named) if isinstance(named, Mapping) else self.scorer
+        spec = {"name": scorer} if isinstance(scorer, str) else scorer
+        named = scorer_parts(spec) if isinstance(spec, Mapping) else self.scorer
         self._key = (self.recipe, named, pool_images)
         self._pool_images = pool_images
         self.remover: Remover | None = None  # the last one at work

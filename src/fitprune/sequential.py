@@ -17,7 +17,8 @@ from tqdm import tqdm
 from fitprune import flops, tokens
 from fitprune.adapters import adapt
 from fitprune.fitting import TOLERANCE_STEP, checked_budget
-from fitprune.measurement import input_digests, measure, to_model
+from fitprune.inputs import input_digests, to_model
+from fitprune.measurement import measure
 from fitprune.packing import Choose
 from fitprune.recipe import PruningRecipe
 from fitprune.removal import removing
@@ -61,16 +62,14 @@ def fit_sequential(
     if not tolerance_step >= TOLERANCE_STEP:
         raise ValueError(f"tolerance_step={tolerance_step}: must be at least {TOLERANCE_STEP}")
     adapted = adapt(model)
-    given = list(batches)
-    if any(len(batch["input_ids"]) != 1 for batch in given):
+    held = list(batches)
+    if any(len(batch["input_ids"]) != 1 for batch in held):
         raise ValueError("batches hold several samples: fit_sequential takes one sample at a time, as the authors do")
-    unique = {input_digests(adapted, batch)[0]: batch for batch in given}  # a sample counts once, as in `measure`
-    held = list(unique.values())
     stats = stats if stats is not None else measure(model, held, progress=progress)
     stats.model.require_same(adapted.shape, what="stats")
-    if stats.digests != tuple(unique):
+    if stats.digests != tuple(input_digests(adapted, batch)[0] for batch in held):
         raise ValueError(
-            f"stats ({len(stats)} samples) are not of batches ({len(held)} different samples): "
+            f"stats ({len(stats)} samples) are not of batches ({len(held)} samples): "
             "must be the same samples in the same order; measure these batches"
         )
     n = stats.usual_visual_tokens

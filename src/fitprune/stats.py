@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 from fitprune import files
 from fitprune.flops import ModelShape
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "fitprune-stats-1"
 
 
@@ -33,7 +36,7 @@ class AttentionStats:
         cross_attention: [L, T] fp32, mean over the text query rows after the image.
         visual_tokens: [S] visual tokens of each sample; they sum to T.
         text_tokens: [S] text tokens of each sample.
-        digests: [S] SHA-256 of each sample's inputs, so that a run can be continued and duplicates are seen.
+        digests: [S] SHA-256 of each sample's inputs, so that a run can be continued and equal samples are seen.
         model: the model that was measured.
         provenance: how it was measured.
 
@@ -168,8 +171,8 @@ def _sort_metadata(path: Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
-def merge(parts: Iterable[AttentionStats]) -> AttentionStats:
-    """Join statistics of one model; a sample that is in several parts counts once, as the first has it.
+def join(parts: Iterable[AttentionStats]) -> AttentionStats:
+    """Join statistics of one model, all samples of all parts, in order.
 
     Args:
         parts: what to join. What can be iterated again, and loads each part when it is asked for, is read twice, and
@@ -180,32 +183,57 @@ def merge(parts: Iterable[AttentionStats]) -> AttentionStats:
     """
     parts = list(parts) if isinstance(parts, Iterator) else parts
     first: AttentionStats | None = None
-    new: list[list[int]] = []  # of each part, the samples that none before it holds
-    joined: dict[str, tuple[int, int]] = {}  # digest -> visual and text tokens
+    visual: list[int] = []
+    text: list[int] = []
+    digests: list[str] = []
     for part in parts:
         if first is None:
             first = part
         part.model.require_same(first.model, what="a part of the statistics")
-        new.append([])
-        for number, digest in enumerate(part.digests):
-            if digest not in joined:
-                joined[digest] = part.visual_tokens[number], part.text_tokens[number]
-                new[-1].append(number)
+        visual += part.visual_tokens
+        text += part.text_tokens
+        digests += part.digests
     if first is None:
         raise ValueError("parts is empty: there must be at least one AttentionStats to merge")
-    shape = (len(first.self_attention), sum(visual for visual, _ in joined.values()))
+    shape = (len(first.self_attention), sum(visual))
     self_attention, cross_attention = first.self_attention.new_empty(shape), first.cross_attention.new_empty(shape)
     begin = 0
-    for part, numbers in zip(parts, new, strict=True):
-        own = part if len(numbers) == len(part) else part.select(numbers)
-        end = begin + sum(own.visual_tokens)
-        self_attention[:, begin:end], cross_attention[:, begin:end] = own.self_attention, own.cross_attention
+    for part in parts:
+        end = begin + sum(part.visual_tokens)
+        self_attention[:, begin:end], cross_attention[:, begin:end] = part.self_attention, part.cross_attention
         begin = end
     return dataclasses.replace(
         first,
         self_attention=self_attention,
         cross_attention=cross_attention,
-        visual_tokens=tuple(visual for visual, _ in joined.values()),
-        text_tokens=tuple(text for _, text in joined.values()),
-        digests=tuple(joined),
+        visual_tokens=tuple(visual),
+        text_tokens=tuple(text),
+        digests=tuple(digests),
     )
+
+
+def merge(parts: Iterable[AttentionStats]) -> AttentionStats:
+    """Join statistics of one model; a sample that an earlier part has too is left out, and the log says how many are.
+
+    Samples that are equal within one part stay, as in `measure`: there each row of the data counts.
+
+    Args:
+        parts: what to join, such as files of several runs.
+
+    Raises:
+        ValueError: there is no part, or the parts are of different models.
+    """
+    known: set[str] = set()
+    kept, left_out = [], 0
+    for part in parts:
+        new = [number for number, digest in enumerate(part.digests) if digest not in known]
+        left_out += len(part) - len(new)
+        known.update(part.digests)
+        kept.append(part if len(new) == len(part) else part.select(new))
+    merged = join(kept)
+    if left_out:
+        logger.warning(
+            "%d of %d samples are in earlier statistics too and are left out: %d are left",
+            left_out, len(merged) + left_out, len(merged),
+        )  # fmt: skip
+    return merged

@@ -28,8 +28,9 @@ from fitprune.baselines import make_method, parse_name
 from fitprune.batches import make_batches
 from fitprune.calibration import load_samples
 from fitprune.fitting import Fitter, checked_budget
+from fitprune.inputs import to_model
 from fitprune.loading import DTYPES, load_model
-from fitprune.measurement import measure, to_model
+from fitprune.measurement import measure
 from fitprune.processes import Processes
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
