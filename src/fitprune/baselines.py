@@ -154,6 +154,7 @@ def search_vtw(
     from it: the image's place is known for each sample, not taken to be 35 to 611.
     """
     adapted = adapt(model)
+    model = adapted.model
     layers = adapted.shape.decoder.layers
     if not 1 <= first < layers:
         raise ValueError(f"first={first}: must be from 1 to {layers - 1}, a layer of the {layers}")

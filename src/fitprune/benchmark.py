@@ -190,6 +190,7 @@ def time_recipes(
         ValueError: as for `profile_latency` and `prune`; or the profile is of another model, batch or shorter prompts.
     """
     adapted = adapt(model)
+    model = adapted.model
     recipes = {
         name: fitted_to(recipe, adapted.shape, force=False, what=f"recipe {name!r}") for name, recipe in recipes.items()
     }
@@ -270,6 +271,7 @@ def noise_inputs(
         prompt_template: see `fitprune.batches.format_prompt`.
     """
     adapted = adapt(model)
+    model = adapted.model
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
     def batch(words: int, count: int) -> dict[str, Any]:

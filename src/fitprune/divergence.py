@@ -80,6 +80,7 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
             NaN.
     """
     adapted = adapt(model)
+    model = adapted.model
     inputs = to_model(batch, model)
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
@@ -144,8 +145,8 @@ class Judge:
     """
 
     def __init__(self, model: Any, references: Sequence[Reference], unit: int | None = None) -> None:
-        self.model = model
         self.adapted = adapt(model)
+        self.model = self.adapted.model
         self.references = references
         self.unit = unit or sum(map(len, references))
 

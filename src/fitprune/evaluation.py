@@ -97,6 +97,7 @@ def evaluate(
     tasks = dict(samples) if isinstance(samples, Mapping) else {"questions": samples}
     entries = [Entry(name, recipe) for name, recipe in methods.items()] if isinstance(methods, Mapping) else methods
     adapted = adapt(model)
+    model = adapted.model
     entries, blind = readable(adapted, entries)
     skipped = [*skipped, *blind]
     _require_sound(tasks, entries, adapted.shape)

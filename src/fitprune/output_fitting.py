@@ -168,7 +168,9 @@ class OutputFitter:
         self._begun = time.monotonic()
         max_new_tokens = _whole_number("max_new_tokens", max_new_tokens, 1)
         seed = _whole_number("seed", seed, 0)
-        stats.model.require_same(adapt(model).shape, what="stats")  # before the model answers
+        adapted = adapt(model)
+        model = adapted.model
+        stats.model.require_same(adapted.shape, what="stats")  # before the model answers
         self.fitter = Fitter(stats, visual_tokens=visual_tokens)
         self.visual_tokens, self.layers = self.fitter.visual_tokens, stats.model.decoder.layers
         self.prunable = stats.model.decoder.prunable

@@ -154,7 +154,8 @@ class Profiler:
     """Measures a latency profile round by round, so that rounds of something else can go between; see the function."""
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], *, tokens: Sequence[int] | None = None) -> None:
-        self._model, self._inputs, self._adapted = model, inputs, adapt(model)
+        self._inputs, self._adapted = inputs, adapt(model)
+        self._model = self._adapted.model
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         visual = visual_mask(self._adapted, ids)
         each, longest = visual.sum(1).tolist(), ids.shape[1]

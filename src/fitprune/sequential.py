@@ -62,6 +62,7 @@ def fit_sequential(
     if not tolerance_step >= TOLERANCE_STEP:
         raise ValueError(f"tolerance_step={tolerance_step}: must be at least {TOLERANCE_STEP}")
     adapted = adapt(model)
+    model = adapted.model
     held = list(batches)
     if any(len(batch["input_ids"]) != 1 for batch in held):
         raise ValueError("batches hold several samples: fit_sequential takes one sample at a time, as the authors do")
