@@ -77,9 +77,10 @@ def format_prompt(processor: Any, text: str, prompt_template: str | None = None)
             f"prompt_template={prompt_template!r}: must contain {{question}}, "
             "for example 'USER: <image>\\n{question} ASSISTANT:'"
         )
-    if token and token not in prompt_template:
+    if token and prompt_template.count(token) != 1:
+        fault = "more than one" if token in prompt_template else "no"
         raise ValueError(
-            f"prompt_template={prompt_template!r}: no visual token in it; put {token!r} where the image is"
+            f"prompt_template={prompt_template!r}: {fault} visual token in it; put {token!r} where the image is"
         )
     return prompt_template.replace("{question}", text)
 
@@ -89,8 +90,8 @@ def encode(
 ) -> Mapping[str, Any]:
     """Make a batch of prompts and images by the processor's own call, padded on the left.
 
-    What the tokenizer adds is not added where a prompt has it already: the processor's call sees to the start, and
-    an end of text that would stand twice is taken off here.
+    What the tokenizer or processor adds is not added where a prompt has it already: the processor's call sees to its
+    start, and a BOS or EOS that would still stand twice in a row is taken out of the prompt here.
 
     Args:
         processor: the model's processor.
@@ -102,19 +103,20 @@ def encode(
         `input_ids`, `attention_mask`, `pixel_values`, ... as the model takes them.
 
     Raises:
-        BadSample: the processor refuses a prompt also alone.
+        BadSample: a prompt has another number of image tokens than of images, or the processor refuses it also alone.
         ValueError: no prompt has the image's token, so that the chat template is at fault.
     """
+    token = getattr(processor, "image_token", None)
+    if token and any(images) and not any(token in prompt for prompt in prompts):
+        raise ValueError(f"the chat template is at fault: it writes no {token!r} where the image is; {_REMEDY}")
+    for name, prompt, shown in zip(names, prompts, images, strict=True):
+        if token and prompt.count(token) != len(shown):
+            raise BadSample(f"{name}: its prompt has {prompt.count(token)} {token!r} for {len(shown)} images")
     try:
         return _encode(processor, prompts, images)
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # whatever a processor raises: which of them is it?
-        token = getattr(processor, "image_token", None)
-        if token and any(images) and not any(token in prompt for prompt in prompts):
-            raise ValueError(
-                f"the chat template is at fault: it writes no {token!r} where the image is; {_REMEDY}"
-            ) from error
+    except Exception:  # whatever a processor raises: which of them is it?
         for name, prompt, shown in zip(names, prompts, images, strict=True):
             try:
                 _encode(processor, [prompt], [shown])
@@ -125,11 +127,24 @@ def encode(
 
 def _encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Mapping[str, Any]:
     tokens = processor.tokenizer
-    begins = {bool(tokens.bos_token) and prompt.startswith(tokens.bos_token) for prompt in prompts}
-    if len(begins) > 1:
+    if len({bool(tokens.bos_token) and prompt.startswith(tokens.bos_token) for prompt in prompts}) > 1:
         raise ValueError(f"some prompts of a batch begin with {tokens.bos_token!r} and some do not: use batches of 1")
-    if begins == {False} and tokens.eos_token and tokens("a").input_ids[-1] == tokens.eos_token_id:
-        prompts = [prompt.removesuffix(tokens.eos_token) for prompt in prompts]
+    made = _own_call(processor, prompts, images)
+    for token in filter(None, (tokens.bos_token, tokens.eos_token)):
+        twice = _doubled(made, tokens.convert_tokens_to_ids(token))
+        added = [
+            two and token in prompt and token * 2 not in prompt for two, prompt in zip(twice, prompts, strict=True)
+        ]
+        if any(added):
+            prompts = [
+                "".join(prompt.rsplit(token, 1)) if more else prompt
+                for more, prompt in zip(added, prompts, strict=True)
+            ]
+            made = _own_call(processor, prompts, images)
+    return made
+
+
+def _own_call(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Mapping[str, Any]:
     conversations = [
         [{"role": "user", "content": [{"type": "image", "image": image} for image in shown], "prompt": prompt}]
         for prompt, shown in zip(prompts, images, strict=True)
@@ -144,6 +159,15 @@ def _encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Im
         processor_kwargs={"padding": len(prompts) > 1, "padding_side": "left"},
     )
     return made
+
+
+def _doubled(inputs: Mapping[str, Any], token_id: int) -> list[bool]:
+    """For each row, whether the token stands twice in a row."""
+    found = inputs["input_ids"] == token_id
+    if "attention_mask" in inputs:  # padding may be the same token
+        found &= inputs["attention_mask"].bool()
+    doubled: list[bool] = (found[:, 1:] & found[:, :-1]).any(1).tolist()
+    return doubled
 
 
 def make_batches(

@@ -85,7 +85,7 @@ def load_model(
         return _named(model, name, pinned), processor
     # Before the weights: what is wrong with the family or the processor is found in a second.
     config = _config(name, folder, source)
-    processor = _processor(name, folder, source)
+    processor = _processor(name, folder, source, config.model_type)
     if quantization is not None:
         computed = config.dtype if options["dtype"] == "auto" else options["dtype"]
         options["quantization_config"] = quantization_config(quantization, computed or torch.float32)
@@ -169,7 +169,7 @@ def _config(name: str, folder: str, source: dict[str, Any]) -> Any:
 
         llava_hr.register()
     if model_type is None:
-        raise ValueError(f"{name}: its config.json has no model_type, so it is no model of transformers")
+        raise ValueError(f"{name} has no config.json with a model_type, so it is no model of transformers")
     if model_type not in CONFIG_MAPPING and not remote:
         raise ValueError(f"{name}: model_type={model_type!r} is unknown to transformers {__version__}; upgrade it")
     config = AutoConfig.from_pretrained(folder, **source)
@@ -182,7 +182,7 @@ def _config(name: str, folder: str, source: dict[str, Any]) -> Any:
     return config
 
 
-def _processor(name: str, folder: str, source: dict[str, Any]) -> Any:
+def _processor(name: str, folder: str, source: dict[str, Any], model_type: str) -> Any:
     """Load the processor.
 
     Raises:
@@ -196,9 +196,11 @@ def _processor(name: str, folder: str, source: dict[str, Any]) -> Any:
         processor = AutoProcessor.from_pretrained(folder, **source)
     except Exception as error:  # whatever the parts of a processor raise
         reason = _first_line(error)
-        if "torchvision" in str(error).lower() and importlib.util.find_spec("torchvision") is None:
+        # A class that torchvision's absence leaves out may be looked for without end.
+        without = "torchvision" in str(error).lower() or isinstance(error, RecursionError)
+        if without and importlib.util.find_spec("torchvision") is None:
             raise ImportError(
-                f"{name}: this family's processor needs torchvision, in a build for torch {torch.__version__}: "
+                f"{name}: the processor of {model_type} needs torchvision, in a build for torch {torch.__version__}: "
                 "pip install 'fitprune[torchvision]'"
             ) from error
         if isinstance(error, ImportError):
@@ -236,7 +238,7 @@ def _merged(name: str, folder: str, source: dict[str, Any], **options: Any) -> t
         )
     parts = ("processor_config.json", "preprocessor_config.json")
     own = any(cached_file(folder, part, _raise_exceptions_for_missing_entries=False, **place) for part in parts)
-    processor = _processor(name, folder, source) if own else None  # before the weights too
+    processor = _processor(name, folder, source, "this adapter") if own else None  # before the weights too
     try:
         model, other = load_model(
             base,
