@@ -95,8 +95,7 @@ def test_batches_are_those_of_the_processors_own_call(row, adds, start):
     processor = processor_of(row, adds, start)
     conversations = [[turn(image, text)] for text, image in zip(QUESTIONS, pictures(), strict=True)]
     for size in (1, 2, 3):
-        made = list(make_batches(samples(), processor, batch_size=size))
-        for number, batch in enumerate(made):
+        for number, batch in enumerate(make_batches(samples(), processor, batch_size=size)):
             assert_same(batch, own_call(processor, conversations[number * size : (number + 1) * size]))
             assert (batch["input_ids"] == 1).sum(1).tolist() == [starts(row, adds, start)] * len(batch["input_ids"])
 
@@ -137,13 +136,13 @@ def test_conversations_with_any_number_of_images_are_those_of_the_own_call(row, 
         [turn("no image")],
         [turn(c, "what?"), turn("a dog", role="assistant"), turn("and now?")],
     ]
-    shown = [[a], [a, b], [], [c]]
+    images = [[a], [a, b], [], [c]]
     if row.name.startswith("paligemma"):  # takes no text alone
-        del conversations[2], shown[2]
+        del conversations[2], images[2]
     prompts = [chat_prompt(processor, conversation) for conversation in conversations]
-    assert_same(encode(processor, prompts, shown, "abcd"[: len(shown)]), own_call(processor, conversations))
-    for prompt, images, conversation in zip(prompts, shown, conversations, strict=True):
-        assert_same(encode(processor, [prompt], [images], "a"), own_call(processor, [conversation]))
+    assert_same(encode(processor, prompts, images, "abcd"[: len(images)]), own_call(processor, conversations))
+    for prompt, own, conversation in zip(prompts, images, conversations, strict=True):
+        assert_same(encode(processor, [prompt], [own], "a"), own_call(processor, [conversation]))
 
 
 @pytest.mark.parametrize("adds", ["nothing", "BOS"])
@@ -221,7 +220,7 @@ REFUSED = {  # what is wrong -> (text, image size, message)
 }
 
 
-def refused(tmp_path, kind):
+def samples_with(tmp_path, kind):
     text, size, _ = REFUSED[kind]
     for name, pixels in (("a", (40, 30)), ("bad", size), ("b", (30, 64))):
         Image.new("RGB", pixels, "red").save(tmp_path / f"{name}.png")
@@ -239,7 +238,7 @@ def test_what_a_processor_refuses_is_named_and_can_be_left_out(tmp_path, process
         "{% if 'RAISE' in messages[0].content[1].text %}{{ raise_exception('no') }}{% endif %}"
         + processor.chat_template
     )
-    found, model = refused(tmp_path, kind), tiny_model()
+    found, model = samples_with(tmp_path, kind), tiny_model()
     options = {"batch_size": batch_size, "model": model}
     with pytest.raises(BadSample, match=REFUSED[kind][2]) as caught:
         list(make_batches(found, processor, **options))
@@ -285,7 +284,7 @@ def test_a_refusal_of_the_whole_batch_names_no_sample(processor, red):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("wrong", "message"),
     [
         ([{"image": "a.png", "question": "x"}], r"samples\[0\] is a dict: must be a Sample, as fitprune.load_samples"),
         (["a.jsonl"], r"samples\[0\] is a str"),
@@ -294,17 +293,17 @@ def test_a_refusal_of_the_whole_batch_names_no_sample(processor, red):
         (None, "samples is a NoneType"),
     ],
 )
-def test_what_is_no_sample_is_refused_by_its_type(processor, given, message):
+def test_what_is_no_sample_is_refused_by_its_type(processor, wrong, message):
     with pytest.raises(ValueError, match=message):
-        make_batches(given, processor)
+        make_batches(wrong, processor)
     with pytest.raises(ValueError, match=r"samples\[1\] is a dict"):
         list(make_batches(iter([Sample("0", "x", Image.new("RGB", (8, 8))), {}]), processor))
 
 
 def test_what_is_no_processor_is_refused_by_its_type(processor, red):
-    for given in (tiny_model(), processor.tokenizer, processor.image_processor, None):
-        with pytest.raises(ValueError, match=f"processor is a {type(given).__name__}: must be a model's"):
-            make_batches([red], given)
+    for wrong in (tiny_model(), processor.tokenizer, processor.image_processor, None):
+        with pytest.raises(ValueError, match=f"processor is a {type(wrong).__name__}: must be a model's"):
+            make_batches([red], wrong)
 
 
 # -- the command line ----------------------------------------------------------------------------------------------

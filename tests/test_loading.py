@@ -47,7 +47,7 @@ def folder(tmp_path):
     return shutil.copytree(embedded.folder("model"), tmp_path / "model")
 
 
-def refused(name, message, kind, **options):
+def expect_refusal(name, message, kind, **options):
     with pytest.raises(kind, match=message) as caught:
         load_model(name, **options)
     assert len(str(caught.value)) < 400
@@ -75,17 +75,17 @@ def refused(name, message, kind, **options):
     ],
 )
 def test_a_name_that_cannot_be_one_is_refused_without_the_hub(weights, no_network, name, message):
-    refused(name, message, FileNotFoundError)
+    expect_refusal(name, message, FileNotFoundError)
 
 
 def test_a_revision_within_the_name_is_named(weights, no_network):
-    refused("lab/tiny@v1", "lab/tiny with revision='v1'", ValueError)
+    expect_refusal("lab/tiny@v1", "lab/tiny with revision='v1'", ValueError)
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "model.safetensors", "config.json"])
 def test_a_file_is_no_model(weights, no_network, tmp_path, name):
     (tmp_path / name).write_bytes(b"GGUF")
-    refused(tmp_path / name, "is a file: must be a model's folder or a hub name", ValueError)
+    expect_refusal(tmp_path / name, "is a file: must be a model's folder or a hub name", ValueError)
 
 
 def test_a_typo_on_the_command_line_is_said_in_one_line(weights, no_network, capsys, tmp_path):
@@ -103,23 +103,23 @@ def test_a_hub_out_of_reach_is_asked_once(weights, monkeypatch, tmp_path, caplog
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     started = time.monotonic()
-    refused("lab/tiny", "lab/tiny on the hub cannot be asked: no connection to the hub", ConnectionError)
+    expect_refusal("lab/tiny", "lab/tiny on the hub cannot be asked: no connection to the hub", ConnectionError)
     assert time.monotonic() - started < 5
     assert not caplog.records
 
 
 def test_what_the_hub_has_not_is_named(weights, hub):  # noqa: F811
-    refused("lab/none", "lab/none: no such folder here and no such repository on the hub", FileNotFoundError)
+    expect_refusal("lab/none", "lab/none: no such folder here and no such repository on the hub", FileNotFoundError)
     hub.create("lab/data")
-    refused("lab/data", "lab/data has no config.json with a model_type", ValueError)
-    refused("lab/data", "has no revision 'v2'", FileNotFoundError, revision="v2")
+    expect_refusal("lab/data", "lab/data has no config.json with a model_type", ValueError)
+    expect_refusal("lab/data", "has no revision 'v2'", FileNotFoundError, revision="v2")
 
 
 # -- folders and families ------------------------------------------------------------------------------------------
 
 
 def test_a_folder_without_a_config(weights, tmp_path):
-    refused(tmp_path, "has no config.json: must be a folder that save_pretrained wrote", FileNotFoundError)
+    expect_refusal(tmp_path, "has no config.json: must be a folder that save_pretrained wrote", FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_folder_without_a_config(weights, tmp_path):
 )
 def test_a_config_that_is_no_supported_models(weights, folder, config, message):
     (folder / "config.json").write_text(config)
-    refused(folder, message, (OSError, ValueError))
+    expect_refusal(folder, message, (OSError, ValueError))
 
 
 # -- processors ----------------------------------------------------------------------------------------------------
@@ -150,7 +150,9 @@ def test_missing_files_of_the_processor(weights, folder, lost):
     names = [path.name for path in folder.iterdir() if path.name not in kept] if lost == "everything" else lost.split()
     for name in names:
         (folder / name).unlink()
-    refused(folder, "processor .*; copy the processor's files from the model that this one was tuned from", OSError)
+    expect_refusal(
+        folder, "processor .*; copy the processor's files from the model that this one was tuned from", OSError
+    )
 
 
 @pytest.mark.skipif(TORCHVISION, reason="torchvision is there")
@@ -165,7 +167,7 @@ def test_torchvision_is_named_where_a_family_needs_it(weights, tmp_path, name):
     row.processor().image_processor.save_pretrained(tmp_path)
     build = re.escape(torch.__version__)
     message = f"the processor of {name} needs torchvision, in a build for torch {build}: pip install 'fitprune.torchv"
-    refused(tmp_path, message, ImportError)
+    expect_refusal(tmp_path, message, ImportError)
 
 
 def test_without_a_chat_template_or_a_padding_token_a_model_loads(folder):
@@ -199,10 +201,10 @@ def test_an_adapter_without_peft_is_named_as_what_it_is(weights, tmp_path, monke
     found = importlib.util.find_spec
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
     message = "is a PEFT adapter of lab/base: pip install peft, or merge it .merge_and_unload. and save that model"
-    refused(adapter(tmp_path / "a", "lab/base"), message, ImportError)
+    expect_refusal(adapter(tmp_path / "a", "lab/base"), message, ImportError)
     monkeypatch.setattr(loading, "_require_quantizer", lambda name: None)
-    refused(adapter(tmp_path / "b", ""), "names no base model", ValueError)
-    refused(
+    expect_refusal(adapter(tmp_path / "b", ""), "names no base model", ValueError)
+    expect_refusal(
         adapter(tmp_path / "c", "lab/base"), "PEFT adapter, which is merged", ValueError, quantization="torchao-int8"
     )
 
@@ -212,7 +214,7 @@ def test_an_adapter_on_the_hub_is_named_as_what_it_is(weights, hub, monkeypatch)
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
     hub.create("lab/lora")
     hub.put("lab/lora", {"adapter_config.json": b'{"base_model_name_or_path": "lab/base"}'})
-    refused("lab/lora", "lab/lora is a PEFT adapter of lab/base: pip install peft", ImportError)
+    expect_refusal("lab/lora", "lab/lora is a PEFT adapter of lab/base: pip install peft", ImportError)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
@@ -238,8 +240,8 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
 
 def test_a_bases_fault_names_the_adapter_too(weights, no_network, tmp_path):
     pytest.importorskip("peft")
-    refused(
+    expect_refusal(
         adapter(tmp_path / "a", "/nowhere/base"), "is a PEFT adapter of /nowhere/base, which does not load", OSError
     )
     said = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
-    refused(adapter(tmp_path / "b", "digit-scenes", **said), "only adds tokens .PROMPT_TUNING.", ValueError)
+    expect_refusal(adapter(tmp_path / "b", "digit-scenes", **said), "only adds tokens .PROMPT_TUNING.", ValueError)

@@ -109,17 +109,17 @@ def encode(
     token = getattr(processor, "image_token", None)
     if token and any(images) and not any(token in prompt for prompt in prompts):
         raise ValueError(f"the chat template is at fault: it writes no {token!r} where the image is; {_REMEDY}")
-    for name, prompt, shown in zip(names, prompts, images, strict=True):
-        if token and prompt.count(token) != len(shown):
-            raise BadSample(f"{name}: its prompt has {prompt.count(token)} {token!r} for {len(shown)} images")
+    for name, prompt, own in zip(names, prompts, images, strict=True):
+        if token and prompt.count(token) != len(own):
+            raise BadSample(f"{name}: its prompt has {prompt.count(token)} {token!r} for {len(own)} images")
     try:
         return _encode(processor, prompts, images)
     except (ImportError, MemoryError):
         raise
     except Exception:  # whatever a processor raises: which of them is it?
-        for name, prompt, shown in zip(names, prompts, images, strict=True):
+        for name, prompt, own in zip(names, prompts, images, strict=True):
             try:
-                _encode(processor, [prompt], [shown])
+                _encode(processor, [prompt], [own])
             except Exception as refusal:
                 raise BadSample(f"{name}: {_short(refusal)}") from refusal
         raise
@@ -129,27 +129,25 @@ def _encode(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Im
     tokens = processor.tokenizer
     if len({bool(tokens.bos_token) and prompt.startswith(tokens.bos_token) for prompt in prompts}) > 1:
         raise ValueError(f"some prompts of a batch begin with {tokens.bos_token!r} and some do not: use batches of 1")
-    made = _own_call(processor, prompts, images)
+    inputs = _own_call(processor, prompts, images)
     for token in filter(None, (tokens.bos_token, tokens.eos_token)):
-        twice = _doubled(made, tokens.convert_tokens_to_ids(token))
-        added = [
-            two and token in prompt and token * 2 not in prompt for two, prompt in zip(twice, prompts, strict=True)
+        twice = _stands_twice(inputs, tokens.convert_tokens_to_ids(token))
+        once = [
+            "".join(prompt.rsplit(token, 1)) if two and token * 2 not in prompt else prompt
+            for two, prompt in zip(twice, prompts, strict=True)
         ]
-        if any(added):
-            prompts = [
-                "".join(prompt.rsplit(token, 1)) if more else prompt
-                for more, prompt in zip(added, prompts, strict=True)
-            ]
-            made = _own_call(processor, prompts, images)
-    return made
+        if once != list(prompts):
+            prompts = once
+            inputs = _own_call(processor, prompts, images)
+    return inputs
 
 
 def _own_call(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Mapping[str, Any]:
     conversations = [
-        [{"role": "user", "content": [{"type": "image", "image": image} for image in shown], "prompt": prompt}]
-        for prompt, shown in zip(prompts, images, strict=True)
+        [{"role": "user", "content": [{"type": "image", "image": image} for image in own], "prompt": prompt}]
+        for prompt, own in zip(prompts, images, strict=True)
     ]
-    made: Mapping[str, Any] = processor.apply_chat_template(
+    inputs: Mapping[str, Any] = processor.apply_chat_template(
         conversations,
         chat_template=_AS_IT_IS,
         tokenize=True,
@@ -158,16 +156,16 @@ def _own_call(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[
         # On the left, whatever the tokenizer's own: a dense model cannot generate after right padding.
         processor_kwargs={"padding": len(prompts) > 1, "padding_side": "left"},
     )
-    return made
+    return inputs
 
 
-def _doubled(inputs: Mapping[str, Any], token_id: int) -> list[bool]:
+def _stands_twice(inputs: Mapping[str, Any], token_id: int) -> list[bool]:
     """For each row, whether the token stands twice in a row."""
-    found = inputs["input_ids"] == token_id
+    there = inputs["input_ids"] == token_id
     if "attention_mask" in inputs:  # padding may be the same token
-        found &= inputs["attention_mask"].bool()
-    doubled: list[bool] = (found[:, 1:] & found[:, :-1]).any(1).tolist()
-    return doubled
+        there &= inputs["attention_mask"].bool()
+    rows: list[bool] = (there[:, 1:] & there[:, :-1]).any(1).tolist()
+    return rows
 
 
 def make_batches(
@@ -228,18 +226,18 @@ def usable(
     """
     samples = list(samples)
     batches = (make_batches([sample], processor, prompt_template=prompt_template, model=model) for sample in samples)
-    found = []
+    good = []
     for sample, batch in zip(samples, batches, strict=True):
         try:
             next(batch)
-            found.append(sample)
+            good.append(sample)
         except BadSample as error:
             logger.warning("skipped: %s", error)
-    if not found:
+    if not good:
         raise ValueError(f"none of {len(samples)} samples is usable: the processor refuses them all")
-    if len(found) < len(samples):
-        logger.warning("%d of %d samples skipped", len(samples) - len(found), len(samples))
-    return found
+    if len(good) < len(samples):
+        logger.warning("%d of %d samples skipped", len(samples) - len(good), len(samples))
+    return good
 
 
 def _batch(chunk: Sequence[Sample], processor: Any, prompt_template: str | None, model: Any) -> Mapping[str, Any]:
@@ -263,10 +261,10 @@ def _require_positions(inputs: Mapping[str, Any], names: Sequence[str], config: 
     text = config.get_text_config()
     if (most := getattr(text, "max_position_embeddings", None)) is None:
         return
-    counted = inputs["attention_mask"].bool() if "attention_mask" in inputs else inputs["input_ids"] >= 0
+    places = inputs["attention_mask"].bool() if "attention_mask" in inputs else inputs["input_ids"] >= 0
     if "mrope_section" in (getattr(text, "rope_parameters", None) or {}):  # an image takes few of its positions
-        counted = counted & (inputs["input_ids"] != config.image_token_id)
-    for name, count in zip(names, counted.sum(1).tolist(), strict=True):
+        places = places & (inputs["input_ids"] != config.image_token_id)
+    for name, count in zip(names, places.sum(1).tolist(), strict=True):
         if count > most:
             raise BadSample(f"{name}: a prompt of {count} tokens, and the model has {most} positions; shorten it")
 

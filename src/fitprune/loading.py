@@ -72,17 +72,17 @@ def load_model(
     if revision is not None and os.path.isdir(folder):
         raise ValueError(f"revision={revision!r}: {name} is a folder, which has none; leave it out")
     # Config, weights and processor come from one commit.
-    pinned = None if os.path.isdir(folder) else hub.pin(folder, revision, token=token)
-    source = {"revision": pinned, "trust_remote_code": trust_remote_code, "token": token}
-    if find_adapter_config_file(folder, revision=pinned, token=token) and not _is_whole(folder, pinned, token):
+    commit = None if os.path.isdir(folder) else hub.pin(folder, revision, token=token)
+    source = {"revision": commit, "trust_remote_code": trust_remote_code, "token": token}
+    if find_adapter_config_file(folder, revision=commit, token=token) and not _is_whole(folder, commit, token):
         if quantization is not None:
             raise ValueError(
                 f"quantization={quantization!r}: {name} is a PEFT adapter, which is merged into whole weights; "
                 "save the merged model, and quantize that"
             )
         more = {"device_map": device_map, "attn_implementation": attn_implementation}
-        model, processor = _merged(name, folder, source, dtype=dtype, device=device, **more)
-        return _named(model, name, pinned), processor
+        model, processor = _merge_adapter(name, folder, source, dtype=dtype, device=device, **more)
+        return _name_it(model, name, commit), processor
     # Before the weights: what is wrong with the family or the processor is found in a second.
     config = _config(name, folder, source)
     processor = _processor(name, folder, source, config.model_type)
@@ -98,13 +98,13 @@ def load_model(
     model = AutoModelForImageTextToText.from_pretrained(folder, **source, **options).eval()
     if "device_map" not in options:
         model = model.to(place)
-    return _named(model, name, pinned), processor
+    return _name_it(model, name, commit), processor
 
 
-def _named(model: Any, name: str, pinned: Any) -> Any:
+def _name_it(model: Any, name: str, commit: Any) -> Any:
     """Let a model know what results say of it: the embedded model's folder differs from machine to machine."""
     model.name_or_path = name
-    model.config._commit_hash = getattr(pinned, "resolved", None)  # which transformers does not keep
+    model.config._commit_hash = getattr(commit, "resolved", None)  # which transformers does not keep
     return model
 
 
@@ -121,13 +121,13 @@ def _place(name: str) -> str:
         if not any(os.path.isfile(os.path.join(place, file)) for file in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{name} has no config.json: must be a folder that save_pretrained wrote")
         return place
-    found = hub.split_name(name)
-    if found is None or name.partition("/")[0] in {data.partition("/")[0] for data in embedded.DATA}:
+    parts = hub.split_name(name)
+    if parts is None or name.partition("/")[0] in {data.partition("/")[0] for data in embedded.DATA}:
         close = difflib.get_close_matches(name.lower(), [embedded.MODEL])
         remedy = f"did you mean {embedded.MODEL}?" if close else f"the embedded model is {embedded.MODEL}"
         raise FileNotFoundError(f"{name}: no such folder, and no hub name, which is owner/name; {remedy}")
-    if found[1] is not None:
-        raise ValueError(f"{name}: a model's revision is stated apart: {found[0]} with revision={found[1]!r}")
+    if parts[1] is not None:
+        raise ValueError(f"{name}: a model's revision is stated apart: {parts[0]} with revision={parts[1]!r}")
     return place
 
 
@@ -157,13 +157,15 @@ def _config(name: str, folder: str, source: dict[str, Any]) -> Any:
     )
 
     try:
-        said = PreTrainedConfig.get_config_dict(folder, **source)[0]
+        entries = PreTrainedConfig.get_config_dict(folder, **source)[0]
     except OSError as error:
         raise OSError(f"{name}: its config.json cannot be read ({_first_line(error)})") from error
-    if "mm_vision_tower" in said and "text_config" not in said:  # transformers would build a 7B of random weights
-        remedy = "fitprune convert-llava-hr" if said.get("is_multipath_encoder") else "transformers' conversion script"
+    if "mm_vision_tower" in entries and "text_config" not in entries:  # transformers would build a 7B of random weights
+        remedy = (
+            "fitprune convert-llava-hr" if entries.get("is_multipath_encoder") else "transformers' conversion script"
+        )
         raise ValueError(f"{name}: is in the layout of LLaVA's authors; convert it with {remedy} (docs/llava-hr.md)")
-    model_type, remote = said.get("model_type"), "auto_map" in said
+    model_type, remote = entries.get("model_type"), "auto_map" in entries
     if model_type == "llava_hr":
         from fitprune.models import llava_hr
 
@@ -214,14 +216,14 @@ def _processor(name: str, folder: str, source: dict[str, Any], model_type: str) 
     return processor
 
 
-def _merged(name: str, folder: str, source: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+def _merge_adapter(name: str, folder: str, source: dict[str, Any], **options: Any) -> tuple[Any, Any]:
     """Load a PEFT adapter's base model and merge the adapter into it."""
     from transformers.utils import cached_file, find_adapter_config_file
 
     place = {"revision": source["revision"], "token": source["token"]}
     with open(find_adapter_config_file(folder, **place), encoding="utf-8") as file:
-        said = json.load(file)
-    base = said.get("base_model_name_or_path")
+        entries = json.load(file)
+    base = entries.get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"{name} is a PEFT adapter whose adapter_config.json names no base model: merge it into its own"
@@ -234,7 +236,7 @@ def _merged(name: str, folder: str, source: dict[str, Any], **options: Any) -> t
 
     if PeftConfig.from_pretrained(folder, **place).is_prompt_learning:
         raise ValueError(
-            f"{name} is a PEFT adapter of {base} that only adds tokens ({said['peft_type']}): not supported"
+            f"{name} is a PEFT adapter of {base} that only adds tokens ({entries['peft_type']}): not supported"
         )
     parts = ("processor_config.json", "preprocessor_config.json")
     own = any(cached_file(folder, part, _raise_exceptions_for_missing_entries=False, **place) for part in parts)
@@ -242,7 +244,7 @@ def _merged(name: str, folder: str, source: dict[str, Any], **options: Any) -> t
     try:
         model, other = load_model(
             base,
-            revision=said.get("revision"),
+            revision=entries.get("revision"),
             trust_remote_code=source["trust_remote_code"],
             token=source["token"],
             **options,

@@ -172,19 +172,19 @@ def test_prompts(plugin):
         prompt({"type": "video", "url": "x.mp4"}, words("What happens?"))
 
 
-def told(role, *content):
+def message(role, *content):
     return {"role": role, "content": list(content)}
 
 
 CONVERSATIONS = {  # kind -> messages
-    "one image": [told("user", picture(0), words("Which digit is blue?"))],
-    "two images": [told("user", picture(1), words("and"), picture(2), words("How many digits are there?"))],
-    "text alone": [told("user", words("Is there a 7?"))],
-    "a system prompt": [told("system", words("Be short.")), told("user", picture(3), words("Is there a 7?"))],
+    "one image": [message("user", picture(0), words("Which digit is blue?"))],
+    "two images": [message("user", picture(1), words("and"), picture(2), words("How many digits are there?"))],
+    "text alone": [message("user", words("Is there a 7?"))],
+    "a system prompt": [message("system", words("Be short.")), message("user", picture(3), words("Is there a 7?"))],
     "several turns": [
-        told("user", picture(4), words("Which digit is blue?")),
-        told("assistant", words("3")),
-        told("user", picture(5), words("And here?")),
+        message("user", picture(4), words("Which digit is blue?")),
+        message("assistant", words("3")),
+        message("user", picture(5), words("And here?")),
     ],
 }
 
@@ -193,7 +193,7 @@ CONVERSATIONS = {  # kind -> messages
 @pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
 @pytest.mark.parametrize("kinds", [*([kind] for kind in CONVERSATIONS), list(CONVERSATIONS)], ids="+".join)
 def test_ids_are_those_of_the_processors_own_call(plugin, monkeypatch, kinds, start, adds):
-    processor, seen = copy.deepcopy(plugin.processor), []
+    processor, calls = copy.deepcopy(plugin.processor), []
     control = [(token, processor.tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     processor.tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=adds, pair=f"{adds} $B:1", special_tokens=control
@@ -208,18 +208,18 @@ def test_ids_are_those_of_the_processors_own_call(plugin, monkeypatch, kinds, st
         add_generation_prompt=True, processor_kwargs={"padding": True, "padding_side": "left"},
     )  # fmt: skip
     monkeypatch.setattr(plugin, "processor", processor)
-    monkeypatch.setattr(plugin.model, "generate", lambda **inputs: seen.append(inputs) or inputs["input_ids"])
+    monkeypatch.setattr(plugin.model, "generate", lambda **inputs: calls.append(inputs) or inputs["input_ids"])
     plugin.answer(batch, {})
-    assert torch.equal(seen[0]["input_ids"], expected["input_ids"])
-    assert torch.equal(seen[0]["attention_mask"], expected["attention_mask"])
+    assert torch.equal(calls[0]["input_ids"], expected["input_ids"])
+    assert torch.equal(calls[0]["attention_mask"], expected["attention_mask"])
     if "pixel_values" in expected:
-        assert torch.equal(seen[0]["pixel_values"], expected["pixel_values"])
+        assert torch.equal(calls[0]["pixel_values"], expected["pixel_values"])
 
 
 def test_a_question_that_the_processor_refuses_is_named(plugin):
     plugin.task_dict = {"task": {"test": dict.fromkeys(range(2))}}
     requests = [request([picture(0), words(text)], number) for number, text in enumerate(["What?", "lone \ud800"])]
-    with pytest.raises(ValueError, match="^task, test 1: "):
+    with pytest.raises(ValueError, match=r"^task, test 1: "):
         plugin.generate_until(requests)
 
 
