@@ -91,6 +91,8 @@ class Videos:
     All frames are kept, resized to `size`, and are two per second.
     """
 
+    num_frames = fps = None  # what SmolVLM's chat template asks for
+
     def __init__(self, patch=None, size=(32, 32)):
         self.patch, self.size, self.merge_size, self.temporal_patch_size = patch, size, 2, 2
 

@@ -50,6 +50,7 @@ def _measure(args: argparse.Namespace) -> None:
     # Before the model: bad data is found in seconds.
     samples = [sample for task in _samples(args).values() for sample in task]
     model, processor = _load(args)
+    samples = _usable(args, samples, processor, model)
     processes = Processes()
     batches = make_batches(
         samples,
@@ -57,6 +58,7 @@ def _measure(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         prompt_template=args.prompt_template,
         processes=processes,
+        model=model,
     )
     total = -(-len(samples) // args.batch_size)
     stats = measure(model, batches, parts=f"{args.output}.parts", total=total, progress=True)
@@ -148,8 +150,7 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
     files.require_writable(journal)
     samples = [sample for task in _samples(args).values() for sample in task]
     random.Random(args.seed).shuffle(samples)  # both halves get samples of all tasks and kinds
-    if len(samples) < 2:
-        raise ValueError("--data holds 1 sample: half is searched on and half validates, so at least 2 are needed")
+    _require_halves(samples)
     for name in ("passes", "minutes"):
         if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name} {value}: must be above 0, and finite")
@@ -159,6 +160,8 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
     for sample in samples:
         sample.load_image()  # and so is a bad image
     model, processor = _load(args)
+    samples = _usable(args, samples, processor, model)
+    _require_halves(samples)
     times = args.recombine or (4 if len(budgets) == 1 else 2)
     middle = -(-len(samples) // 2)
     search, validation = (
@@ -167,6 +170,7 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
             processor,
             batch_size=args.batch_size,
             prompt_template=args.prompt_template,
+            model=model,
         )
         for half in (samples[:middle], samples[middle:])
     )
@@ -185,6 +189,11 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
     recipes = searcher.fit(budgets, passes=args.passes, minutes=args.minutes)
     print(f"searched in {searcher.passes:.1f} dense passes over {len(samples)} samples")
     return recipes
+
+
+def _require_halves(samples: Sequence[Any]) -> None:
+    if len(samples) < 2:
+        raise ValueError("--data holds 1 sample: half is searched on and half validates, so at least 2 are needed")
 
 
 def _cost(args: argparse.Namespace) -> None:
@@ -309,7 +318,7 @@ def _generate(args: argparse.Namespace) -> None:
     sample = Sample("0", args.question, Path(args.image), where="--image")
     sample.load_image()
     model, processor = _load(args)
-    inputs = to_model(next(make_batches([sample], processor, prompt_template=args.prompt_template)), model)
+    inputs = to_model(next(make_batches([sample], processor, prompt_template=args.prompt_template, model=model)), model)
     with prune(model, recipe, force=args.force):
         ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip())
@@ -331,6 +340,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     together = len(set(budgets)) == len(budgets)
     tasks = _samples(args)
     model, processor = _load(args)
+    tasks = {name: _usable(args, samples, processor, model) for name, samples in tasks.items()}
     shape = adapt(model).shape
     entries = []
     for name, recipe in recipes.items():
@@ -459,6 +469,15 @@ def _samples(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--data {' '.join(args.data)}: one stands twice")
     options = {"samples": args.samples, "seed": args.seed, "skip_bad": args.skip_bad}
     return {name: load_samples(embedded.resolve(name), args.image_folder, **options) for name in args.data}
+
+
+def _usable(args: argparse.Namespace, samples: list[Any], processor: Any, model: Any) -> list[Any]:
+    """With --skip-bad, leave out what the processor refuses; without, it is named when its batch comes."""
+    from fitprune.batches import usable
+
+    if not args.skip_bad:
+        return samples
+    return usable(samples, processor, prompt_template=args.prompt_template, model=model)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -295,7 +295,7 @@ def _batches(tasks: Mapping[str, Sequence[Sample]], batch_size: int) -> list[lis
 
 
 def _inputs(model: Any, processor: Any, samples: Sequence[Sample], template: str | None) -> dict[str, Any]:
-    batch = next(make_batches(samples, processor, batch_size=len(samples), prompt_template=template))
+    batch = next(make_batches(samples, processor, batch_size=len(samples), prompt_template=template, model=model))
     return to_model(batch, model)
 
 

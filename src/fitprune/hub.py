@@ -71,6 +71,27 @@ def download(
     return Path(found)
 
 
+def pin(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> str:
+    """Find the commit of a model's revision by one request that is not repeated; out of reach, in the cache.
+
+    Args:
+        repo_id: "owner/name".
+        revision: branch, tag or commit; by default the main branch.
+        token: as for `download`.
+
+    Returns:
+        huggingface_hub's ResolvedRevision: the revision, with the commit as `resolved`.
+
+    Raises:
+        OSError: as for `download`.
+    """
+    from huggingface_hub import HfApi
+
+    with _explained(repo_id, revision, "config.json"):
+        pinned: str = HfApi(token=token).resolve_revision(repo_id, revision=revision)
+    return pinned
+
+
 @dataclasses.dataclass(frozen=True)
 class Repository:
     """A repository that can be written to, as it stands.
@@ -144,7 +165,12 @@ class Repository:
 
 @contextlib.contextmanager
 def _explained(
-    repo_id: str, revision: str | None, *, writing: bool = False, local_files_only: bool = False
+    repo_id: str,
+    revision: str | None,
+    file: str = RECIPE_FILE,
+    *,
+    writing: bool = False,
+    local_files_only: bool = False,
 ) -> Iterator[None]:
     """Turn the hub's errors into Python's own, with name, place and remedy."""
     from huggingface_hub import constants, errors
@@ -163,7 +189,7 @@ def _explained(
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{repo_id} on the hub has no revision {revision!r}: check the name") from None
     except errors.RemoteEntryNotFoundError:
-        raise FileNotFoundError(f"{repo_id} on the hub has no {RECIPE_FILE}{at}") from None
+        raise FileNotFoundError(f"{repo_id} on the hub has no {file}{at}") from None
     except errors.HfHubHTTPError as error:
         message = f"{repo_id}: the hub refuses: {' '.join(str(error).split())}"
         if error.response is not None and error.response.status_code in (401, 403):
@@ -173,7 +199,8 @@ def _explained(
         # Out of reach is told in several ways: not in the cache (and why), offline mode, and the errors of the HTTP
         # client, which is another package in each huggingface_hub.
         client = type(error).__module__.partition(".")[0].startswith("httpx")
-        if not client and not isinstance(error, (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
+        known = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, ConnectionError, TimeoutError)
+        if not client and not isinstance(error, known):
             raise
         why, remedy = "no connection to the hub", "connect"
         if local_files_only:
@@ -185,6 +212,6 @@ def _explained(
                 f"{repo_id} on the hub cannot be written to: {why}; {remedy}, or save to a folder"
             ) from error
         raise ConnectionError(
-            f"{repo_id}{at} on the hub cannot be asked: {why}, and the cache has no {RECIPE_FILE} of it; "
+            f"{repo_id}{at} on the hub cannot be asked: {why}, and the cache has no {file} of it; "
             f"{remedy}, or name a folder or file"
         ) from error

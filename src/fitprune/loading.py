@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import json
 import os
 from typing import Any
 
 import torch
 
-from fitprune import adapters, embedded
+from fitprune import adapters, embedded, hub
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Name -> the package that does it. docs/quantization.md says what was tried.
@@ -29,8 +31,11 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Load a supported model for inference, with its processor, all of one commit.
 
+    A PEFT adapter is merged into its base model. What does not need the weights is looked at before them. A tokenizer
+    without a padding token pads with its end of text: padding is masked.
+
     Args:
-        name: folder or hub name; "digit-scenes" is the embedded model.
+        name: folder or hub name (owner/name); "digit-scenes" is the embedded model.
         revision: branch, tag or commit on the hub; by default the main branch.
         dtype: "auto" (the checkpoint's), float32, bfloat16 or float16.
         device: where the whole model goes, such as "cuda:1"; by default the CPU.
@@ -47,11 +52,11 @@ def load_model(
     Raises:
         ValueError: the family is not supported, an argument is out of range, two contradict each other, or a folder is
             given with a revision.
-        ImportError: `quantization` or `device_map` needs a package that is missing.
-        OSError: the files are not there.
+        ImportError: the processor, an adapter, `quantization` or `device_map` needs a package that is missing.
+        OSError: the files are not there, or the hub is out of reach.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
-    from transformers.utils.hub import resolve_revision
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import find_adapter_config_file
 
     options: dict[str, Any] = {"dtype": _dtype(dtype)}
     if quantization is not None:
@@ -62,22 +67,25 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
 
-    folder = embedded.resolve(os.fspath(name))
+    name = os.fspath(name)
+    folder = _place(name)
     if revision is not None and os.path.isdir(folder):
         raise ValueError(f"revision={revision!r}: {name} is a folder, which has none; leave it out")
-    pinned = resolve_revision(folder, revision, token=token)  # config, weights and processor come from one commit
-    hub = {"revision": pinned, "trust_remote_code": trust_remote_code, "token": token}
-    said = PreTrainedConfig.get_config_dict(folder, **hub)[0]
-    if "mm_vision_tower" in said and "text_config" not in said:  # transformers would build a 7B of random weights
-        remedy = "fitprune convert-llava-hr" if said.get("is_multipath_encoder") else "transformers' conversion script"
-        raise ValueError(f"{name}: is in the layout of LLaVA's authors; convert it with {remedy} (docs/llava-hr.md)")
-    if said.get("model_type") == "llava_hr":
-        from fitprune.models import llava_hr
-
-        llava_hr.register()
-    # Before the weights: the wrong family is found in a second.
-    config = AutoConfig.from_pretrained(folder, **hub)
-    adapters.model_shape(config)
+    # Config, weights and processor come from one commit.
+    commit = None if os.path.isdir(folder) else hub.pin(folder, revision, token=token)
+    source = {"revision": commit, "trust_remote_code": trust_remote_code, "token": token}
+    if find_adapter_config_file(folder, revision=commit, token=token) and not _is_whole(folder, commit, token):
+        if quantization is not None:
+            raise ValueError(
+                f"quantization={quantization!r}: {name} is a PEFT adapter, which is merged into whole weights; "
+                "save the merged model, and quantize that"
+            )
+        more = {"device_map": device_map, "attn_implementation": attn_implementation}
+        model, processor = _merge_adapter(name, folder, source, dtype=dtype, device=device, **more)
+        return _name_it(model, name, commit), processor
+    # Before the weights: what is wrong with the family or the processor is found in a second.
+    config = _config(name, folder, source)
+    processor = _processor(name, folder, source, config.model_type)
     if quantization is not None:
         computed = config.dtype if options["dtype"] == "auto" else options["dtype"]
         options["quantization_config"] = quantization_config(quantization, computed or torch.float32)
@@ -87,13 +95,169 @@ def load_model(
         options["device_map"] = {"": place}  # put there while it is loaded: not all that is quantized can be moved
     if "device_map" in options and importlib.util.find_spec("accelerate") is None:
         raise ImportError("device_map and quantized weights need accelerate: pip install accelerate")
-    model = AutoModelForImageTextToText.from_pretrained(folder, **hub, **options).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, **source, **options).eval()
     if "device_map" not in options:
         model = model.to(place)
-    # What results say of it: the embedded model's folder differs from machine to machine.
-    model.name_or_path = os.fspath(name)
-    model.config._commit_hash = getattr(pinned, "resolved", None)  # which transformers does not keep
-    return model, AutoProcessor.from_pretrained(folder, **hub)
+    return _name_it(model, name, commit), processor
+
+
+def _name_it(model: Any, name: str, commit: Any) -> Any:
+    """Let a model know what results say of it: the embedded model's folder differs from machine to machine."""
+    model.name_or_path = name
+    model.config._commit_hash = getattr(commit, "resolved", None)  # which transformers does not keep
+    return model
+
+
+def _place(name: str) -> str:
+    """Find the folder or hub name that is meant, without asking the hub.
+
+    Hub names without an owner, such as "gpt2", are from before there were multimodal models: there is none to load.
+    """
+    place = embedded.resolve(name)
+    gguf = "; GGUF is not read: name the model that it was made of" if name.endswith(".gguf") else ""
+    if os.path.isfile(place):
+        raise ValueError(f"{name} is a file: must be a model's folder or a hub name{gguf}")
+    if os.path.isdir(place):
+        if not any(os.path.isfile(os.path.join(place, file)) for file in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{name} has no config.json: must be a folder that save_pretrained wrote")
+        return place
+    parts = hub.split_name(name)
+    if parts is None or name.partition("/")[0] in {data.partition("/")[0] for data in embedded.DATA}:
+        close = difflib.get_close_matches(name.lower(), [embedded.MODEL])
+        remedy = f"did you mean {embedded.MODEL}?" if close else f"the embedded model is {embedded.MODEL}"
+        raise FileNotFoundError(f"{name}: no such folder, and no hub name, which is owner/name; {remedy}")
+    if parts[1] is not None:
+        raise ValueError(f"{name}: a model's revision is stated apart: {parts[0]} with revision={parts[1]!r}")
+    return place
+
+
+def _is_whole(folder: str, revision: str | None, token: Any) -> bool:
+    """Whether a folder has weights, or a repository a config, that are not an adapter's."""
+    from transformers.utils import cached_file
+
+    if os.path.isdir(folder):
+        names = (file for file in os.listdir(folder) if file.startswith(("model", "pytorch_model")))
+        return any(file.endswith((".safetensors", ".bin", ".index.json")) for file in names)
+    missing = {"_raise_exceptions_for_missing_entries": False}
+    return cached_file(folder, "config.json", revision=revision, token=token, **missing) is not None
+
+
+def _config(name: str, folder: str, source: dict[str, Any]) -> Any:
+    """Read the config.
+
+    Raises:
+        ValueError: it is of no supported family, or in another layout.
+    """
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        PreTrainedConfig,
+        __version__,
+    )
+
+    try:
+        entries = PreTrainedConfig.get_config_dict(folder, **source)[0]
+    except OSError as error:
+        raise OSError(f"{name}: its config.json cannot be read ({_first_line(error)})") from error
+    if "mm_vision_tower" in entries and "text_config" not in entries:  # transformers would build a 7B of random weights
+        remedy = (
+            "fitprune convert-llava-hr" if entries.get("is_multipath_encoder") else "transformers' conversion script"
+        )
+        raise ValueError(f"{name}: is in the layout of LLaVA's authors; convert it with {remedy} (docs/llava-hr.md)")
+    model_type, remote = entries.get("model_type"), "auto_map" in entries
+    if model_type == "llava_hr":
+        from fitprune.models import llava_hr
+
+        llava_hr.register()
+    if model_type is None:
+        raise ValueError(f"{name} has no config.json with a model_type, so it is no model of transformers")
+    if model_type not in CONFIG_MAPPING and not remote:
+        raise ValueError(f"{name}: model_type={model_type!r} is unknown to transformers {__version__}; upgrade it")
+    config = AutoConfig.from_pretrained(folder, **source)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not (remote and source["trust_remote_code"]):
+        raise ValueError(
+            f"{name}: model_type={model_type!r}: not supported, because it does not answer in text about images; "
+            "'fitprune families' lists what is"
+        )
+    adapters.model_shape(config)
+    return config
+
+
+def _processor(name: str, folder: str, source: dict[str, Any], model_type: str) -> Any:
+    """Load the processor.
+
+    Raises:
+        ImportError: it needs a package that is missing.
+        OSError: a file of it is missing.
+    """
+    from transformers import AutoProcessor
+
+    remedy = "copy the processor's files from the model that this one was tuned from"
+    try:
+        processor = AutoProcessor.from_pretrained(folder, **source)
+    except Exception as error:  # whatever the parts of a processor raise
+        reason = _first_line(error)
+        # A class that torchvision's absence leaves out may be looked for without end.
+        without = "torchvision" in str(error).lower() or isinstance(error, RecursionError)
+        if without and importlib.util.find_spec("torchvision") is None:
+            raise ImportError(
+                f"{name}: the processor of {model_type} needs torchvision, in a build for torch {torch.__version__}: "
+                "pip install 'fitprune[torchvision]'"
+            ) from error
+        if isinstance(error, ImportError):
+            raise ImportError(f"{name}: its processor needs a package that is missing ({reason})") from error
+        raise OSError(f"{name}: its processor cannot be loaded ({reason}); {remedy}") from error
+    for part, file in (("image_processor", "preprocessor_config.json"), ("tokenizer", "tokenizer.json")):
+        if getattr(processor, part, None) is None:
+            raise FileNotFoundError(f"{name}: its processor has no {part} ({file}); {remedy}")
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def _merge_adapter(name: str, folder: str, source: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+    """Load a PEFT adapter's base model and merge the adapter into it."""
+    from transformers.utils import cached_file, find_adapter_config_file
+
+    place = {"revision": source["revision"], "token": source["token"]}
+    with open(find_adapter_config_file(folder, **place), encoding="utf-8") as file:
+        entries = json.load(file)
+    base = entries.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{name} is a PEFT adapter whose adapter_config.json names no base model: merge it into its own"
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(
+            f"{name} is a PEFT adapter of {base}: pip install peft, or merge it (merge_and_unload) and save that model"
+        )
+    from peft import PeftConfig, PeftModel
+
+    if PeftConfig.from_pretrained(folder, **place).is_prompt_learning:
+        raise ValueError(
+            f"{name} is a PEFT adapter of {base} that only adds tokens ({entries['peft_type']}): not supported"
+        )
+    parts = ("processor_config.json", "preprocessor_config.json")
+    own = any(cached_file(folder, part, _raise_exceptions_for_missing_entries=False, **place) for part in parts)
+    processor = _processor(name, folder, source, "this adapter") if own else None  # before the weights too
+    try:
+        model, other = load_model(
+            base,
+            revision=entries.get("revision"),
+            trust_remote_code=source["trust_remote_code"],
+            token=source["token"],
+            **options,
+        )
+    except (ValueError, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{name} is a PEFT adapter of {base}, which does not load: {error}") from error
+    return PeftModel.from_pretrained(model, folder, **place).merge_and_unload().eval(), processor or other
+
+
+def _first_line(error: Exception) -> str:
+    """An error's first sentence in one line: those of transformers go on with advice."""
+    return " ".join(str(error).split()).partition(". ")[0][:300] or type(error).__name__
 
 
 def _dtype(dtype: str | torch.dtype) -> Any:

@@ -1,6 +1,7 @@
 """The lmms-eval plug-in: the same answers as fitprune's own, in any batch, through the real command, offline."""
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import yaml
 from lmms_eval.api.instance import Instance
@@ -168,6 +170,57 @@ def test_prompts(plugin):
         prompt(picture(0), words("<image> <image>"))
     with pytest.raises(ValueError, match="video or audio"):
         prompt({"type": "video", "url": "x.mp4"}, words("What happens?"))
+
+
+def message(role, *content):
+    return {"role": role, "content": list(content)}
+
+
+CONVERSATIONS = {  # kind -> messages
+    "one image": [message("user", picture(0), words("Which digit is blue?"))],
+    "two images": [message("user", picture(1), words("and"), picture(2), words("How many digits are there?"))],
+    "text alone": [message("user", words("Is there a 7?"))],
+    "a system prompt": [message("system", words("Be short.")), message("user", picture(3), words("Is there a 7?"))],
+    "several turns": [
+        message("user", picture(4), words("Which digit is blue?")),
+        message("assistant", words("3")),
+        message("user", picture(5), words("And here?")),
+    ],
+}
+
+
+@pytest.mark.parametrize("adds", ["<s> $A", "<s> $A </s>", "$A"])
+@pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
+@pytest.mark.parametrize("kinds", [*([kind] for kind in CONVERSATIONS), list(CONVERSATIONS)], ids="+".join)
+def test_ids_are_those_of_the_processors_own_call(plugin, monkeypatch, kinds, start, adds):
+    processor, calls = copy.deepcopy(plugin.processor), []
+    control = [(token, processor.tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    processor.tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=adds, pair=f"{adds} $B:1", special_tokens=control
+    )
+    processor.chat_template = start + (
+        "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}{% if c.type == 'image' %}<image>\n"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %} {% endfor %}ASSISTANT:"
+    )
+    batch = [ChatMessages(messages=CONVERSATIONS[kind]) for kind in kinds]
+    expected = processor.apply_chat_template(
+        [messages.to_hf_messages() for messages in batch], tokenize=True, return_dict=True, return_tensors="pt",
+        add_generation_prompt=True, processor_kwargs={"padding": True, "padding_side": "left"},
+    )  # fmt: skip
+    monkeypatch.setattr(plugin, "processor", processor)
+    monkeypatch.setattr(plugin.model, "generate", lambda **inputs: calls.append(inputs) or inputs["input_ids"])
+    plugin.answer(batch, {})
+    assert torch.equal(calls[0]["input_ids"], expected["input_ids"])
+    assert torch.equal(calls[0]["attention_mask"], expected["attention_mask"])
+    if "pixel_values" in expected:
+        assert torch.equal(calls[0]["pixel_values"], expected["pixel_values"])
+
+
+def test_a_question_that_the_processor_refuses_is_named(plugin):
+    plugin.task_dict = {"task": {"test": dict.fromkeys(range(2))}}
+    requests = [request([picture(0), words(text)], number) for number, text in enumerate(["What?", "lone \ud800"])]
+    with pytest.raises(ValueError, match=r"^task, test 1: "):
+        plugin.generate_until(requests)
 
 
 def test_a_prompt_template_from_text_or_file(made, tmp_path):

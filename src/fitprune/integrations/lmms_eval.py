@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from fitprune import adapters, embedded
 from fitprune.baselines import make_method, parse_name
-from fitprune.batches import make_batches
+from fitprune.batches import chat_prompt, encode, make_batches
 from fitprune.calibration import load_samples
 from fitprune.fitting import Fitter, checked_budget
 from fitprune.inputs import to_model
@@ -134,12 +134,17 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
             trust_remote_code=trust_remote_code,
             quantization=quantization,
         )
-        self.processor.tokenizer.padding_side = "left"  # the dense model cannot generate behind right padding
         self.prompt_template = _template(prompt_template, self.processor)
 
         if samples is not None:
             processes = Processes()
-            batches = make_batches(samples, self.processor, prompt_template=self.prompt_template, processes=processes)
+            batches = make_batches(
+                samples,
+                self.processor,
+                prompt_template=self.prompt_template,
+                processes=processes,
+                model=self.model,
+            )
             with tempfile.TemporaryDirectory() as own:
                 folder = processes.gather(own)[0]  # the first's, for all
                 measured = measure(self.model, batches, parts=folder, total=len(samples), progress=True)
@@ -172,26 +177,25 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         with bar, pruned, torch.inference_mode():
             for chunk in order.get_batched(n=self.batch_size):
                 messages = [make(self.task_dict[task][split][doc]) for _, make, _, doc, task, split in chunk]
-                answers += self.answer([ChatMessages(messages=one) for one in messages], chunk[0][2])
+                names = [f"{task}, {split} {doc}" for _, _, _, doc, task, split in chunk]
+                answers += self.answer([ChatMessages(messages=one) for one in messages], chunk[0][2], names)
                 bar.update(len(chunk))
         found: list[str] = order.get_original(answers)
         return found
 
-    def answer(self, batch: Sequence[ChatMessages], generation: Mapping[str, Any]) -> list[str]:
+    def answer(
+        self, batch: Sequence[ChatMessages], generation: Mapping[str, Any], names: Sequence[str] | None = None
+    ) -> list[str]:
         """Answer one batch.
 
         Args:
             batch: for each question, its messages.
             generation: the task's `generation_kwargs`.
+            names: of the questions, for messages; by default their numbers in the batch.
         """
-        prompts, images = [], []
-        for messages in batch:
-            text, shown = self.prompt(messages)
-            prompts.append(text)
-            images.append(shown)  # nested: of which question each is, some processors ask
-        inputs = self.processor(
-            images=images if any(images) else None, text=prompts, padding=len(prompts) > 1, return_tensors="pt"
-        )
+        prompts, images = zip(*map(self.prompt, batch), strict=True)
+        names = names or [f"question {number} of the batch" for number in range(1, len(batch) + 1)]
+        inputs = encode(self.processor, prompts, images, names)
         ids = self.model.generate(**to_model(inputs, self.model), **_generation(generation))
         texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -216,10 +220,6 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
             raise ValueError(f"the text places {placed} images by {token!r}, but {len(images)} are given")
         if self.prompt_template is not None:
             text = _filled(self.prompt_template, token, messages, placed)
-        elif not getattr(self.processor, "chat_template", None):
-            raise ValueError(
-                "the processor has no chat template; state one: prompt_template='USER: <image>\\n{question} ASSISTANT:'"
-            )
         else:
             turns = [
                 {
@@ -229,7 +229,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
                 }
                 for message in messages.messages
             ]
-            text = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = chat_prompt(self.processor, turns)
         return text, [_loaded(image) for image in images]
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
