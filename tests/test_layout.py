@@ -10,7 +10,7 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "families", "files", "hub", "card", "diversity", "processes", "tables", "kernels"},
+    {"tokens", "flops", "families", "files", "hub", "card", "diversity", "processes", "tables", "kernels", "metrics"},
     {
         "recipe",
         "journal",
