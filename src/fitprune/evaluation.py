@@ -92,7 +92,7 @@ def evaluate(
     for name, value in (("timed_batches", timed_batches), ("examples", examples)):
         if value < 0:
             raise ValueError(f"{name}={value}: must be at least 0")
-    tasks = dict(samples) if isinstance(samples, Mapping) else {"questions": samples}
+    tasks = dict(samples) if isinstance(samples, Mapping) else {figures.UNNAMED: samples}
     adapted = adapt(model)
     entries, blind = readable(adapted, entries_of(methods))
     skipped = [*skipped, *blind]
@@ -183,9 +183,10 @@ def entries_for(
 def _require_sound(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entry], shape: ModelShape) -> None:
     """Refuse what would be found out late."""
     for name, samples in tasks.items():
-        listed = samples if isinstance(samples, Sequence) else [samples]
-        if other := next((type(entry).__name__ for entry in listed if not isinstance(entry, Sample)), ""):
-            raise ValueError(f"samples of {name!r} hold a {other}: must be a list of Sample, as load_samples gives it")
+        wrong = [s for s in samples if not isinstance(s, Sample)] if isinstance(samples, Sequence) else [samples]
+        if wrong:
+            kind = type(wrong[0]).__name__
+            raise ValueError(f"samples of {name!r}: {kind}, must be a list of Sample, as load_samples gives it")
     if not tasks or not all(tasks.values()):
         empty = [name for name, samples in tasks.items() if not samples]
         raise ValueError(f"samples is empty ({', '.join(empty) or 'no task'}): there must be at least one question")

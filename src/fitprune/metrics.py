@@ -26,7 +26,7 @@ def normalized(answer: str, accepted: Sequence[str]) -> float:
     """Say 1 if the answer is one of the accepted ones, both normalised as VQA does it (`evalai`), and more carefully.
 
     Typographic and full-width characters count as plain ones, quotes and asterisks around words go, as a colon after
-    one does; "-3" keeps its sign, and articles stay where nothing else is left ("A", "the").
+    one does; "-3" keeps its sign, "3,5" is two numbers, and articles stay where nothing else is left ("A", "the").
     """
     return float(_plain(answer) in {_plain(text) for text in accepted if text.strip()})
 
@@ -100,8 +100,9 @@ def _plain(text: str) -> str:
 
 
 def _folded(text: str) -> str:
-    """Make typographic and full-width characters plain, cut quotes around words, and keep a number's sign."""
-    return _SIGN.sub("\N{MINUS SIGN}", _EDGES.sub("", unicodedata.normalize("NFC", text).translate(_TYPOGRAPHY)))
+    """Make typographic and full-width characters plain, cut quotes around words, and keep numbers apart."""
+    text = _EDGES.sub("", unicodedata.normalize("NFC", text).translate(_TYPOGRAPHY))
+    return _SIGN.sub("\N{MINUS SIGN}", _LIST.sub(" ", text))
 
 
 def _joined(words: Sequence[str]) -> str:
@@ -141,4 +142,5 @@ _CONTRACTED = (
 _FULL_WIDTH = {0xFF01 + place: 0x21 + place for place in range(94)}
 _TYPOGRAPHY = _FULL_WIDTH | str.maketrans("\u2018\u2019\u201c\u201d\u3002\u2026", "''\"\"..")
 _EDGES = re.compile(r"(?<!\w)['*]+|['*:]+(?!\w)")
+_LIST = re.compile(r"(?<=\d),(?=\d{1,2}(?!\d))")  # not the comma of 1,000
 _SIGN = re.compile(r"(?<!\w)-(?=\.?\d)")

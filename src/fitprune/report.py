@@ -28,7 +28,8 @@ table{border-collapse:collapse;font-size:13px;margin:.8em 0}
 th,td{padding:3px 8px;text-align:right;border-bottom:1px solid #e3e3e3}
 th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #888}
 .best{font-weight:700;background:#e6f2e6}.ours td:first-child{font-weight:700}.low{color:#666;font-size:11px}
-.wide{overflow-x:auto}.not{color:#a33}figure{margin:1em 0}svg{max-width:100%;height:auto}
+.wide{overflow-x:auto}.not{color:#a33}figure{margin:1em 0;overflow-x:auto}
+svg{max-width:100%;height:auto}figure svg{min-width:560px}
 .strip{display:flex;gap:10px;flex-wrap:wrap;margin:.4em 0}.strip div{font-size:12px;text-align:center}
 .image{position:relative;width:144px;height:144px}.image img{width:100%;height:100%;image-rendering:pixelated}
 .image svg{position:absolute;left:0;top:0;width:100%;height:100%}.wrong{color:#a33}.right{color:#275}
@@ -56,8 +57,9 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> None:
 def _page(results: Results) -> Iterator[str]:
     yield "<!doctype html><html lang=en><head><meta charset=utf-8>"
     yield "<meta name=viewport content='width=device-width,initial-scale=1'>"
-    yield f"<title>fitprune: evaluation</title><style>{_STYLE}</style></head><body>"
-    yield "<h1>Visual-token pruning against the dense model</h1>"
+    model = html.escape(str(results.provenance.get("model", "model")))
+    yield f"<title>{model}: fitprune evaluation</title><style>{_STYLE}</style></head><body>"
+    yield f"<h1>{model}: visual-token pruning against the dense model</h1>"
     yield (
         "<p>Every method runs in one engine and is solved to the same budget: the fraction of the visual tokens' "
         "decoder FLOPs that it removes. Intervals are 95% bootstrap intervals over samples, and over seeds where a "
@@ -71,19 +73,19 @@ def _page(results: Results) -> Iterator[str]:
         for warning in task.warnings():
             yield f"<p class=not>{html.escape(warning)}</p>"
         yield from _matrix(rows, task, marked(results, task))
-        if len({row.flops_reduction for row in rows if row.method != DENSE}) > 1:  # one budget is no curve
+        if max(Counter(row.method for row in rows).values()) > 1:  # one budget is no curve
             yield f"<figure>{_curves(rows, task)}</figure>"
         yield "<details><summary>Every figure</summary>" + _full(rows, results) + "</details>"
-        if rows[0].accuracy_by_kind:
+        if rows[0].accuracy_by_kind and task.comparable:
             yield "<details><summary>Accuracy on each kind of question</summary>" + _kinds(rows) + "</details>"
-    yield "<h2>Visual tokens that enter each layer</h2>"
-    yield f"<figure>{_keep_curves(results)}</figure>"
+    if results.recipes:
+        yield "<h2>Visual tokens that enter each layer</h2>"
+        yield f"<figure>{_keep_curves(results)}</figure>"
     if results.examples:
         yield "<h2>Examples</h2>"
         yield (
-            "<p>Bright: visual tokens that still enter the layer. Answers: <span class=right>accepted</span>, "
-            "<span class=wrong>not accepted</span>, or black where nothing says which; <span class=changed>&ne; dense"
-            "</span> where the dense model answers otherwise.</p>"
+            "<p>Bright: visual tokens that still enter the layer. Answers in green are accepted, in red are not; black "
+            "says nothing. &ne; marks what the dense model does not say.</p>"
         )
         for example in results.examples:
             yield from _example(example, results)
@@ -117,7 +119,7 @@ def _matrix(rows: Sequence[Row], task: Task, best: Mapping[float, float]) -> Ite
     budgets = _budgets(rows)
     dense = next(row for row in rows if row.method == DENSE)
     alone = [row for row in rows if row.budget is None and row.method != DENSE]
-    lines = [f"<p>Dense: {_accuracy(dense)}</p>"]
+    lines = [] if dense.accuracy is None else [f"<p>Dense: {_accuracy(dense)}</p>"]
     lines += [
         f"<p>{html.escape(row.method)}: {_figure(row, task)} at -{percent(row.flops_reduction)}</p>" for row in alone
     ]

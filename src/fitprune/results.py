@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fitprune.tables import aligned
 
 SCHEMA = 3
 DENSE = "dense"
+UNNAMED = "questions"  # the task of samples that come without a name
 RESAMPLES = 2000
 LEVEL = 0.95
 ALMOST_NOTHING = 0.05  # where dense is right in fewer questions, accuracy compares nothing
@@ -26,6 +28,10 @@ ROOM = 0.05  # where a method may be so much more accurate than FitPrune, the qu
 FEWEST_AHEAD = 6  # questions; a lead of five is luck in one case of 16, even where none is lost (sign test)
 
 Interval = tuple[float, float]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Task:
         dense: the dense model's accuracy.
         near: questions in which the dense answer is wrong, but holds an accepted one among other words or lies in one.
         mismatch: an accepted answer, and what the dense model said, where accuracy may be of the wording.
+        always: what the dense model says to every question, where it says one thing and they do not all accept it.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Task:
     dense: float | None
     near: int = 0
     mismatch: tuple[str, str] | None = None
+    always: str | None = None
 
     @property
     def comparable(self) -> bool:
@@ -61,31 +69,35 @@ class Task:
     def heading(self) -> str:
         """Name, size and metric in one line."""
         why = f" (guessed{': ten answers a question' if self.metric == 'vqa' else ''})" if self.guess else ""
-        return f"{self.name}, {self.questions} questions" + (f", metric {self.metric}{why}" if self.metric else "")
+        size = f"{self.questions} question{'s' if self.questions != 1 else ''}"
+        name = "" if self.name == UNNAMED else f"{self.name}, "
+        return f"{name}{size}" + (f", metric {self.metric}{why}" if self.metric else "")
 
     def warnings(self) -> list[str]:
         """Say what the figures cannot mean, a line each."""
-        if self.dense is None:
-            return ["no accepted answers: accuracy unknown, agreement with dense is shown"]
         found = []
+        if self.always is not None:
+            found.append(f"the dense model answers {_short(self.always)} to every question: check the prompt")
+        if self.dense is None:
+            return [*found, "no accepted answers: accuracy unknown, agreement with dense is shown"]
         if missing := self.questions - self.answerable:
             found.append(
                 f"{missing} of {self.questions} questions have no accepted answer: accuracy is of the other "
                 f"{self.answerable}"
             )
         if self.mismatch is not None:
-            accepted, said = (repr(text if len(text) <= 40 else f"{text[:37]}...") for text in self.mismatch)
+            accepted, said = map(_short, self.mismatch)
             if self.comparable:
                 found.append(
                     f"in {self.near} of {self.answerable} questions the dense model is wrong by words around alone: "
-                    f"check the accepted answers or the prompt: e.g. accepted {accepted}, answered {said}"
+                    f"check the accepted answers: e.g. accepted {accepted}, answered {said}"
                 )
             else:
-                near = f"; in {self.near} one lies in the other" if self.near else ""
+                near = f"; {self.near} answers are wrong by words around alone" if self.near else ""
                 found.append(
                     f"the dense model is right in {self.dense * self.answerable:.3g} of {self.answerable} questions: "
-                    f"accuracy compares nothing; check --metric, the accepted answers or the prompt: e.g. accepted "
-                    f"{accepted}, answered {said}{near}"
+                    f"accuracy compares nothing; check --metric or the accepted answers: e.g. accepted {accepted}, "
+                    f"answered {said}{near}"
                 )
         return found
 
@@ -203,7 +215,8 @@ class Results:
 
     def __repr__(self) -> str:
         sizes = [f"{task.name}: {task.questions} questions" for task in self.tasks]
-        return f"Results({'; '.join(sizes)}; {len(dict.fromkeys(row.label for row in self.rows))} rows each)"
+        labels = ", ".join(dict.fromkeys(row.label for row in self.rows))
+        return f"Results({'; '.join([*sizes, *([textwrap.shorten(labels, 100)] if labels else [])])})"
 
     def __str__(self) -> str:
         return table(self)
@@ -327,7 +340,10 @@ def is_sure(lead: float, spread: Interval, questions: int) -> bool:
 
 def table(results: Results) -> str:
     """Format the rows for people, task by task; fractions become percent here and only here."""
-    parts = ["\n".join([t.heading, aligned(_lines(results, t.name)), *t.warnings()]) for t in results.tasks]
+    parts = []
+    for task in results.tasks:
+        notes = [textwrap.fill(note, 100, subsequent_indent="  ") for note in task.warnings()]
+        parts.append("\n".join([task.heading, aligned(_lines(results, task.name)), *notes]))
     parts += [matrix(results, task.name) for task in results.tasks if task.comparable and _solved(results, task.name)]
     notes = [verdict(best) for best in results.best]
     notes += [f"{label(s['method'], s['budget'])}: left out, {s['reason']}" for s in results.skipped]

@@ -18,6 +18,8 @@ from fitprune.journal import Record
 from fitprune.recipe import Cost, PruningRecipe
 from fitprune.results import DENSE, Best, Bootstrap, Row, Task, interval
 
+SEVERAL = 6  # questions that differ and get one answer
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -131,10 +133,10 @@ def judge(
             label: np.array([score(r["said"][label], r["accepted"]) for r in judged], dtype=np.float32)
             for label in [DENSE, *(entry.label for entry in entries)]
         }
-        if not judged:
-            task = Task(name, len(own), 0, None, False, None)
-        else:
+        task = Task(name, len(own), 0, None, False, None)
+        if judged:
             task = Task(name, len(own), len(judged), metric, guess, *_checked(judged, scores[DENSE]))
+        task = dataclasses.replace(task, always=_always(own))
         yield Judged(task, own, [record["kind"] for record in judged], scores)
 
 
@@ -147,6 +149,14 @@ def _checked(judged: Sequence[Record], dense: np.ndarray[Any, Any]) -> tuple[flo
         return accuracy, len(near), None
     shown = [*near, *wrong][0]
     return accuracy, len(near), (next(filter(str.strip, shown["accepted"])), shown["said"][DENSE])
+
+
+def _always(records: Sequence[Record]) -> str | None:
+    """What the dense model answers to every question, where these are several and do not all accept it."""
+    said = {record["said"][DENSE] for record in records}
+    questions = {(record["question"], *record["accepted"]) for record in records}
+    accepts = all(metrics.normalized(record["said"][DENSE], record["accepted"]) for record in records)
+    return said.pop() if len(said) == 1 and len(questions) >= SEVERAL and not accepts else None
 
 
 def rows_of(shape: ModelShape, parts: Sequence[Judged], entries: Sequence[Entry], value_bytes: int) -> Iterator[Row]:
