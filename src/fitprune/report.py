@@ -78,7 +78,7 @@ def _page(results: Results) -> Iterator[str]:
         yield "<details><summary>Every figure</summary>" + _full(rows, results) + "</details>"
         if rows[0].accuracy_by_kind and task.comparable:
             yield "<details><summary>Accuracy on each kind of question</summary>" + _kinds(rows) + "</details>"
-    if results.recipes:
+    if results.recipes.keys():
         yield "<h2>Visual tokens that enter each layer</h2>"
         yield f"<figure>{_keep_curves(results)}</figure>"
     if results.examples:
