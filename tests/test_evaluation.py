@@ -88,7 +88,8 @@ def test_the_table_says_where_fitprune_is_not_the_best(done):
         assert best.lead == pytest.approx(
             max(r.accuracy for r in rows) - next(r.accuracy for r in rows if r.method == "fitprune"), abs=2e-6
         )
-        assert ("NOT the best" in verdict(best)) == (best.lead > 0)
+        assert ("NOT the best" in verdict(best)) == (best.lead > 0 and not best.cannot_tell)
+        assert ("cannot tell" in verdict(best)) == best.cannot_tell
         assert verdict(best) in text
 
 
@@ -366,7 +367,8 @@ def test_data_without_answers_has_agreement_and_no_accuracy(tmp_path):
 
 
 def test_results_of_another_version_are_refused(tmp_path):
-    for text in ('{"schema": 2, "rows": ["x"], "best": []}', "{}", '{"schema": 1}', "no json", '{"schema": 2}', "[]"):
+    damaged = '{"schema": 3, "provenance": {}, "tasks": [], "rows": ["x"], "best": [], "skipped": [], "recipes": {}}'
+    for text in (damaged, "{}", '{"schema": 2}', "no json", '{"schema": 3}', "[]"):
         (tmp_path / "r.json").write_text(text)
         with pytest.raises(ValueError, match=r"r\.json: not readable as results"):
             Results.load(tmp_path / "r.json")

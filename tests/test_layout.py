@@ -10,7 +10,20 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "families", "files", "hub", "card", "diversity", "processes", "tables", "kernels", "host"},
+    {
+        "tokens",
+        "flops",
+        "families",
+        "files",
+        "hub",
+        "card",
+        "diversity",
+        "processes",
+        "tables",
+        "kernels",
+        "host",
+        "metrics",
+    },
     {
         "recipe",
         "journal",

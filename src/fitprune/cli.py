@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fitprune import __version__, files
+from fitprune.metrics import METRICS
 from fitprune.recipe import PruningRecipe
 
 
@@ -358,6 +359,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         prompt_template=args.prompt_template,
+        metric=args.metric,
         timed_batches=args.timed_batches,
         examples=args.examples,
         progress=True,
@@ -637,6 +639,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--batch-size", type=_positive, default=8)
     made.add_argument("--max-new-tokens", type=_positive, default=16)
+    made.add_argument(
+        "--metric", choices=METRICS, help="how answers are judged, in every task (default: by the data: vqa for ten "
+        "annotators' answers, else normalized)",
+    )  # fmt: skip
     made.add_argument("--timed-batches", type=int, default=1, help="batches of each task that are timed (0: none)")
     made.add_argument("--examples", type=int, default=8, help="samples shown with picture and kept tokens")
 

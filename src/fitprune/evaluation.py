@@ -40,7 +40,7 @@ from fitprune.pruning import kept_positions, prune
 from fitprune.recipe import PruningRecipe
 from fitprune.results import DENSE, Results
 from fitprune.scoring import Scorer, get_scorer
-from fitprune.summary import Entry, best_of, firsts, grouped, rows_of
+from fitprune.summary import Entry, best_of, chosen_metrics, entries_of, firsts, grouped, judge, rows_of
 from fitprune.views import LayerView
 from fitprune.vision import crops_of, watching
 
@@ -52,8 +52,9 @@ def evaluate(
     model: Any,
     processor: Any,
     samples: Sequence[Sample] | Mapping[str, Sequence[Sample]],
-    methods: Mapping[str, PruningRecipe] | Sequence[Entry],
+    methods: PruningRecipe | Mapping[str, PruningRecipe] | Sequence[PruningRecipe | Entry],
     *,
+    metric: str | None = None,
     journal: str | os.PathLike[str] | None = None,
     skipped: Sequence[Mapping[str, Any]] = (),
     batch_size: int = 8,
@@ -65,15 +66,17 @@ def evaluate(
 ) -> Results:
     """Answer every question with the dense model and with each method, greedily, and compare.
 
-    An answer is right if, stripped and in lower case, it is one of the accepted ones. Under accelerate or torchrun the
-    processes share the batches; the results are those of one process.
+    Under accelerate or torchrun the processes share the batches; the results are those of one process.
 
     Args:
         model: a supported `...ForConditionalGeneration` model.
         processor: its processor.
         samples: questions, or task name -> questions; accuracy needs answers, agreement does not.
-        methods: name -> recipe, or entries as `entries_for` makes them. A recipe whose scorer draws at random draws
-            anew for each sample, by its place, also where one question is asked of several images.
+        methods: a recipe, or several in a list; name -> recipe; or entries as `entries_for` makes them. A recipe whose
+            scorer draws at random draws anew for each sample, by its place, also where one question is asked of
+            several images.
+        metric: how answers are judged, a name of `fitprune.metrics.METRICS`; None chooses for each task by its data:
+            "vqa" for ten annotators' answers, else "normalized".
         journal: file for each sample's answers; a run that was killed goes on from it, and one with more methods
             answers with those alone. None keeps nothing.
         skipped: methods that could not be solved for a budget; passed on to the results.
@@ -88,19 +91,20 @@ def evaluate(
         The results; in a process other than the first, without rows.
 
     Raises:
-        ValueError: there is no sample, a method is called "dense" or stands twice or is of another model, the journal
-            is of another run, an image is bad (all are looked at before the first answer), or logits are NaN.
+        ValueError: there is no sample, a method is called "dense" or stands twice or is of another model, there is no
+            such metric, the journal is of another run, an image is bad (all are looked at before the first answer), or
+            logits are NaN.
     """
     for name, value in (("timed_batches", timed_batches), ("examples", examples)):
         if value < 0:
             raise ValueError(f"{name}={value}: must be at least 0")
-    tasks = dict(samples) if isinstance(samples, Mapping) else {"questions": samples}
-    entries = [Entry(name, recipe) for name, recipe in methods.items()] if isinstance(methods, Mapping) else methods
+    tasks = dict(samples) if isinstance(samples, Mapping) else {figures.UNNAMED: samples}
     adapted = adapt(model)
     model = adapted.model
-    entries, blind = readable(adapted, entries)
+    entries, blind = readable(adapted, entries_of(methods))
     skipped = [*skipped, *blind]
     _require_sound(tasks, entries, adapted.shape)
+    names = chosen_metrics(tasks, metric)
     processes = Processes()
     if processes.count > 1 and journal is None:
         raise ValueError(f"{processes.count} processes gather their answers through a journal: state one")
@@ -134,9 +138,10 @@ def evaluate(
         book.finish([records[place] for place in range(total)])
     ordered = [records[place] for place in range(total)]
     timings = _timings(model, processor, tasks, entries, batch_size, prompt_template, timed_batches)
+    parts = list(judge(names, metric is None, entries, ordered))
     return Results(
-        rows=tuple(rows_of(adapted.shape, tasks, entries, ordered, model.dtype.itemsize)),
-        best=tuple(best_of(tasks, entries, ordered)),
+        rows=tuple(rows_of(adapted.shape, parts, entries, model.dtype.itemsize)),
+        best=tuple(best_of(parts, entries)),
         skipped=tuple(dict(entry) for entry in skipped),
         recipes={
             figures.label(name, budget): json.loads(group[0].recipe.to_json())
@@ -146,6 +151,7 @@ def evaluate(
         provenance={name: value for name, value in run.items() if name != "entries"},
         answers=tuple(ordered),
         timings=timings,
+        tasks=tuple(part.task for part in parts),
     )
 
 
@@ -183,6 +189,11 @@ def entries_for(
 
 def _require_sound(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entry], shape: ModelShape) -> None:
     """Refuse what would be found out late."""
+    for name, samples in tasks.items():
+        wrong = [s for s in samples if not isinstance(s, Sample)] if isinstance(samples, Sequence) else [samples]
+        if wrong:
+            kind = type(wrong[0]).__name__
+            raise ValueError(f"samples of {name!r}: {kind}, must be a list of Sample, as load_samples gives it")
     if not tasks or not all(tasks.values()):
         empty = [name for name, samples in tasks.items() if not samples]
         raise ValueError(f"samples is empty ({', '.join(empty) or 'no task'}): there must be at least one question")

@@ -9,12 +9,14 @@ import html
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fitprune import files
 from fitprune.figures import canvas, svg_text
-from fitprune.results import DENSE, Results, Row, label, percent, verdict
+from fitprune.metrics import METRICS
+from fitprune.results import DENSE, Results, Row, Task, label, marked, percent, verdict
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too; a second round is dashed.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
@@ -26,10 +28,12 @@ table{border-collapse:collapse;font-size:13px;margin:.8em 0}
 th,td{padding:3px 8px;text-align:right;border-bottom:1px solid #e3e3e3}
 th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #888}
 .best{font-weight:700;background:#e6f2e6}.ours td:first-child{font-weight:700}.low{color:#666;font-size:11px}
-.wide{overflow-x:auto}.not{color:#a33}figure{margin:1em 0}svg{max-width:100%;height:auto}
+.wide{overflow-x:auto}.not{color:#a33}figure{margin:1em 0;overflow-x:auto}
+svg{max-width:100%;height:auto}figure svg{min-width:560px}
 .strip{display:flex;gap:10px;flex-wrap:wrap;margin:.4em 0}.strip div{font-size:12px;text-align:center}
 .image{position:relative;width:144px;height:144px}.image img{width:100%;height:100%;image-rendering:pixelated}
 .image svg{position:absolute;left:0;top:0;width:100%;height:100%}.wrong{color:#a33}.right{color:#275}
+.changed{color:#666;font-size:11px}
 pre{background:#f5f5f5;padding:.8em;overflow-x:auto;font-size:12px}
 """
 
@@ -51,11 +55,11 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> None:
 
 
 def _page(results: Results) -> Iterator[str]:
-    tasks = list(dict.fromkeys(row.task for row in results.rows))
     yield "<!doctype html><html lang=en><head><meta charset=utf-8>"
     yield "<meta name=viewport content='width=device-width,initial-scale=1'>"
-    yield f"<title>fitprune: evaluation</title><style>{_STYLE}</style></head><body>"
-    yield "<h1>Visual-token pruning against the dense model</h1>"
+    model = html.escape(str(results.provenance.get("model", "model")))
+    yield f"<title>{model}: fitprune evaluation</title><style>{_STYLE}</style></head><body>"
+    yield f"<h1>{model}: visual-token pruning against the dense model</h1>"
     yield (
         "<p>Every method runs in one engine and is solved to the same budget: the fraction of the visual tokens' "
         "decoder FLOPs that it removes. Intervals are 95% bootstrap intervals over samples, and over seeds where a "
@@ -63,19 +67,26 @@ def _page(results: Results) -> Iterator[str]:
         "comparison.</p>"
     )
     yield from _verdicts(results)
-    for task in tasks:
-        rows = [row for row in results.rows if row.task == task]
-        yield f"<h2>{html.escape(task)}: {rows[0].samples} questions</h2>"
-        yield from _matrix(rows, results)
-        yield f"<figure>{_curves(rows)}</figure>"
+    for task in results.tasks:
+        rows = [row for row in results.rows if row.task == task.name]
+        yield f"<h2>{html.escape(task.heading)}</h2>"
+        for warning in task.warnings():
+            yield f"<p class=not>{html.escape(warning)}</p>"
+        yield from _matrix(rows, task, marked(results, task))
+        if max(Counter(row.method for row in rows).values()) > 1:  # one budget is no curve
+            yield f"<figure>{_curves(rows, task)}</figure>"
         yield "<details><summary>Every figure</summary>" + _full(rows, results) + "</details>"
-        if rows[0].accuracy_by_kind:
+        if rows[0].accuracy_by_kind and task.comparable:
             yield "<details><summary>Accuracy on each kind of question</summary>" + _kinds(rows) + "</details>"
-    yield "<h2>Visual tokens that enter each layer</h2>"
-    yield f"<figure>{_keep_curves(results)}</figure>"
+    if results.recipes.keys():
+        yield "<h2>Visual tokens that enter each layer</h2>"
+        yield f"<figure>{_keep_curves(results)}</figure>"
     if results.examples:
         yield "<h2>Examples</h2>"
-        yield "<p>Bright: visual tokens that still enter the layer. Answers in red differ from the accepted ones.</p>"
+        yield (
+            "<p>Bright: visual tokens that still enter the layer. Answers in green are accepted, in red are not; black "
+            "says nothing. &ne; marks what the dense model does not say.</p>"
+        )
         for example in results.examples:
             yield from _example(example, results)
     if results.skipped:
@@ -94,7 +105,7 @@ def _verdicts(results: Results) -> Iterator[str]:
         return
     yield "<ul>"
     for best in results.best:
-        mark = "" if best.method == "fitprune" else " class=not"
+        mark = "" if best.lead == 0 or best.cannot_tell else " class=not"
         yield f"<li{mark}>{html.escape(verdict(best))}</li>"
     yield "</ul>"
 
@@ -103,32 +114,38 @@ def _budgets(rows: Sequence[Row]) -> list[float]:
     return sorted({row.budget for row in rows if row.budget is not None})
 
 
-def _matrix(rows: Sequence[Row], results: Results) -> Iterator[str]:
+def _matrix(rows: Sequence[Row], task: Task, best: Mapping[float, float]) -> Iterator[str]:
     """Accuracy, methods down and budgets across; the best of each budget marked."""
     budgets = _budgets(rows)
     dense = next(row for row in rows if row.method == DENSE)
-    given = [row for row in rows if row.budget is None and row.method != DENSE]
-    lines = [f"<p>Dense: {_accuracy(dense)}</p>"]
-    lines += [f"<p>{html.escape(row.method)}: {_accuracy(row)} at -{percent(row.flops_reduction)}</p>" for row in given]
+    alone = [row for row in rows if row.budget is None and row.method != DENSE]
+    lines = [] if dense.accuracy is None else [f"<p>Dense: {_accuracy(dense)}</p>"]
+    lines += [
+        f"<p>{html.escape(row.method)}: {_figure(row, task)} at -{percent(row.flops_reduction)}</p>" for row in alone
+    ]
     if budgets:
-        best = {b: max((r.accuracy or 0) for r in rows if r.budget == b) for b in budgets}
         head = "".join(f"<th>{100 * budget:g}%</th>" for budget in budgets)
         lines.append(f"<div class=wide><table><thead><tr><th>FLOPs cut</th>{head}</tr></thead><tbody>")
         for name in dict.fromkeys(row.method for row in rows if row.budget is not None):
             cells = []
             for budget in budgets:
                 row = next((r for r in rows if r.method == name and r.budget == budget), None)
-                mark = " class=best" if row and row.accuracy == best[budget] else ""
-                cells.append(f"<td{mark}>{_accuracy(row) if row else '-'}</td>")
+                mark = " class=best" if row and row.accuracy == best.get(budget) is not None else ""
+                cells.append(f"<td{mark}>{_figure(row, task) if row else '-'}</td>")
             ours = " class=ours" if name == "fitprune" else ""
             lines.append(f"<tr{ours}><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
         lines.append("</tbody></table></div>")
     yield from lines
 
 
+def _figure(row: Row, task: Task) -> str:
+    """Accuracy where it compares something, else agreement."""
+    return _accuracy(row) if task.comparable else f"{percent(row.agreement)} <span class=low>agreement</span>"
+
+
 def _accuracy(row: Row) -> str:
     if row.accuracy is None or row.accuracy_interval is None:
-        return f"{percent(row.agreement)} <span class=low>agreement</span>"
+        return "-"
     low, high = row.accuracy_interval
     return f"{100 * row.accuracy:.1f} <span class=low>{100 * low:.1f}&ndash;{100 * high:.1f}</span>"
 
@@ -169,15 +186,15 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
-def _curves(rows: Sequence[Row]) -> str:
-    """Accuracy against FLOPs, a line with its interval for each method."""
+def _curves(rows: Sequence[Row], task: Task) -> str:
+    """Accuracy (agreement, where that compares nothing) against FLOPs, a line with its interval for each method."""
     figure, axes = canvas(10.5, 5.2)
     dense = next(row for row in rows if row.method == DENSE)
-    value = _height(dense)[0]
+    value = _height(dense, task)[0]
     axes.axhline(value, color="#000", linewidth=1, linestyle=":", label=f"dense {value:.1f}")
     names = _names(rows)
     for number, name in enumerate(names):
-        points = sorted((100 * row.flops_reduction, *_height(row)) for row in rows if row.method == name)
+        points = sorted((100 * row.flops_reduction, *_height(row, task)) for row in rows if row.method == name)
         ours = name == "fitprune"
         aside = 0.25 * (number - len(names) / 2)  # so that intervals at one budget can be told apart
         axes.errorbar(
@@ -191,7 +208,7 @@ def _curves(rows: Sequence[Row]) -> str:
             elinewidth=0.6,
             label=name.replace("$", r"\$"),
         )
-    what = "agreement with dense, %" if dense.accuracy is None else "accuracy, %"
+    what = "accuracy, %" if task.comparable else "agreement with dense, %"
     axes.set(xlabel="visual-token FLOPs removed, %", ylabel=what)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -211,9 +228,9 @@ def _look(name: str, names: Sequence[str]) -> dict[str, Any]:
     return {"color": _COLOURS[number], "linestyle": ("-", "--", ":")[turn % 3], "linewidth": 1.2, "zorder": 2}
 
 
-def _height(row: Row) -> tuple[float, tuple[float, float]]:
+def _height(row: Row, task: Task) -> tuple[float, tuple[float, float]]:
     """The point of a row, in percent, and how far its interval reaches down and up."""
-    if row.accuracy is None or row.accuracy_interval is None:
+    if row.accuracy is None or row.accuracy_interval is None or not task.comparable:
         return 100 * row.agreement, (0.0, 0.0)
     low, high = row.accuracy_interval
     return 100 * row.accuracy, (max(0.0, 100 * (row.accuracy - low)), max(0.0, 100 * (high - row.accuracy)))
@@ -255,14 +272,13 @@ def _keep_curves(results: Results) -> str:
 
 def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
     """One sample: the picture under each method at a few layers, then what was said."""
-    accepted = {answer.strip().lower() for answer in example["accepted"]}
-    facts = f"{example['task']}, {example['kind'] or 'question'}, accepted: {' / '.join(example['accepted']) or '-'}"
+    task = next(task for task in results.tasks if task.name == example["task"])
+    accepted = [f"{text} ({n})" if n > 1 else text for text, n in Counter(example["accepted"]).items() if text.strip()]
+    facts = f"{example['task']}, {example['kind'] or 'question'}, accepted: {' / '.join(accepted) or '-'}"
     yield f"<h3>{html.escape(example['question'])} <span class=low>{html.escape(facts)}</span></h3>"
-    dense = example["said"][DENSE]
-    mark = "right" if dense.lower() in accepted or not accepted else "wrong"
     picture = html.escape(example["picture"])
     yield "<div class=strip><div style='width:9em;text-align:left'><b>dense</b><br>"
-    yield f"&ldquo;<span class={mark}>{html.escape(dense)}</span>&rdquo;</div>"
+    yield f"{_said(example, DENSE, task)}</div>"
     yield f"<div><div class=image><img alt='' src='{picture}'></div>"
     yield "all layers</div></div>"
     shown = _pictured(example)
@@ -271,11 +287,8 @@ def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
     for name in shown:
         entered = example["layers_entered"][name]
         side = math.isqrt(len(entered))
-        said = example["said"].get(name, "")
-        right = said.lower() in accepted
-        mark = "right" if right or not accepted else "wrong"
         yield f"<div class=strip><div style='width:9em;text-align:left'><b>{html.escape(name)}</b><br>"
-        yield f"&ldquo;<span class={mark}>{html.escape(said)}</span>&rdquo;</div>"
+        yield f"{_said(example, name, task)}</div>"
         if side * side != len(entered):
             yield f"<div>{len(entered)} tokens form no square grid: not drawn</div></div>"
             continue
@@ -284,11 +297,19 @@ def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
             yield f"<div><div class=image><img alt='' src='{picture}'>{_veil(kept, side)}</div>"
             yield f"layer {layer}: {sum(kept)}</div>"
         yield "</div>"
-    rows = []
-    for name, said in example["said"].items():
-        mark = "right" if said.lower() in accepted or not accepted else "wrong"
-        rows.append((html.escape(name), f"<span class={mark}>{html.escape(said)}</span>"))
+    rows = [(html.escape(name), _said(example, name, task)) for name in example["said"]]
     yield "<details><summary>All answers</summary>" + _table(("method", "answer"), rows) + "</details>"
+
+
+def _said(example: Mapping[str, Any], name: str, task: Task) -> str:
+    """An answer, coloured where accepted answers mean something, and marked where dense answers otherwise."""
+    said, mark = example["said"][name], ""
+    if task.metric and task.comparable and any(text.strip() for text in example["accepted"]):
+        score = METRICS[task.metric](said, example["accepted"])
+        mark = f" class={'right' if score > 0 else 'wrong'}"
+        mark += f" title='{score:.2g} of 1'" if 0 < score < 1 else ""
+    changed = "" if said == example["said"][DENSE] else " <span class=changed>&ne; dense</span>"
+    return f"&ldquo;<span{mark}>{html.escape(said)}</span>&rdquo;{changed}"
 
 
 def _pictured(example: Mapping[str, Any]) -> list[str]:

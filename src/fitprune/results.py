@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import html
 import json
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,89 @@ import numpy as np
 from fitprune import files
 from fitprune.tables import aligned
 
-SCHEMA = 2
+SCHEMA = 3
 DENSE = "dense"
+UNNAMED = "questions"  # the task of samples that come without a name
 RESAMPLES = 2000
 LEVEL = 0.95
+ALMOST_NOTHING = 0.05  # where dense is right in fewer questions, accuracy compares nothing
+MANY_NEAR = 0.1  # of the questions in which dense is wrong by words around alone, so many are worth a warning
+ROOM = 0.05  # where a method may be so much more accurate than FitPrune, the questions are too few
+FEWEST_AHEAD = 6  # questions; a lead of five is luck in one case of 16, even where none is lost (sign test)
 
 Interval = tuple[float, float]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Some questions, and how their answers are judged.
+
+    Attributes:
+        name: the task's name.
+        questions: how many.
+        answerable: how many of them have accepted answers.
+        metric: a name of `fitprune.metrics.METRICS`; None where no question has accepted answers.
+        guess: whether the metric was chosen by the data.
+        dense: the dense model's accuracy.
+        near: questions in which the dense answer is wrong, but holds an accepted one among other words or lies in one.
+        mismatch: an accepted answer, and what the dense model said, where accuracy may be of the wording.
+        always: what the dense model says to every question, where it says one thing and they do not all accept it.
+    """
+
+    name: str
+    questions: int
+    answerable: int
+    metric: str | None
+    guess: bool
+    dense: float | None
+    near: int = 0
+    mismatch: tuple[str, str] | None = None
+    always: str | None = None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether accuracies compare anything: there are accepted answers, and the dense model says some of them."""
+        return self.dense is not None and self.dense >= ALMOST_NOTHING
+
+    @property
+    def heading(self) -> str:
+        """Name, size and metric in one line."""
+        why = f" (guessed{': ten answers a question' if self.metric == 'vqa' else ''})" if self.guess else ""
+        size = f"{self.questions} question{'s' if self.questions != 1 else ''}"
+        name = "" if self.name == UNNAMED else f"{self.name}, "
+        return f"{name}{size}" + (f", metric {self.metric}{why}" if self.metric else "")
+
+    def warnings(self) -> list[str]:
+        """Say what the figures cannot mean, a line each."""
+        found = []
+        if self.always is not None:
+            found.append(f"the dense model answers {_short(self.always)} to every question: check the prompt")
+        if self.dense is None:
+            return [*found, "no accepted answers: accuracy unknown, agreement with dense is shown"]
+        if missing := self.questions - self.answerable:
+            found.append(
+                f"{missing} of {self.questions} questions have no accepted answer: accuracy is of the other "
+                f"{self.answerable}"
+            )
+        if self.mismatch is not None:
+            accepted, said = map(_short, self.mismatch)
+            if self.comparable:
+                found.append(
+                    f"in {self.near} of {self.answerable} questions the dense model is wrong by words around alone: "
+                    f"check the accepted answers: e.g. accepted {accepted}, answered {said}"
+                )
+            else:
+                near = f"; {self.near} answers are wrong by words around alone" if self.near else ""
+                found.append(
+                    f"the dense model is right in {self.dense * self.answerable:.3g} of {self.answerable} questions: "
+                    f"accuracy compares nothing; check --metric or the accepted answers: e.g. accepted {accepted}, "
+                    f"answered {said}{near}"
+                )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +112,9 @@ class Row:
         budget: the budget that was asked for; None for the dense model and for recipes given as such.
         seeds: how many seeds went in.
         samples: how many samples.
-        accuracy: fraction of the samples with answers that are answered right; None where the data has no answers.
+        accuracy: mean score of the task's metric over the samples with accepted answers; None where there are none.
         accuracy_interval: its 95% bootstrap interval, over samples, and over seeds where there are several.
-        relative_accuracy: accuracy as a fraction of the dense model's.
+        relative_accuracy: accuracy as a fraction of the dense model's; None where that is almost nothing.
         relative_interval: its interval, dense and pruned resampled together.
         agreement: fraction of all samples answered as the dense model answers.
         divergence: mean KL divergence, in nats, of the first answer token's distribution from the dense model's.
@@ -81,6 +160,9 @@ class Best:
         method: the most accurate method.
         lead: by how much its accuracy is above FitPrune's; 0 if it is FitPrune.
         interval: 95% bootstrap interval of that difference; it holds 0 where the two cannot be told apart.
+        questions: how many the figures are of.
+        equals: other methods that are as accurate as the best.
+        unsure: methods that so few questions leave more than `ROOM` to be ahead of FitPrune, and not surely so.
     """
 
     task: str
@@ -88,6 +170,19 @@ class Best:
     method: str
     lead: float
     interval: Interval
+    questions: int
+    equals: tuple[str, ...] = ()
+    unsure: tuple[str, ...] = ()
+
+    @property
+    def sure(self) -> bool:
+        """Whether the method is more accurate than FitPrune, beyond the luck of the draw."""
+        return is_sure(self.lead, self.interval, self.questions)
+
+    @property
+    def cannot_tell(self) -> bool:
+        """Whether the questions are too few to say which method is best."""
+        return bool(self.unsure) and not self.sure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +191,8 @@ class Results:
 
     Attributes:
         rows: task by task: dense first, then each method at each budget.
-        best: for each task and budget, the best method beside FitPrune; where FitPrune was evaluated.
+        best: for each task and budget, the best method beside FitPrune; where FitPrune and another were evaluated, and
+            accuracies compare something.
         skipped: methods that could not meet a budget, each with its reason.
         recipes: label -> the recipe's JSON data.
         examples: some samples with what each method kept; see `fitprune.evaluation`.
@@ -104,6 +200,7 @@ class Results:
         answers: for each sample, its id, question, accepted answers, and the answer under each label. Not saved here:
             the journal beside the results holds them.
         timings: measured times, if any; saved in a file of their own, since they differ from run to run.
+        tasks: the questions of each task, and how answers are judged.
     """
 
     rows: tuple[Row, ...]
@@ -114,6 +211,18 @@ class Results:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     answers: tuple[dict[str, Any], ...] = ()
     timings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tasks: tuple[Task, ...] = ()
+
+    def __repr__(self) -> str:
+        sizes = [f"{task.name}: {task.questions} questions" for task in self.tasks]
+        labels = ", ".join(dict.fromkeys(row.label for row in self.rows))
+        return f"Results({'; '.join([*sizes, *([textwrap.shorten(labels, 100)] if labels else [])])})"
+
+    def __str__(self) -> str:
+        return table(self)
+
+    def _repr_html_(self) -> str:
+        return "".join(_html_of(self, task) for task in self.tasks)
 
     def row(self, name: str, task: str | None = None) -> Row:
         """Find the row of a label such as "dense" or "fastv 60%", on the first task or the one named.
@@ -133,7 +242,7 @@ class Results:
             OSError: `path` cannot be written.
         """
         data = {"schema": SCHEMA, **{name: getattr(self, name) for name in _SAVED}}
-        for name in ("rows", "best"):
+        for name in _RECORDS:
             data[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
         with files.replacing(path) as temporary:
             temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -154,9 +263,9 @@ class Results:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(data, dict) or data.get("schema") != SCHEMA:
                 raise ValueError(f"this version reads results of schema {SCHEMA}; evaluate again")
-            rows = tuple(Row(**{k: _tupled(v) for k, v in row.items()}) for row in data["rows"])
-            best = tuple(Best(**{k: _tupled(v) for k, v in entry.items()}) for entry in data["best"])
-            rest = {name: data[name] for name in _SAVED if name not in ("rows", "best")}
+            rest = {name: data[name] for name in _SAVED}
+            for name, kind in _RECORDS.items():
+                rest[name] = tuple(kind(**{k: _tupled(v) for k, v in entry.items()}) for entry in data[name])
             rest |= {name: tuple(rest[name]) for name in ("skipped", "examples")}
             timed = beside(path, "timings.json")
             timings = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else {}
@@ -164,10 +273,11 @@ class Results:
                 timings = {}  # of an older run
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not readable as results ({error}); evaluate again") from None
-        return cls(rows=rows, best=best, timings=timings, **rest)
+        return cls(timings=timings, **rest)
 
 
-_SAVED = ("provenance", "rows", "best", "skipped", "recipes", "examples")
+_SAVED = ("provenance", "tasks", "rows", "best", "skipped", "recipes", "examples")
+_RECORDS: dict[str, Any] = {"tasks": Task, "rows": Row, "best": Best}
 
 
 def beside(path: str | os.PathLike[str], ending: str) -> Path:
@@ -217,45 +327,79 @@ def interval(draws: np.ndarray[Any, Any]) -> Interval:
     return round(float(low), 6), round(float(high), 6)
 
 
+def is_sure(lead: float, spread: Interval, questions: int) -> bool:
+    """Whether a difference of accuracies is one: its interval is above 0, and it is of questions enough.
+
+    Args:
+        lead: the difference, above 0 or not.
+        spread: its paired bootstrap interval, which is too narrow where the questions that differ are few.
+        questions: how many there are.
+    """
+    return spread[0] > 0 and round(lead * questions, 2) >= FEWEST_AHEAD
+
+
 def table(results: Results) -> str:
     """Format the rows for people, task by task; fractions become percent here and only here."""
     parts = []
-    times = {(t["method"], t["budget"]): t for t in results.timings.get("rows", ())}
-    for task in dict.fromkeys(row.task for row in results.rows):
-        head = ("", "FLOPs cut", "tokens/layer", "tokens left", "KV bytes", "accuracy", "95% interval", "of dense")
-        lines = [(*head, "agreement", "KL", *(("prefill", "decode") if times else ()))]
-        for row in (row for row in results.rows if row.task == task):
-            counts = (f"{row.mean_visual_tokens:.1f}", f"{row.visual_tokens_left:.0f}", f"{row.kv_bytes:,.0f}")
-            spread = row.accuracy_interval
-            shown = "-" if spread is None else f"{100 * spread[0]:.1f}..{100 * spread[1]:.1f}"
-            cells = (percent(row.accuracy), shown, percent(row.relative_accuracy), percent(row.agreement))
-            timed = times.get((row.method, row.budget))
-            ratios = (f"{timed['prefill_ratio']:.2f}x", f"{timed['decode_ratio']:.2f}x") if timed else ("-", "-")
-            lines.append(
-                (
-                    row.label,
-                    percent(row.flops_reduction),
-                    *counts,
-                    *cells,
-                    f"{row.divergence:.3f}",
-                    *(ratios if times else ()),
-                )
-            )
-        parts.append(f"{task}, {next(r.samples for r in results.rows if r.task == task)} questions\n{aligned(lines)}")
-    parts += [matrix(results, task) for task in dict.fromkeys(best.task for best in results.best)]
+    for task in results.tasks:
+        notes = [textwrap.fill(note, 100, subsequent_indent="  ") for note in task.warnings()]
+        parts.append("\n".join([task.heading, aligned(_lines(results, task.name)), *notes]))
+    parts += [matrix(results, task.name) for task in results.tasks if task.comparable and _solved(results, task.name)]
     notes = [verdict(best) for best in results.best]
     notes += [f"{label(s['method'], s['budget'])}: left out, {s['reason']}" for s in results.skipped]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
 
 
+def _solved(results: Results, task: str) -> bool:
+    return any(row.budget is not None for row in results.rows if row.task == task)
+
+
+def _lines(results: Results, task: str) -> list[tuple[str, ...]]:
+    """The table of one task, its head first."""
+    times = {(t["method"], t["budget"]): t for t in results.timings.get("rows", ())}
+    head = ("", "FLOPs cut", "tokens/layer", "tokens left", "KV bytes", "accuracy", "95% interval", "of dense")
+    lines = [(*head, "agreement", "KL", *(("prefill", "decode") if times else ()))]
+    for row in (row for row in results.rows if row.task == task):
+        counts = (f"{row.mean_visual_tokens:.1f}", f"{row.visual_tokens_left:.0f}", f"{row.kv_bytes:,.0f}")
+        spread = row.accuracy_interval
+        shown = "-" if spread is None else f"{100 * spread[0]:.1f}..{100 * spread[1]:.1f}"
+        cells = (percent(row.accuracy), shown, percent(row.relative_accuracy), percent(row.agreement))
+        timed = times.get((row.method, row.budget))
+        ratios = (f"{timed['prefill_ratio']:.2f}x", f"{timed['decode_ratio']:.2f}x") if timed else ("-", "-")
+        cut = percent(row.flops_reduction)
+        lines.append((row.label, cut, *counts, *cells, f"{row.divergence:.3f}", *(ratios if times else ())))
+    return lines
+
+
+def _html_of(results: Results, task: Task) -> str:
+    """The table of one task for a notebook."""
+    head, *body = [[html.escape(cell) for cell in line] for line in _lines(results, task.name)]
+    rows = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in body)
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in task.warnings())
+    top = f"<thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead>"
+    return f"<p>{html.escape(task.heading)}</p><table>{top}<tbody>{rows}</tbody></table>{notes}"
+
+
+def marked(results: Results, task: Task) -> dict[float, float]:
+    """For each budget, the accuracy that is marked as the best; none where nothing can be told."""
+    if not task.comparable:
+        return {}
+    unclear = {best.budget for best in results.best if best.task == task.name and best.cannot_tell}
+    most: dict[float, float] = {}
+    for row in results.rows:
+        if row.task == task.name and row.budget is not None and row.budget not in unclear:
+            most[row.budget] = max(most.get(row.budget, 0.0), row.accuracy or 0.0)
+    return most
+
+
 def matrix(results: Results, task: str) -> str:
     """Format accuracy in percent on one task, methods down and budgets across, `*` at the best of each budget.
 
-    Behind each figure stands half the width of its 95% interval.
+    After each figure stands half the width of its 95% interval.
     """
     rows = {(row.method, row.budget): row for row in results.rows if row.task == task}
     budgets = sorted({budget for _, budget in rows if budget is not None})
-    best = {budget: max(row.accuracy or 0 for (_, at), row in rows.items() if at == budget) for budget in budgets}
+    best = marked(results, next(t for t in results.tasks if t.name == task))
 
     def cell(row: Row | None, most: float | None) -> str:
         if row is None or row.accuracy is None or row.accuracy_interval is None:
@@ -265,21 +409,33 @@ def matrix(results: Results, task: str) -> str:
 
     lines = [(f"{task}, dense {cell(rows[DENSE, None], None)}", *(f"-{100 * budget:g}% FLOPs" for budget in budgets))]
     for method in dict.fromkeys(method for method, budget in rows if budget is not None):
-        lines.append((method, *(cell(rows.get((method, budget)), best[budget]) for budget in budgets)))
+        lines.append((method, *(cell(rows.get((method, budget)), best.get(budget)) for budget in budgets)))
     return aligned(lines)
 
 
 def verdict(best: Best) -> str:
-    """Say plainly which method is best at a budget, and whether FitPrune is.
+    """Say plainly which method is best at a budget, and whether FitPrune is; or that the questions are too few.
 
     The best of many methods is lucky too: the interval is that of one comparison, not of the best of all.
     """
     where = f"{best.task} at {100 * best.budget:g}%"
-    if best.method == "fitprune":
-        return f"{where}: no method is more accurate than fitprune"
-    points = f"{100 * best.lead:.1f} points ({100 * best.interval[0]:.1f}..{100 * best.interval[1]:.1f})"
-    sure = "more accurate" if best.interval[0] > 0 else "not told apart from fitprune by these samples"
-    return f"{where}: fitprune is NOT the best: {best.method} is ahead by {points}, {sure}"
+    ahead = (
+        f"{_joined((best.method, *best.equals))} {'are' if best.equals else 'is'} ahead by {100 * best.lead:.1f} points"
+    )
+    ahead += f" ({100 * best.interval[0]:.1f}..{100 * best.interval[1]:.1f})"
+    if best.cannot_tell:
+        others = _joined(best.unsure) if len(best.unsure) < 4 else f"{len(best.unsure)} other methods"
+        more = f"; {ahead}" if best.lead > 0 else ""
+        return f"{where}: {best.questions} questions cannot tell fitprune and {others} apart{more}"
+    if best.lead == 0:
+        equals = f"; {_joined(best.equals)} as accurate" if best.equals else ""
+        return f"{where}: no method is more accurate than fitprune{equals}"
+    sure = "more accurate" if best.sure else "not told apart from fitprune by these samples"
+    return f"{where}: fitprune is NOT the best: {ahead}, {sure}"
+
+
+def _joined(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def kind_table(results: Results, task: str | None = None) -> str:

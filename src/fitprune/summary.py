@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from fitprune import metrics
 from fitprune import results as figures
 from fitprune.calibration import Sample
 from fitprune.flops import ModelShape
 from fitprune.journal import Record
 from fitprune.recipe import Cost, PruningRecipe
-from fitprune.results import DENSE, Best, Bootstrap, Row, interval
+from fitprune.results import DENSE, Best, Bootstrap, Row, Task, interval
+
+SEVERAL = 6  # questions that differ and get one answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +52,27 @@ class Entry:
         return figures.label(self.name, self.budget) + ("" if self.seed is None else f" seed {self.seed}")
 
 
-def _hits(records: Sequence[Record], name: str) -> np.ndarray[Any, Any]:
-    """1 where a sample with answers is answered right, 0 where wrong: [samples with answers]."""
-    return np.array(
-        [
-            record["said"][name].lower() in {answer.strip().lower() for answer in record["accepted"]}
-            for record in records
-            if record["accepted"]
-        ],
-        dtype=np.float32,
-    )
+def entries_of(methods: Any) -> list[Entry]:
+    """Make entries of a recipe, of several (named "recipe 1", ...), of name -> recipe; entries stay as they are.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(methods, Mapping):
+        pairs = list(methods.items())
+    elif isinstance(methods, Sequence):
+        pairs = [(f"recipe {number}", used) for number, used in enumerate(methods, 1)]
+    else:
+        pairs = [("recipe", methods)]
+    entries = []
+    for name, used in pairs:
+        if not isinstance(used, (PruningRecipe, Entry)):
+            raise ValueError(
+                f"methods hold a {type(used).__name__}: must be a recipe, a list of them, name -> recipe, or what "
+                "entries_for gives; PruningRecipe.named reads a file"
+            )
+        entries.append(used if isinstance(used, Entry) else Entry(name, used))
+    return entries
 
 
 def grouped(entries: Sequence[Entry]) -> Iterator[tuple[str, float | None, list[Entry]]]:
@@ -75,38 +89,108 @@ def firsts(entries: Sequence[Entry]) -> list[Entry]:
     return [group[0] for _, _, group in grouped(entries)]
 
 
-def rows_of(
-    shape: ModelShape,
-    tasks: Mapping[str, Sequence[Sample]],
-    entries: Sequence[Entry],
-    records: Sequence[Record],
-    value_bytes: int,
-) -> Iterator[Row]:
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """One task's records, and how right each answer is.
+
+    Attributes:
+        task: the task.
+        records: all of them.
+        kinds: the kind of each question with accepted answers.
+        scores: label -> [questions with accepted answers], from 0 to 1.
+    """
+
+    task: Task
+    records: list[Record]
+    kinds: list[str]
+    scores: dict[str, np.ndarray[Any, Any]]
+
+
+def chosen_metrics(tasks: Mapping[str, Sequence[Sample]], metric: str | None) -> dict[str, str]:
+    """Name the metric of each task: the one stated, or by its data.
+
+    Raises:
+        ValueError: there is no such metric, or it cannot be made of a task's answers.
+    """
+    return {
+        task: metrics.choose(metric, [s.answers for s in samples if _has_answers(s.answers)])
+        for task, samples in tasks.items()
+    }
+
+
+def _has_answers(accepted: Sequence[str]) -> bool:
+    """Whether any accepted answer is not blank."""
+    return any(text.strip() for text in accepted)
+
+
+def judge(
+    names: Mapping[str, str], guess: bool, entries: Sequence[Entry], records: Sequence[Record]
+) -> Iterator[Judged]:
+    """Score the answers of each task.
+
+    Args:
+        names: task -> metric.
+        guess: whether the metrics were chosen by the data.
+        entries: what answered, beside the dense model.
+        records: the answers.
+    """
+    for name, metric in names.items():
+        own = [record for record in records if record["task"] == name]
+        judged = [record for record in own if _has_answers(record["accepted"])]
+        score = metrics.METRICS[metric]
+        scores = {
+            label: np.array([score(r["said"][label], r["accepted"]) for r in judged], dtype=np.float32)
+            for label in [DENSE, *(entry.label for entry in entries)]
+        }
+        task = Task(name, len(own), 0, None, False, None)
+        if judged:
+            task = Task(name, len(own), len(judged), metric, guess, *_checked(judged, scores[DENSE]))
+        task = dataclasses.replace(task, always=_always(own))
+        yield Judged(task, own, [record["kind"] for record in judged], scores)
+
+
+def _checked(judged: Sequence[Record], dense: np.ndarray[Any, Any]) -> tuple[float, int, tuple[str, str] | None]:
+    """The dense model's accuracy, and whether that is of wording: how often it is, and an example."""
+    accuracy = _rounded(dense.mean())
+    wrong = [record for record, score in zip(judged, dense, strict=True) if score == 0]
+    near = [record for record in wrong if metrics.is_near(record["said"][DENSE], record["accepted"])]
+    if accuracy >= figures.ALMOST_NOTHING and len(near) <= figures.MANY_NEAR * len(judged):
+        return accuracy, len(near), None
+    shown = [*near, *wrong][0]
+    return accuracy, len(near), (next(filter(str.strip, shown["accepted"])), shown["said"][DENSE])
+
+
+def _always(records: Sequence[Record]) -> str | None:
+    """What the dense model answers to every question, where these are several and do not all accept it."""
+    said = {record["said"][DENSE] for record in records}
+    questions = {(record["question"], *record["accepted"]) for record in records}
+    accepts = all(metrics.normalized(record["said"][DENSE], record["accepted"]) for record in records)
+    return said.pop() if len(said) == 1 and len(questions) >= SEVERAL and not accepts else None
+
+
+def rows_of(shape: ModelShape, parts: Sequence[Judged], entries: Sequence[Entry], value_bytes: int) -> Iterator[Row]:
     """Make the figures of each task: dense, then every method at every budget."""
-    for task in tasks:
-        own = [record for record in records if record["task"] == task]
-        scored = [record for record in own if record["accepted"]]
-        boot = Bootstrap(len(scored)) if scored else None
-        dense = _hits(own, DENSE)
+    for part in parts:
+        own, dense = part.records, part.scores[DENSE]
+        boot = Bootstrap(len(dense)) if len(dense) else None
         base = None if boot is None else boot.means(dense[None])
         groups: list[tuple[str, float | None, list[Entry]]] = [(DENSE, None, []), *grouped(entries)]
         for name, budget, group in groups:
             labels = [entry.label for entry in group] or [DENSE]
             priced = group[0].recipe if group else PruningRecipe.dense(shape, own[0]["sizes"][0] or 1)
             costs = _costs(priced, own, value_bytes)
+            scores = np.stack([part.scores[each] for each in labels])
             accuracy = spread = relative = relative_spread = None
             if boot is not None and base is not None:
-                hits = np.stack([_hits(own, each) for each in labels])
-                draws = boot.means(hits)
-                accuracy, spread = _rounded(hits.mean()), interval(draws)
-                if dense.mean() > 0:
-                    relative = _rounded(hits.mean() / dense.mean())
+                draws = boot.means(scores)
+                accuracy, spread = _rounded(scores.mean()), interval(draws)
+                if part.task.comparable:
+                    relative = _rounded(scores.mean() / dense.mean())
                     relative_spread = interval(draws / np.maximum(base, 1 / len(dense)))
             same = [record["said"][each] == record["said"][DENSE] for each in labels for record in own]
-            kinds = sorted({record["kind"] for record in scored} - {""})
-            of_kind = {kind: [record for record in scored if record["kind"] == kind] for kind in kinds}
+            of_kind = {kind: np.array(part.kinds) == kind for kind in sorted({*part.kinds} - {""})}
             yield Row(
-                task=task,
+                task=part.task.name,
                 method=name,
                 budget=budget,
                 seeds=len(labels),
@@ -118,8 +202,7 @@ def rows_of(
                 agreement=_rounded(np.mean(same)),
                 divergence=_rounded(np.mean([record["divergence"][each] for each in labels for record in own])),
                 accuracy_by_kind={
-                    kind: _rounded(np.mean([_hits(part, each).mean() for each in labels]))
-                    for kind, part in of_kind.items()
+                    kind: _rounded(np.mean([row[where].mean() for row in scores])) for kind, where in of_kind.items()
                 },
                 **costs,
             )
@@ -148,31 +231,52 @@ def _costs(recipe: PruningRecipe, records: Sequence[Record], value_bytes: int) -
     }
 
 
-def best_of(
-    tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entry], records: Sequence[Record]
-) -> Iterator[Best]:
+def best_of(parts: Sequence[Judged], entries: Sequence[Entry]) -> Iterator[Best]:
     """Find, at each budget, the most accurate method, and how sure its lead over FitPrune is."""
     groups = [group for group in grouped(entries) if group[1] is not None]
-    for task in tasks:
-        own = [record for record in records if record["task"] == task]
-        if not any(record["accepted"] for record in own):
+    for part in parts:
+        if not part.task.comparable:
             continue
         for budget in dict.fromkeys(budget for _, budget, _ in groups):
-            hits = {
-                name: np.stack([_hits(own, entry.label) for entry in group])
+            scores = {
+                name: np.stack([part.scores[entry.label] for entry in group])
                 for name, at, group in groups
                 if at == budget
             }
-            if "fitprune" not in hits or budget is None:
+            if "fitprune" not in scores or len(scores) < 2 or budget is None:
                 continue
-            means = {name: _rounded(values.mean()) for name, values in hits.items()}
+            count = part.task.answerable
+            boot = Bootstrap(count)
+            ours = boot.means(scores["fitprune"])
+            means = {name: _rounded(values.mean()) for name, values in scores.items()}
+            leads = {name: _rounded(mean - means["fitprune"]) for name, mean in means.items()}
+            spreads = {name: interval(boot.means(values) - ours) for name, values in scores.items()}
             # FitPrune comes first among equals, so that a tie is no defeat.
             best = max(means, key=lambda name: (means[name], name == "fitprune"))
-            boot = Bootstrap(hits[best].shape[1])
-            lead = boot.means(hits[best]) - boot.means(hits["fitprune"])
-            yield Best(task, budget, best, _rounded(means[best] - means["fitprune"]), interval(lead))
+            yield Best(
+                part.task.name,
+                budget,
+                best,
+                leads[best],
+                spreads[best],
+                count,
+                tuple(name for name, mean in means.items() if mean == means[best] and name != best),
+                tuple(name for name in means if name != "fitprune" and _is_unsure(leads[name], spreads[name], count)),
+            )
+
+
+def _is_unsure(lead: float, spread: figures.Interval, count: int) -> bool:
+    """Whether a method may be much more accurate than FitPrune, as far as these questions say."""
+    low, high = spread
+    # What happens in none of n questions may happen in 3 / n of them (rule of three).
+    room = max(high, 3 / count)
+    return (
+        room > figures.ROOM
+        and not figures.is_sure(lead, spread, count)
+        and not figures.is_sure(-lead, (-high, -low), count)
+    )
 
 
 def _rounded(value: Any) -> float:
-    """Six digits: what is behind them is rounding noise of sums."""
+    """Six digits: what comes after them is rounding noise of sums."""
     return round(float(value), 6)
