@@ -35,7 +35,7 @@ QUESTION = {"question_id": 1, "image": "red.png", "text": "What colour?"}
 def test_the_authors_question_file(folder):
     data = write(folder, QUESTION, "", QUESTION | {"image": "blue.jpg", "answer": ["blue", "navy"], "kind": "colour"})
     first, second = load_samples(data)
-    assert (first.id, first.text, first.answers, first.kind) == ("1", "What colour?", (), "")
+    assert (first.id, first.text, first.answers, first.kind) == (1, "What colour?", (), "")
     assert (second.answers, second.kind) == (("blue", "navy"), "colour")
     assert second.load_image().size == (30, 40)
 

@@ -10,7 +10,20 @@ import fitprune
 
 # docs/design.md explains the layers.
 LAYERS = [
-    {"tokens", "flops", "families", "files", "hub", "card", "diversity", "processes", "tables", "kernels"},
+    {
+        "tokens",
+        "flops",
+        "families",
+        "files",
+        "hub",
+        "card",
+        "diversity",
+        "processes",
+        "tables",
+        "kernels",
+        "embedded",
+        "pictures",
+    },
     {
         "recipe",
         "journal",
@@ -19,7 +32,6 @@ LAYERS = [
         "selection",
         "stats",
         "calibration",
-        "embedded",
         "adapters",
         "models",
         "profiles",
