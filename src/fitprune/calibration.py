@@ -318,14 +318,12 @@ def _dataset_entries(path: Path, name: str, split: str) -> Iterator[tuple[str, A
         raise ValueError(
             f"{name}: datasets cannot load it ({shown(reason, 300)}); give a JSONL file, a folder or a hub name"
         ) from None
-    splits = loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    splits = loaded if isinstance(loaded, dict) else {str(loaded.split or ""): loaded}
     if not split and len(splits) > 1:
-        first = next(iter(splits))
-        logger.warning(
-            "%s has splits %s: %r is used; another is named as in %s:%s", name, [*splits], first, name, first
-        )
+        first, other, *_ = splits
+        logger.warning("%s has splits %s: %r is used; name another as %s:%s", name, [*splits], first, name, other)
     if split and split not in splits:
-        raise ValueError(f"{name}:{split}: no such split; there are {', '.join(splits)}")
+        raise ValueError(f"{name}:{split}: no such split; there are {', '.join(filter(None, splits)) or 'none'}")
     rows = (splits[split] if split else next(iter(splits.values()))).with_format("arrow")
     # No picture is read here: one that nobody asks for costs nothing, and a bad one is named where it is asked for.
     number = itertools.count()
@@ -351,7 +349,10 @@ def _meant(value: Any) -> Any:
 
 def _first(entry: dict[str, Any], *names: str) -> Any:
     """Give the first of the keys that has a value."""
-    return next((value for name in names if (value := _meant(entry.get(name))) is not None), None)
+    for name in names:
+        if (value := entry.get(name)) is not None and (value := _meant(value)) is not None:
+            return value
+    return None
 
 
 def _word(value: Any) -> str | None:
@@ -398,9 +399,10 @@ def _sample(entry: Any, folder: Path, where: str) -> Sample:
         "" if kind is None else _required(_word(kind), where, "kind", kind),
         where,
     )
-    for part in (found.id, found.text, found.kind, *found.answers):
-        if isinstance(part, str) and not _encodable(part):
-            raise BadSample(f"{where}: {_shown(part)} holds half of a surrogate pair, must be text; write it as UTF-8")
+    parts = [str(found.id), found.text, found.kind, *found.answers]
+    if not _encodable("".join(parts)):
+        part = next(part for part in parts if not _encodable(part))
+        raise BadSample(f"{where}: {_shown(part)} holds half of a surrogate pair, must be text; write it as UTF-8")
     return found
 
 

@@ -237,7 +237,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _ranged(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     """Bring integers or floats to 8 bits by their range."""
-    lowest, highest = values.min(), values.max()
+    lowest, highest = float(values.min()), float(values.max())
     if not (np.isfinite(lowest) and np.isfinite(highest) and lowest >= 0 and highest <= 65_535):
         raise BadPicture(
             f"{name} has values from {lowest:g} to {highest:g}, must be in 0..1 (floats), 0..255 or 0..65535: "
