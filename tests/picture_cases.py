@@ -31,18 +31,18 @@ def file(image, kind, orientation=None, **options):
     return buffer.getvalue()
 
 
-def png_of_16_bits(values, clear):
-    """A PNG of 16-bit grey with one value that is transparent, which Pillow reads and does not write."""
+def png_of_16_bits(values):
+    """A PNG of 16 bits whose value at the top left is transparent, which Pillow reads and does not write."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    height, width = values.shape
+    height, width, *colours = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0))
-        + chunk(b"tRNS", struct.pack(">H", clear))
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2 if colours else 0, 0, 0, 0))
+        + chunk(b"tRNS", values[0, 0].astype(">u2").tobytes())
         + chunk(b"IDAT", zlib.compress(rows))
         + chunk(b"IEND", b"")
     )
@@ -112,7 +112,8 @@ CASES = {
     "alpha, webp": (file(RGBA, "WEBP", lossless=True, exact=True), SHOWN_ON_WHITE),
     "grey alpha": (file(LA, "PNG"), on_white(np.repeat(COLOURS[..., :1], 3, 2), ALPHA)),
     "16 bits": (file(Image.fromarray(DEEP), "PNG"), EIGHTH),
-    "16 bits, one clear": (png_of_16_bits(DEEP, int(DEEP[0, 3])), np.where(DEEP[0, 3] == DEEP, 255, EIGHTH)),
+    "16 bits, one clear": (png_of_16_bits(DEEP), np.where(DEEP == DEEP[0, 0], 255, EIGHTH)),
+    "colours of 16 bits, one clear": (png_of_16_bits(COLOURS.astype(np.uint16) * 257), of_clear_colour(RGB)),
     "16 bits, tiff": (file(Image.fromarray(DEEP), "TIFF"), EIGHTH),
     "16 bits, big-endian": (file(Image.frombytes("I;16B", SIZE, DEEP.astype(">u2").tobytes()), "TIFF"), EIGHTH),
     "16 bits, turned": (file(Image.fromarray(DEEP), "TIFF", 3), EIGHTH[::-1, ::-1]),

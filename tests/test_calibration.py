@@ -475,6 +475,16 @@ def test_a_split_is_chosen_by_its_name(two_splits, kind, caplog, tmp_path, monke
         load_samples(f"{data}:validation")
 
 
+def test_a_split_of_a_hub_name_is_chosen_too(two_splits, monkeypatch):
+    import datasets
+
+    asked = []
+    loaded = datasets.load_from_disk(str(two_splits / "saved"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: asked.append(name) or loaded)
+    assert [s.text for s in load_samples("org/name:test", skip_bad=True)] == ["test"]
+    assert asked == ["org/name"]
+
+
 def test_what_is_there_goes_before_a_split_and_a_file_has_none(two_splits, folder):
     assert [s.text for s in load_samples(two_splits / "with:colon", samples=1, skip_bad=True)] == ["test"]
     with pytest.raises(ValueError, match="train: no such split; there are none"):

@@ -49,7 +49,7 @@ class Sample:
 
     id: str | int
     text: str
-    image: Path | str | bytes | InDataset | Image.Image
+    image: Path | str | bytes | InDataset | Image.Image | np.ndarray[Any, Any]
     answers: tuple[str, ...] = ()
     kind: str = ""
     where: str = ""
