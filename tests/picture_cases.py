@@ -112,7 +112,7 @@ CASES = {
     "alpha, webp": (file(RGBA, "WEBP", lossless=True, exact=True), SHOWN_ON_WHITE),
     "grey alpha": (file(LA, "PNG"), on_white(np.repeat(COLOURS[..., :1], 3, 2), ALPHA)),
     "16 bits": (file(Image.fromarray(DEEP), "PNG"), EIGHTH),
-    "16 bits, one clear": (png_of_16_bits(DEEP), np.where(DEEP == DEEP[0, 0], 255, EIGHTH)),
+    "16 bits, one clear": (png_of_16_bits(DEEP), np.where(DEEP[0, 0] == DEEP, 255, EIGHTH)),
     "colours of 16 bits, one clear": (png_of_16_bits(COLOURS.astype(np.uint16) * 257), of_clear_colour(RGB)),
     "16 bits, tiff": (file(Image.fromarray(DEEP), "TIFF"), EIGHTH),
     "16 bits, big-endian": (file(Image.frombytes("I;16B", SIZE, DEEP.astype(">u2").tobytes()), "TIFF"), EIGHTH),

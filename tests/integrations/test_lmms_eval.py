@@ -14,7 +14,6 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.tasks import TaskManager
-from picture_cases import CASES, require_shown
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -22,6 +21,7 @@ import fitprune
 from fitprune import PruningRecipe, embedded, evaluate, fit, load_samples, make_batches, measure, prune
 from fitprune.integrations.lmms_eval import FitPrune, _generation, _loaded
 from fitprune.integrations.lmms_eval_tasks import folder
+from picture_cases import CASES, require_shown
 
 COUNT = 64  # questions compared
 DATA = Path(fitprune.__file__).parent / "data"
