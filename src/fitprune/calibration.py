@@ -159,7 +159,7 @@ def _drawn(total: int, count: int, seed: int) -> Iterable[int]:
     draw = random.Random(seed)
     first = draw.sample(range(total), count)
     yield from first
-    others = list(set(range(total)).difference(first))
+    others = sorted(set(range(total)).difference(first))
     draw.shuffle(others)
     yield from others
 

@@ -513,7 +513,7 @@ def _parser() -> argparse.ArgumentParser:
     def add_data(made: argparse._ActionsContainer, required: bool = True) -> None:
         made.add_argument(
             "--data", required=required, nargs="+", help="question JSONL, LLaVA JSON, dataset folders or hub names, "
-            "a split as NAME:SPLIT; embedded are digit-scenes/calibration, digit-scenes/test and the same of digit-details",
+            "a split as NAME:SPLIT; embedded: digit-scenes/calibration, digit-scenes/test, the same of digit-details",
         )  # fmt: skip
         made.add_argument("--image-folder", help="where the images' names begin (default: beside the data)")
         made.add_argument("--samples", type=_positive, help="draw so many samples of each (default: all)")
