@@ -453,13 +453,12 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _samples(args: argparse.Namespace) -> dict[str, Any]:
     """Read every --data: its name -> its samples."""
-    from fitprune import embedded
     from fitprune.calibration import load_samples
 
     if len(set(args.data)) < len(args.data):
         raise ValueError(f"--data {' '.join(args.data)}: one stands twice")
     options = {"samples": args.samples, "seed": args.seed, "skip_bad": args.skip_bad}
-    return {name: load_samples(embedded.resolve(name), args.image_folder, **options) for name in args.data}
+    return {name: load_samples(name, args.image_folder, **options) for name in args.data}
 
 
 def _parser() -> argparse.ArgumentParser:
