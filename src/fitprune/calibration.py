@@ -200,12 +200,12 @@ def _entries(name: str) -> tuple[Path, Iterable[tuple[str, Any]]]:
     path = Path(embedded.resolve(name))
     if split and os.path.isfile(path / split / "metadata.jsonl"):
         path, split = path / split, ""
-    if not split and os.path.isfile(path / "metadata.jsonl"):
+    if os.path.isfile(path / "metadata.jsonl"):
         path = path / "metadata.jsonl"  # an image folder in the datasets sense reads without datasets too
     if not os.path.isfile(path):
         return path, _dataset_entries(path, name, split)
     if split:
-        raise ValueError(f"{name}:{split}: a file has no splits; name {name}")
+        raise ValueError(f"{name}:{split}: {path.name} has no splits; name {name}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
