@@ -1,5 +1,6 @@
 """Data as users have it, and every way it can be broken."""
 
+import dataclasses
 import json
 import random
 import re
@@ -8,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fitprune import calibration, embedded, load_samples, make_batches
+from fitprune import calibration, embedded, evaluate, load_samples, make_batches
 from fitprune.batches import format_prompt
 from fitprune.calibration import BadSample, Sample
 from fitprune.pictures import load_picture
@@ -525,3 +526,12 @@ def test_embedded_data_has_its_name_in_python_too(tmp_path, monkeypatch):
     assert embedded.resolve("digit-scene") == "digit-scene"
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_samples("x" * 5000 + ".jsonl")
+
+
+def test_a_whole_number_as_id_stays_one_in_the_journal_and_in_the_answers(tmp_path, processor):
+    model = AutoModelForImageTextToText.from_pretrained(embedded.folder("model")).eval()
+    samples = [dataclasses.replace(s, id=n) for n, s in enumerate(load_samples("digit-scenes/test")[:2])]
+    options = {"journal": tmp_path / "answers.jsonl", "timed_batches": 0, "batch_size": 2, "max_new_tokens": 2}
+    for _ in range(2):  # the second goes on from the first's journal
+        found = evaluate(model, processor, samples, {}, **options).answers
+        assert [(answer["id"], type(answer["id"])) for answer in found] == [(0, int), (1, int)]
