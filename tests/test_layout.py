@@ -23,6 +23,8 @@ LAYERS = [
         "kernels",
         "host",
         "metrics",
+        "embedded",
+        "pictures",
     },
     {
         "recipe",
@@ -32,7 +34,6 @@ LAYERS = [
         "selection",
         "stats",
         "calibration",
-        "embedded",
         "adapters",
         "models",
         "profiles",

@@ -1,25 +1,33 @@
 """Calibration and test data as users have it.
 
 Reads the FitPrune authors' question JSONL, LLaVA's instruction JSON and Hugging Face datasets; every bad entry is named
-with its line. Knows no models.
+with its line. Values are read by what they mean: 3.0 is "3", and null, NaN and a missing key are one. Knows no models.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
+import itertools
 import json
 import logging
+import math
 import os
 import random
+import re
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from fitprune import embedded
+from fitprune.pictures import BadPicture, InDataset, load_picture, located, shown
 
 logger = logging.getLogger(__name__)
+
+_NO_IMAGE = "'image' is {}, must be one file name (or 'file_name')"
 
 
 class BadSample(ValueError):
@@ -27,73 +35,38 @@ class BadSample(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class InDataset:
-    """An image file inside a Hugging Face dataset, read when it is asked for: all of them may not fit into memory.
-
-    Attributes:
-        dataset: the dataset, whose column "image" is not decoded.
-        row: its number there.
-    """
-
-    dataset: Any
-    row: int
-
-    def read(self) -> bytes:
-        """Give the file's bytes."""
-        found: bytes = self.dataset[self.row]["image"]["bytes"]
-        return found
-
-
-@dataclasses.dataclass(frozen=True)
 class Sample:
     """One image with one question.
 
     Attributes:
-        id: `question_id`, `id` or the entry's number.
+        id: `question_id`, `id` or where the entry is; a whole number stays one, as files of answers need it.
         text: the question, without image token and without prompt format.
-        image: path of the image file; its bytes, its place in a dataset, or the image itself.
+        image: path of the image file; whatever else `fitprune.pictures.load_picture` reads.
         answers: accepted answers; empty where the data has none.
         kind: a label that results are grouped by ("" where the data has none).
         where: file and line, for messages.
     """
 
-    id: str
+    id: str | int
     text: str
-    image: Path | bytes | InDataset | Image.Image
+    image: Path | str | bytes | InDataset | Image.Image | np.ndarray[Any, Any]
     answers: tuple[str, ...] = ()
     kind: str = ""
     where: str = ""
 
     def load_image(self) -> Image.Image:
-        """Decode the image as RGB.
+        """Decode the image as RGB, as a viewer shows it (`fitprune.pictures` has the rules).
 
         Raises:
             BadSample: the file is missing, no image, truncated, animated, a single pixel, or a decompression bomb.
         """
-        name = self.image if isinstance(self.image, Path) else "its image"
-        if isinstance(self.image, Path) and not self.image.is_file():
-            raise BadSample(f"{self.where}: image {name} does not exist; check --image-folder")
         try:
-            if isinstance(self.image, Image.Image):
-                opened = self.image
-            else:
-                held = self.image.read() if isinstance(self.image, InDataset) else self.image
-                opened = Image.open(io.BytesIO(held) if isinstance(held, bytes) else held)
-            # A phone's MPO holds a second view of the same picture; the first is what is shown.
-            if (frames := getattr(opened, "n_frames", 1)) > 1 and opened.format != "MPO":
-                raise BadSample(f"{self.where}: {name} is animated ({frames} frames); save the frame that is meant")
-            if min(opened.size) < 2:
-                size = "x".join(map(str, opened.size))
-                raise BadSample(f"{self.where}: {name} is {size} pixels: too small to show anything")
-            if opened.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
-                opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
-            return opened.convert("RGB")
-        except BadSample:
-            raise
-        except UnidentifiedImageError:
-            raise BadSample(f"{self.where}: {name} is not an image file") from None
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise BadSample(f"{self.where}: {name} cannot be decoded ({error})") from None
+            return load_picture(self.image)
+        except BadPicture as error:
+            of_data = self.where and not self.where.startswith("--")  # an option names its image itself
+            missing = isinstance(self.image, Path) and not os.path.exists(self.image)
+            hint = "; check --image-folder" if of_data and missing else ""
+            raise BadSample(f"{self.where}: {error}{hint}".removeprefix(": ")) from None
 
 
 def load_samples(
@@ -108,56 +81,87 @@ def load_samples(
 
     Formats, told apart by content: JSONL with a question a line (`question_id`, `image` or `file_name`, `text`, and
     optionally `answer` (string or list), `kind`); LLaVA's instruction JSON (a list of `id`, `image`, `conversations`;
-    the first question and its answer are used); a folder or hub name that `datasets` loads (columns `image` and `text`
-    or `question`, optionally `answer` or `answers`).
+    the first question and its answer are used, and entries of text alone are left out, with a count); a folder or hub
+    name that `datasets` loads (columns `image` and `text` or `question`, optionally `answer` or `answers`), with its
+    split as `name:split`. docs/data.md has all keys and what may stand in them.
 
     Args:
-        data: the file, folder or name.
+        data: the file, folder or name, also of embedded data.
         image_folder: where relative image paths begin; by default the data file's folder.
         samples: take so many, drawn without replacement; all by default, in the data's order.
         seed: seed of the draw.
-        skip_bad: leave bad entries out, with a warning and a count, instead of raising. Images are decoded to see.
+        skip_bad: leave bad entries out, with a warning and a count, instead of raising. Images are decoded to see: all
+            of them, or those of a draw, where others are drawn for bad ones.
 
     Raises:
         FileNotFoundError: there is no such file.
         BadSample: an entry is broken, with its file and line; not with `skip_bad`.
-        ValueError: no sample is left, or `samples` is below 1 or more than there are.
+        ValueError: no sample is left, there is no such split, or `samples` is below 1 or more than there are.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples={samples}: must be at least 1")
-    path = Path(data)
-    if (path / "metadata.jsonl").is_file():  # an image folder in the datasets sense reads without datasets too
-        path = path / "metadata.jsonl"
-    if path.is_file():
-        entries: Iterable[tuple[str, Any]] = _file_entries(path)
-    else:
-        entries = _dataset_entries(path, str(data))
-    folder = Path(image_folder) if image_folder is not None else path.parent if path.is_file() else path
-    if image_folder is not None and not folder.is_dir():
+    path, entries = _entries(os.fspath(data))
+    folder = Path(image_folder) if image_folder is not None else path.parent if os.path.isfile(path) else path
+    if not (image_folder is None or os.path.isdir(folder)):
         raise FileNotFoundError(2, f"image folder {folder} does not exist")
 
-    bad: list[str] = []
     found: list[Sample] = []
-    for where, entry in entries:
+    without: list[str] = []  # where entries of text alone are
+    bad = 0
+
+    def skip(error: BadSample) -> None:
+        nonlocal bad
+        if not skip_bad:
+            raise error
+        logger.warning("skipped: %s", error)
+        bad += 1
+
+    def usable(sample: Sample) -> bool:
         try:
-            sample = _sample(entry, folder, where)
-            if skip_bad:
-                sample.load_image()  # what cannot be decoded must be known before the draw
-            found.append(sample)
+            sample.load_image()
         except BadSample as error:
-            if not skip_bad:
-                raise
-            logger.warning("skipped: %s", error)
-            bad.append(str(error))
+            skip(error)
+            return False
+        return True
+
+    for where, entry in entries:
+        if _is_text_alone(entry):
+            without.append(where)
+            continue
+        try:
+            found.append(_sample(entry, folder, where))
+        except BadSample as error:
+            skip(error)
+    if without and not found and not bad:
+        skip(BadSample(f"{without[0]}: {_NO_IMAGE.format(None)}; no entry has an image"))
+    elif without:
+        total = len(without) + len(found) + bad
+        logger.warning("%d of %d entries of %s have no image: left out", len(without), total, data)
+
+    total = len(found) + bad
+    if samples is None or samples <= len(found):
+        places = range(len(found)) if samples is None else _drawn(len(found), samples, seed)
+        good = (place for place in places if not skip_bad or usable(found[place]))
+        found = [found[place] for place in sorted(itertools.islice(good, samples))]
     if bad:
-        logger.warning("%d of %d entries of %s skipped", len(bad), len(bad) + len(found), data)
+        logger.warning("%d of %d entries of %s skipped", bad, total, data)
     if not found:
-        raise ValueError(f"{data}: no usable sample in it ({len(bad)} skipped); there must be at least one")
-    if samples is None:
-        return found
-    if samples > len(found):
-        raise ValueError(f"samples={samples}: {data} has only {len(found)} usable ones; ask for that or fewer")
-    return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), samples))]
+        raise ValueError(f"{data}: no usable sample in it ({bad} skipped); there must be at least one")
+    if samples is not None and samples > len(found):
+        raise ValueError(
+            f"samples={samples}: {data} has only {len(found)} usable ones; ask for fewer, or leave it out for all"
+        )
+    return found
+
+
+def _drawn(total: int, count: int, seed: int) -> Iterable[int]:
+    """Draw `count` places without replacement, and after them the others, in random order, to stand in for bad ones."""
+    draw = random.Random(seed)
+    first = draw.sample(range(total), count)
+    yield from first
+    others = sorted(set(range(total)).difference(first))
+    draw.shuffle(others)
+    yield from others
 
 
 def recombined(samples: Sequence[Sample], times: int, *, seed: int = 0) -> list[Sample]:
@@ -186,32 +190,120 @@ def recombined(samples: Sequence[Sample], times: int, *, seed: int = 0) -> list[
     return found
 
 
-def _file_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Give (where, entry) for a JSONL file or a JSON list; a broken line is an entry that is an exception."""
+def _entries(name: str) -> tuple[Path, Iterable[tuple[str, Any]]]:
+    """Give the file or folder of the data, and (where, entry) for each entry; a broken line is one, as an exception."""
+    split = ""
+    if not os.path.exists(name) and (named := re.fullmatch(r"(.+):([\w.-]+)", name)):
+        name, split = named.groups()
+    if "://" in name:
+        raise ValueError(f"{shown(name)}: is a URL, must be a file, a folder or a hub name; download it")
+    path = Path(embedded.resolve(name))
+    if split and os.path.isfile(path / split / "metadata.jsonl"):
+        path, split = path / split, ""
+    if os.path.isfile(path / "metadata.jsonl"):
+        path = path / "metadata.jsonl"  # an image folder in the datasets sense reads without datasets too
+    if not os.path.isfile(path):
+        return path, _dataset_entries(path, name, split)
+    if split:
+        raise ValueError(f"{name}:{split}: {path.name} has no splits; name {name}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8 text; must be JSONL or JSON") from None
-    if text.lstrip().startswith("["):
-        try:
-            whole = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BadSample(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-        yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(whole))
-        return
+    start = _skip_space(text, 0)
+    return path, _list_entries(path, text, start + 1) if text[start : start + 1] == "[" else _line_entries(path, text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Any:
+    """Make a JSON object; one that has a key twice is an exception, for whoever asks for it."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    return BadSample(f"has the key {shown(max(names, key=names.count))!r} twice, must have it once")
+
+
+_LONGEST_NUMBER = 400  # digits; Python refuses thousands of them, in the middle of the parse
+_JSON = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_int=lambda text: int(text) if len(text) < _LONGEST_NUMBER else math.inf
+)
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _skip_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found
+    return found.end()
+
+
+def _parsed(text: str, at: int, path: Path, line: int) -> tuple[Any, int]:
+    """Parse one JSON value; gives it and where it ends. Lines count from the text's first, which is `line`."""
+    try:
+        return _JSON.raw_decode(text, _skip_space(text, at))
+    except json.JSONDecodeError as error:
+        raise BadSample(f"{path}:{line - 1 + error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise BadSample(f"{path}:{line + text.count(chr(10), 0, at)}: nested too deeply, must be an entry") from None
+
+
+def _list_entries(path: Path, text: str, at: int) -> Iterator[tuple[str, Any]]:
+    """Give the entries of a JSON list one by one: all of LLaVA's at once take several times their text's memory."""
+    for number in itertools.count():
+        at = _skip_space(text, at)
+        if number == 0 and text[at : at + 1] == "]":
+            return
+        entry, at = _parsed(text, at, path, 1)
+        yield f"{path}, entry {number}", entry
+        at = _skip_space(text, at)
+        if text[at : at + 1] != ",":
+            break
+        at += 1
+    if text[at : at + 1] != "]" or text[at + 1 :].strip():
+        line = text.count("\n", 0, at) + 1
+        raise BadSample(f"{path}:{line}: not JSON (after entry {number} there must be ',', or ']' and the file's end)")
+
+
+def _line_entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Give the entries of JSONL, or of a file that is one object, whether it stands in one line or in many."""
+    try:
+        whole, end = _parsed(text, 0, path, 1)
+        if not text[end:].strip():
+            yield f"{path}:1", _require_entry(whole)
+            return
+    except BadSample:
+        pass  # it is named below, with its line
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            yield f"{path}:{number}", BadSample(f"{path}:{number}: not JSON ({error.msg})")
+            entry, end = _parsed(line, 0, path, number)
+            if line[end:].strip():
+                entry = BadSample("not JSON (Extra data)")
+            yield f"{path}:{number}", entry
+        except BadSample as error:
+            yield f"{path}:{number}", error
 
 
-def _dataset_entries(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+def _require_entry(whole: Any) -> Any:
+    """Say what a file is that holds one object and no entry, as TextVQA's and VizWiz's do."""
+    if not isinstance(whole, dict) or {"image", "file_name", "text", "question", "conversations"} & set(whole):
+        return whole
+    lists = [name for name, value in whole.items() if isinstance(value, list)]
+    keys = shown(", ".join(repr(shown(name, 20)) for name in whole))
+    return BadSample(
+        f"the file is one JSON object with {f'keys {keys}' if whole else 'no keys'}, must be a list of entries or "
+        f"JSONL{f'; save its list {shown(lists[0], 20)!r} as a file of its own' if lists else ''}"
+    )
+
+
+def _dataset_entries(path: Path, name: str, split: str) -> Iterator[tuple[str, Any]]:
     """Give (where, row) of a Hugging Face dataset: saved to disk, an image folder, or a hub name, split or not."""
-    if not path.is_dir() and (path.suffix or path.is_absolute() or name.startswith(".")):
+    if not os.path.isdir(path) and (path.suffix or path.is_absolute() or name.startswith(".")):
         raise FileNotFoundError(2, f"{name}: no such file or folder")
+    if os.path.isfile(path / "config.json"):
+        raise ValueError(f"{name}: is a model's folder, must be data; embedded are {', '.join(embedded.DATA)}")
     try:
         import datasets
     except ImportError:
@@ -222,64 +314,162 @@ def _dataset_entries(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name)
     except Exception as error:  # datasets raises many kinds; all mean that the name does not load
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{name}: datasets cannot load it ({error}); give a JSONL file, a folder or a hub name"
+            f"{name}: datasets cannot load it ({shown(reason, 300)}); give a JSONL file, a folder or a hub name"
         ) from None
-    if isinstance(loaded, dict):
-        splits = list(loaded)
-        if len(splits) > 1:
-            logger.warning("%s has splits %s: %r is used", name, splits, splits[0])
-        loaded = loaded[splits[0]]
-    if isinstance((loaded.features or {}).get("image"), datasets.Image):  # decoded here, where a bad one can be named
-        loaded = loaded.cast_column("image", datasets.Image(decode=False))
-    for number, row in enumerate(loaded):
-        if isinstance(image := row.get("image"), dict) and image.get("bytes"):
-            row = {**row, "image": InDataset(loaded, number)}
-        yield f"{name}, row {number}", row
+    splits = loaded if isinstance(loaded, dict) else {str(loaded.split or ""): loaded}
+    if not split and len(splits) > 1:
+        first, other, *_ = splits
+        logger.warning("%s has splits %s: %r is used; name another as %s:%s", name, [*splits], first, name, other)
+    if split and split not in splits:
+        raise ValueError(f"{name}:{split}: no such split; there are {', '.join(filter(None, splits)) or 'none'}")
+    rows = (splits[split] if split else next(iter(splits.values()))).with_format("arrow")
+    # No picture is read here: one that nobody asks for costs nothing, and a bad one is named where it is asked for.
+    number = itertools.count()
+    for table in rows.iter(batch_size=1000):
+        heavy = [c.name for c in table.schema if c.name in ("image", "file_name") and not _is_text(c.type)]
+        there = {column: table[column].is_valid().to_pylist() for column in heavy}
+        for offset, row in enumerate(table.drop_columns(heavy).to_pylist()):
+            place = next(number)
+            held = {c: InDataset(rows, place, c) if there[c][offset] else None for c in heavy}
+            yield f"{name}, row {place}", {**row, **held}
+
+
+def _is_text(kind: Any) -> bool:
+    return str(kind) in ("string", "large_string", "null")
+
+
+def _meant(value: Any) -> Any:
+    """Give a plain value, None for what stands for a missing one: null, NaN."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _first(entry: dict[str, Any], *names: str) -> Any:
+    """Give the first of the keys that has a value."""
+    for name in names:
+        if (value := entry.get(name)) is not None and (value := _meant(value)) is not None:
+            return value
+    return None
+
+
+def _word(value: Any) -> str | None:
+    """Write text or a number as people do, a whole float without its point; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _is_text_alone(entry: Any) -> bool:
+    """Whether it is an entry of LLaVA's instruction JSON that has no image, as ShareGPT's in the mix of 665k."""
+    return (
+        isinstance(entry, dict)
+        and _first(entry, "conversations") is not None
+        and _first(entry, "image", "file_name") is None
+    )
 
 
 def _sample(entry: Any, folder: Path, where: str) -> Sample:
     """Make a sample of one entry in any of the formats."""
     if isinstance(entry, BadSample):
-        raise entry
+        raise entry if str(entry).startswith(where) else BadSample(f"{where}: {entry}")
     if not isinstance(entry, dict):
         raise BadSample(f"{where}: is a JSON {type(entry).__name__}, must be an object with an image and a text")
-    image = entry.get("image", entry.get("file_name"))
+    text, answer = _first(entry, "text", "question"), _first(entry, "answer", "answers")
+    if answer is None and isinstance(entry.get("label"), str):  # POPE's; a number is a class
+        answer = entry["label"]
+    if (turns := _first(entry, "conversations")) is not None:
+        text, answer = _first_exchange(turns, where)
+    question = text.replace("<image>", "").strip() if isinstance(text, str) else ""
+    if not question:
+        raise BadSample(f"{where}: 'text' is {_shown(text)}, must be a question (or 'question', or 'conversations')")
+    kind = _first(entry, "kind")
+    if kind is None and isinstance(entry.get("category"), str):  # POPE's
+        kind = entry["category"]
+    number = _first(entry, "question_id", "id")
+    found = Sample(
+        where if number is None else _id(number, where),
+        question,
+        _image(entry, folder, where),
+        _accepted(answer, where),
+        "" if kind is None else _required(_word(kind), where, "kind", kind),
+        where,
+    )
+    parts = [str(found.id), found.text, found.kind, *found.answers]
+    if not _encodable("".join(parts)):
+        part = next(part for part in parts if not _encodable(part))
+        raise BadSample(f"{where}: {_shown(part)} holds half of a surrogate pair, must be text; write it as UTF-8")
+    return found
+
+
+def _image(entry: dict[str, Any], folder: Path, where: str) -> Any:
+    """Give what `load_picture` reads: a path under the folder, or the image where the entry holds it itself."""
+    image = value = _first(entry, "image", "file_name")
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if isinstance(image, dict):  # how datasets holds an image that is not decoded
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str) and image:
-        image = folder / image
-    elif not isinstance(image, (bytes, InDataset, Image.Image)):
-        raise BadSample(f"{where}: 'image' is {image!r}, must be one file name (or 'file_name')")
-    text, answer = entry.get("text", entry.get("question")), entry.get("answer", entry.get("answers"))
-    if "conversations" in entry:
-        text, answer = _first_exchange(entry["conversations"], where)
-    if not isinstance(text, str) or not text.strip():
-        raise BadSample(f"{where}: 'text' is {text!r}, must be a question (or 'question', or 'conversations')")
-    answers = [] if answer is None else answer if isinstance(answer, list) else [answer]
-    if not all(isinstance(a, (str, int, float)) and not isinstance(a, bool) for a in answers):
-        raise BadSample(f"{where}: 'answer' is {answer!r}, must be a string or a list of strings")
-    number = entry.get("question_id", entry.get("id", where))
-    return Sample(
-        str(number),
-        text.replace("<image>", "").strip(),
-        image,
-        tuple(str(a) for a in answers),
-        str(entry.get("kind") or ""),
-        where,
-    )
+        try:
+            return located(image, folder)
+        except BadPicture as error:
+            raise BadSample(f"{where}: {error}") from None
+    if isinstance(image, InDataset):
+        return dataclasses.replace(image, folder=folder)
+    if not isinstance(image, (bytes, Image.Image)):
+        raise BadSample(f"{where}: {_NO_IMAGE.format(_shown(value))}")
+    return image
 
 
-def _first_exchange(conversations: Any, where: str) -> tuple[str, str | None]:
-    """Take the first question, its image marker cut out, and its answer from LLaVA's conversation form."""
+def _accepted(answer: Any, where: str) -> tuple[str, ...]:
+    """Give the accepted answers: of text or a number, or of several, also as VQA has them, {"answer": ...} for each."""
+    answers = answer if isinstance(answer, list) else [answer]
+    answers = [value["answer"] if isinstance(value, dict) and "answer" in value else value for value in answers]
+    if len(answers) == 1 and isinstance(answers[0], list):
+        answers = answers[0]
+    there = [value for value in map(_meant, answers) if value is not None]
+    words = [_required(_word(value), where, "answer", answer) for value in there]
+    return tuple(word for word in words if word.strip())
+
+
+def _id(number: Any, where: str) -> str | int:
+    word = _required(_word(number), where, "question_id", number)
+    return word if isinstance(number, str) or not word.removeprefix("-").isdecimal() else int(word)
+
+
+def _required(word: str | None, where: str, name: str, value: Any) -> str:
+    if word is None:
+        several = " or a list of strings" if name == "answer" else ""
+        raise BadSample(f"{where}: {name!r} is {_shown(value)}, must be a string or a finite number{several}")
+    return word
+
+
+def _encodable(text: str) -> bool:
     try:
-        turns = [(turn["from"], str(turn["value"])) for turn in conversations]
-        question = next(value for speaker, value in turns if speaker == "human")
-        answer = next((value for speaker, value in turns if speaker == "gpt"), None)
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    """Write a value of the data for a message; reprlib goes neither deep nor far."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    return shown(short.repr(value), 80)
+
+
+def _first_exchange(conversations: Any, where: str) -> tuple[str, Any]:
+    """Take the first question and its answer from LLaVA's conversation form."""
+    try:
+        question = next(turn["value"] for turn in conversations if turn["from"] == "human")
+        answer = next((turn["value"] for turn in conversations if turn["from"] == "gpt"), None)
+        if isinstance(question, str):
+            return question, answer
     except (TypeError, KeyError, StopIteration):
-        raise BadSample(
-            f"{where}: 'conversations' must be a list of {{'from': 'human'|'gpt', 'value': text}}"
-        ) from None
-    return question, answer
+        pass
+    raise BadSample(f"{where}: 'conversations' must be a list of {{'from': 'human'|'gpt', 'value': text}}")

@@ -464,13 +464,12 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _samples(args: argparse.Namespace) -> dict[str, Any]:
     """Read every --data: its name -> its samples."""
-    from fitprune import embedded
     from fitprune.calibration import load_samples
 
     if len(set(args.data)) < len(args.data):
         raise ValueError(f"--data {' '.join(args.data)}: one stands twice")
     options = {"samples": args.samples, "seed": args.seed, "skip_bad": args.skip_bad}
-    return {name: load_samples(embedded.resolve(name), args.image_folder, **options) for name in args.data}
+    return {name: load_samples(name, args.image_folder, **options) for name in args.data}
 
 
 def _usable(args: argparse.Namespace, samples: list[Any], processor: Any, model: Any) -> list[Any]:
@@ -532,8 +531,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_data(made: argparse._ActionsContainer, required: bool = True) -> None:
         made.add_argument(
-            "--data", required=required, nargs="+", help="question JSONL, LLaVA JSON, dataset folders or hub names; "
-            "embedded are digit-scenes/calibration, digit-scenes/test and the same of digit-details",
+            "--data", required=required, nargs="+", help="question JSONL, LLaVA JSON, dataset folders or hub names, "
+            "a split as NAME:SPLIT; embedded: digit-scenes/calibration, digit-scenes/test, the same of digit-details",
         )  # fmt: skip
         made.add_argument("--image-folder", help="where the images' names begin (default: beside the data)")
         made.add_argument("--samples", type=_positive, help="draw so many samples of each (default: all)")

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
+import os
+import re
 from pathlib import Path
 
 MODEL = "digit-scenes"
-DATA = tuple(f"{name}/{part}" for name in ("digit-scenes", "digit-details") for part in ("calibration", "test"))
+FAMILIES = ("digit-scenes", "digit-details")
+DATA = tuple(f"{name}/{part}" for name in FAMILIES for part in ("calibration", "test"))
 
 
 def resolve(name: str) -> str:
-    """Turn the name of the embedded model or of embedded data (`MODEL`, `DATA`) into a folder; other names stay."""
-    if (name != MODEL and name not in DATA) or Path(name).exists():
+    """Turn the name of the embedded model or of embedded data (`MODEL`, `DATA`) into a folder; other names stay.
+
+    Raises:
+        ValueError: the name is nearly an embedded one, and nothing of that name is there.
+    """
+    if os.path.exists(name):
         return name
     family, _, part = name.partition("/")
-    return str(folder(part or "model", family))
+    if name == MODEL or name in DATA:
+        return str(folder(part or "model", family))
+    if difflib.get_close_matches(re.split("[/:]", name)[0].lower(), FAMILIES, cutoff=0.8):
+        near = difflib.get_close_matches(name.lower(), (MODEL, *DATA), n=1, cutoff=0)
+        raise ValueError(
+            f"{name}: no such file or folder; did you mean {near[0]}? Embedded are the model {MODEL} and the data "
+            f"{', '.join(DATA)}"
+        )
+    return name
 
 
 def folder(part: str, family: str = MODEL) -> Path:

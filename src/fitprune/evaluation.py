@@ -234,7 +234,8 @@ def _sound(record: Record) -> bool:
         and all(isinstance(said[name], str) and isinstance(divergence[name], float) for name in said)
         and isinstance(sizes, list)
         and len(sizes) == 4
-        and all(isinstance(record.get(name), str) for name in ("task", "id", "kind", "question"))
+        and all(isinstance(record.get(name), str) for name in ("task", "kind", "question"))
+        and isinstance(record.get("id"), (str, int))
         and isinstance(record.get("accepted"), list)
     )
 

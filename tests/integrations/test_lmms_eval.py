@@ -21,8 +21,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import fitprune
 from fitprune import PruningRecipe, embedded, evaluate, fit, load_samples, make_batches, measure, prune
-from fitprune.integrations.lmms_eval import FitPrune, _generation
+from fitprune.integrations.lmms_eval import FitPrune, _generation, _loaded
 from fitprune.integrations.lmms_eval_tasks import folder
+from picture_cases import CASES, require_shown
 
 COUNT = 64  # questions compared
 DATA = Path(fitprune.__file__).parent / "data"
@@ -100,6 +101,13 @@ def picture(number):
 
 def words(text):
     return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pictures_are_what_is_shown_whether_a_task_gives_an_image_or_a_file(name, tmp_path):
+    (tmp_path / "a").write_bytes(CASES[name][0])
+    require_shown(_loaded(str(tmp_path / "a")), name)
+    require_shown(_loaded(Image.open(tmp_path / "a")), name)
 
 
 def test_lmms_eval_finds_the_model_by_its_entry_point():

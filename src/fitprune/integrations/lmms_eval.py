@@ -31,6 +31,7 @@ from fitprune.fitting import Fitter, checked_budget
 from fitprune.inputs import to_model
 from fitprune.loading import DTYPES, load_model
 from fitprune.measurement import measure
+from fitprune.pictures import load_picture
 from fitprune.processes import Processes
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
@@ -300,8 +301,7 @@ def _text_or_image(part: Any) -> dict[str, str]:
 
 
 def _loaded(image: Any) -> Image.Image:
-    opened = image if isinstance(image, Image.Image) else Image.open(image)
-    return opened.convert("RGB")
+    return load_picture(image)
 
 
 def _generation(task: Mapping[str, Any]) -> dict[str, Any]:
