@@ -176,6 +176,7 @@ def make_batches(
     prompt_template: str | None = None,
     processes: Processes | None = None,
     model: Any = None,
+    skip_bad: bool = False,
 ) -> Iterator[Mapping[str, Any]]:
     """Turn samples into the processor's batches, padded on the left, in order.
 
@@ -187,13 +188,14 @@ def make_batches(
         processes: those that share the batches, as in `fitprune.measure`. A batch of another process is not made: it
             comes as an empty mapping, so that batches keep their numbers.
         model: refuse samples with more tokens than it has positions; None knows no limit.
+        skip_bad: leave out what cannot be used, as `usable` does before the first batch, instead of raising.
 
     Yields:
         `input_ids`, `attention_mask`, `pixel_values`, ... as the model takes them.
 
     Raises:
         ValueError: `batch_size` below 1, an argument of another type, or a template that forms no prompt.
-        BadSample: an image that cannot be read, or a sample that the processor refuses (`usable` leaves those out).
+        BadSample: an image that cannot be read, or a sample that the processor refuses; not with `skip_bad`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
@@ -204,6 +206,8 @@ def make_batches(
     if isinstance(samples, Sequence):
         samples = list(_checked(samples))
     format_prompt(processor, "question", prompt_template)  # a template's own fault is found before the first sample
+    if skip_bad:
+        samples = usable(samples, processor, prompt_template=prompt_template, model=model)
     return (
         _batch(chunk, processor, prompt_template, model) if processes is None or processes.has(number) else {}
         for number, chunk in enumerate(_chunks(_checked(samples), batch_size))
