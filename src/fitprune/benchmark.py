@@ -204,7 +204,7 @@ def time_recipes(
     for name, recipe in recipes.items():
         blocks[name] = _pruned(model, recipe, watches[name])
     found: dict[str, list[_Run]] = {name: [] for name in blocks}
-    for turn in tqdm(range(rounds + 1), desc="benchmark", unit="round", disable=not progress):
+    for turn in tqdm(range(rounds + 1), desc="benchmark", unit="round", disable=not progress or None):
         if profiler is not None:
             profiler.begin(removal=turn == 0)  # no part of the ideal
         first = turn % len(blocks)  # who follows whom leaves traces in caches: another one begins each round

@@ -21,7 +21,7 @@ MOST_VALUES = 2_500_000  # of a JSON text: a small number takes 8 bytes, an empt
 
 STATISTICS, RECIPE, RESULTS, PROFILE = "statistics", "a recipe", "results", "a latency profile"
 TIMES, ANALYSIS, REPORT, JOURNAL = "times of a benchmark", "an analysis", "a report", "a journal of answers"
-RESULT_TIMES = "times of an evaluation"
+RESULT_TIMES, IMAGE = "times of an evaluation", "an image"
 _MAKERS = {STATISTICS: "measure", RECIPE: "fit", RESULTS: "evaluate", PROFILE: "profile"}
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
@@ -36,26 +36,26 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
     with open(path, "rb") as file:
         read = file.read(most + 1)
     if len(read) > most:
-        raise ValueError(f"larger than {most >> 20} MB, the most that is read")
+        raise ValueError(f"too large: more than {most >> 20} MB")
     try:
         return read.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"no text: byte {error.start} is no UTF-8") from None
 
 
-def parse_json(text: str, **hooks: Callable[[Any], Any]) -> Any:
+def parse_json(text: str, **hooks: Any) -> Any:
     """Parse JSON of at most MOST_VALUES values.
 
     Args:
         text: what to parse.
-        hooks: of `json.loads`.
+        hooks: `json.loads`'s.
 
     Raises:
         ValueError: it is no JSON, nested too deeply, or holds more.
     """
     # From above: what it takes in memory, in about that of a number in a list.
     if text.count(",") + 2 * text.count(":") + 8 * (text.count("[") + text.count("{")) > MOST_VALUES:
-        raise ValueError(f"holds more than {MOST_VALUES:,} values, the most that is read")
+        raise ValueError(f"too large: more than {MOST_VALUES:,} values")
     try:
         return json.loads(text, **hooks)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -87,7 +87,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
                 ours = str(found.get("format")).startswith("fitprune-stats-")
                 return STATISTICS if ours else "a safetensors file"
         if head.startswith(_IMAGES) or head[8:12] == b"WEBP":
-            return "an image"
+            return IMAGE
         if head.lower().startswith(b"<!doctype html>") and b"fitprune" in head:
             return REPORT
         if head.startswith(b'{"run": '):
@@ -137,19 +137,18 @@ def claim(path: str | os.PathLike[str], kind: str, *, overwrite: bool = False) -
         overwrite: replace whatever file is there.
 
     Returns:
-        ", which was replaced" for the line that says what was written, where a file is there; else "".
+        ", which replaced the one there" for the line that says what was written, where a file is there; else "".
 
     Raises:
-        FileExistsError: a file of another kind is there.
+        ValueError: a file of another kind is there.
         OSError: as for `replacing`.
     """
     require_writable(path)
     if not os.path.exists(path) or not os.path.getsize(path):
         return ""
     if not overwrite and (found := kind_of(path)) != kind:
-        raise FileExistsError(
-            17, f"{path} is {found or 'no file of fitprune'}: {kind} would replace it; choose another output or pass --overwrite"
-        )
+        what = found or "no file of fitprune"
+        raise ValueError(f"{path} is {what}: choose another output for {kind}, or pass --overwrite")
     return ", which replaced the one there"
 
 
@@ -162,17 +161,15 @@ def claim_folder(folder: str | os.PathLike[str], ours: Callable[[Path], bool], *
         overwrite: take it whatever it holds.
 
     Raises:
-        FileExistsError: it holds something else.
-        OSError: it is a file, or cannot be read.
+        ValueError: it is a file, or holds something else.
+        OSError: it cannot be read.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(20, f"{folder} is a file: name a folder")
+        raise ValueError(f"{folder} is a file: name a folder")
     held = [] if overwrite or not path.exists() else sorted(path.iterdir())
     if foreign := next((entry for entry in held if not entry.name.startswith(".") and not ours(entry)), None):
-        raise FileExistsError(
-            17, f"{folder} holds other files, such as {foreign.name}: name another folder or pass --overwrite"
-        )
+        raise ValueError(f"{folder} holds other files, such as {foreign.name}: name another folder or pass --overwrite")
 
 
 @contextlib.contextmanager

@@ -249,8 +249,8 @@ class Fitter:
             budget = dataclasses.replace(budget, value=budget.measured(decoder, n, kept))
         if (entries := len(decoder.prunable) * decoder.layers * n) > MOST_LOST:
             raise ValueError(
-                f"max_removal_layers={at_most} for images of {n:,} visual tokens needs {12e-9 * entries:.0f} GB: leave it "
-                "out, or fit smaller images"
+                f"max_removal_layers={at_most}: needs {12e-9 * entries:.0f} GB for images of {n:,} visual tokens; "
+                "leave it out, or fit for smaller images"
             )
         if self._lost is None:
             drawn = self.stats if self._drawn is None else self.stats.select(self._drawn.tolist())

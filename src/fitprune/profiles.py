@@ -11,7 +11,6 @@ import json
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ class LatencyProfile:
             )
         for name in (*rows[1:], "outside_seconds"):
             for value in (self.outside_seconds,) if name == "outside_seconds" else getattr(self, name):
-                if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= MOST_SECONDS:
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MOST_SECONDS:
                     raise ValueError(f"{name} holds {reprlib.repr(value)}: must be seconds above 0; profile again")
 
     def __repr__(self) -> str:

@@ -145,7 +145,7 @@ def profile_latency(
         ValueError: `inputs` have no image, rows differ, or `tokens` ends below the prompt's length.
     """
     profiler = Profiler(model, inputs, tokens=tokens)
-    for _ in tqdm(range(repeats + 1), desc="profile", unit="round", disable=not progress):
+    for _ in tqdm(range(repeats + 1), desc="profile", unit="round", disable=not progress or None):
         profiler.round()
     return profiler.profile()
 

@@ -478,7 +478,10 @@ class PruningRecipe:
         Raises:
             ValueError: no JSON object, another schema version, a missing or unknown key, or values out of the rules.
         """
-        data = files.parse_json(text, object_pairs_hook=_without_duplicates)
+        try:
+            data = files.parse_json(text, object_pairs_hook=_without_duplicates)
+        except ValueError as error:
+            raise ValueError(f"recipe is {error}") from None
         if not isinstance(data, dict):
             raise ValueError(f"recipe is a JSON {type(data).__name__}: must be an object")
         required = {"schema", "model", "visual_tokens", "keep", "provenance"}
@@ -531,7 +534,7 @@ class PruningRecipe:
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(f"a key stands twice among {reprlib.repr([key for key, _ in pairs])}; remove one")
+        raise ValueError(f"wrong: a key stands twice among {reprlib.repr([key for key, _ in pairs])}; remove one")
     return found
 
 

@@ -163,8 +163,9 @@ class AttentionStats:
                 _require_shapes(opened, model.decoder.layers, len(digests))
                 tensors = {name: opened.get_tensor(name) for name in _TENSORS}
                 provenance = files.parse_json(metadata["provenance"])
-            counts = (tuple(tensors[name].tolist()) for name in _TENSORS[2:])
-            return cls(tensors["self_attention"], tensors["cross_attention"], *counts, digests, model, provenance)
+            self_attention, cross_attention, visual, text = (tensors[name] for name in _TENSORS)
+            counts = tuple(visual.tolist()), tuple(text.tolist())
+            return cls(self_attention, cross_attention, *counts, digests, model, provenance)
         except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
             why = ValueError(f"not readable as statistics ({error}); truncated or foreign file, measure again")
             raise ValueError(files.explained(path, files.STATISTICS, why)) from None

@@ -168,7 +168,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         answers = []
         used = self.method
         pruned = contextlib.nullcontext() if used is None else prune(self.model, used.recipe, used.scorer)
-        bar = tqdm(total=len(requests), desc="fitprune", unit="question", disable=self.rank != 0)
+        bar = tqdm(total=len(requests), desc="fitprune", unit="question", disable=self.rank != 0 or None)
         with bar, pruned, torch.inference_mode():
             for chunk in order.get_batched(n=self.batch_size):
                 messages = [make(self.task_dict[task][split][doc]) for _, make, _, doc, task, split in chunk]
