@@ -24,7 +24,7 @@ from fitprune.images import visual_mask
 from fitprune.lookup import fitted_to
 from fitprune.measurement import to_model
 from fitprune.profiles import LatencyProfile
-from fitprune.profiling import Profiler, Stopwatch, device_name, timed_layers
+from fitprune.profiling import Profiler, Stopwatch, device_name, require_inputs, timed_layers
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
 from fitprune.scoring import get_scorer
@@ -188,6 +188,9 @@ def time_recipes(
     Raises:
         ValueError: as for `profile_latency` and `prune`; or the profile is of another model, batch or shorter prompts.
     """
+    require_inputs(inputs)
+    if not isinstance(recipes, Mapping):
+        raise ValueError(f"recipes is a {type(recipes).__name__}: must be a mapping, name -> PruningRecipe")
     adapted = adapt(model)
     recipes = {
         name: fitted_to(recipe, adapted.shape, force=False, what=f"recipe {name!r}") for name, recipe in recipes.items()

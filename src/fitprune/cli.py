@@ -115,21 +115,28 @@ def _fit(args: argparse.Namespace) -> None:
     if len({budget.value for budget in budgets}) < len(budgets):
         raise ValueError(f"--{kind.replace('_', '-')} states a budget twice: each makes a file named by its value")
     _require_of_objective(args)
-    folder = args.output.endswith(("/", "\\")) or Path(args.output).is_dir()
+    meant = args.output.endswith(("/", "\\")) or args.output in (".", "..")  # as a folder, whatever is there
+    folder = meant or Path(args.output).is_dir()
     if len(budgets) > 1 and not folder and args.output.endswith(".json"):
         raise ValueError(f"--output {args.output}: {len(budgets)} budgets make a file each: name a folder")
     one_file = len(budgets) == 1 and not folder
     paths = [Path(args.output) if one_file else Path(args.output) / f"{kind}-{budget.value}.json" for budget in budgets]
-    if not one_file:
-        files.claim_folder(args.output, _stands_among_recipes, overwrite=args.overwrite)
-    replaced = [files.claim(path, files.RECIPE, overwrite=args.overwrite) for path in paths]
     stats = AttentionStats.load(args.stats)
+
+    def claim() -> list[str]:
+        if not one_file and not meant:
+            remedy = f"write {args.output}/ to put recipes among them"
+            files.claim_folder(args.output, _stands_among_recipes, remedy, overwrite=args.overwrite)
+        return [files.claim(path, files.RECIPE, overwrite=args.overwrite) for path in paths]
+
     if args.objective == "output":
+        replaced = claim()
         recipes = _fit_output(args, stats, budgets, one_file)
     else:
         fitter = Fitter(stats, visual_tokens=args.visual_tokens)
-        # All before the first is written.
+        # All before the first is written, and before a folder is made for them.
         recipes = [fitter.fit(budget, args.max_removal_layers) for budget in budgets]
+        replaced = claim()
     for path, recipe, more in zip(paths, recipes, replaced, strict=True):
         recipe.save(path)
         cost = recipe.cost()
@@ -143,14 +150,13 @@ def _fit(args: argparse.Namespace) -> None:
 
 def _require_of_objective(args: argparse.Namespace) -> None:
     """Refuse options of the other objective."""
-    output = ("model", "data", "minutes", "passes", "recombine")
-    other, names = (
-        ("output", output) if args.objective == "attention" else ("attention", ("max_removal_layers", "profile"))
-    )
-    why = "the paper's rule needs the statistics alone" if names == output else "the search chooses layers by FLOPs"
+    names, why = ["max_removal_layers", "profile"], "attention: the search chooses layers by FLOPs"
+    if args.objective == "attention":
+        names = ["model", "data", "minutes", "passes", "recombine"]
+        why = "output: the paper's rule needs the statistics alone"
     for name in names:
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for --objective {other}: {why}")
+            raise ValueError(f"--{name.replace('_', '-')} is for --objective {why}")
 
 
 def _stands_among_recipes(entry: Path) -> bool:
@@ -463,7 +469,7 @@ def _analyze(args: argparse.Namespace) -> None:
     from fitprune.figures import require_matplotlib
     from fitprune.stats import AttentionStats
 
-    files.claim_folder(args.output, _is_analysis, overwrite=args.overwrite)
+    files.claim_folder(args.output, _is_analysis, "name another folder", overwrite=args.overwrite)
     replaced = files.claim(Path(args.output) / NAME, files.ANALYSIS, overwrite=args.overwrite)
     if not args.no_pictures:
         require_matplotlib("use --no-pictures")

@@ -152,12 +152,15 @@ def claim(path: str | os.PathLike[str], kind: str, *, overwrite: bool = False) -
     return ", which replaced the one there"
 
 
-def claim_folder(folder: str | os.PathLike[str], ours: Callable[[Path], bool], *, overwrite: bool = False) -> None:
+def claim_folder(
+    folder: str | os.PathLike[str], ours: Callable[[Path], bool], remedy: str, *, overwrite: bool = False
+) -> None:
     """Find out that a folder is missing, or holds only what the command writes there.
 
     Args:
         folder: the output.
         ours: whether an entry is something that the command may stand beside, or replace.
+        remedy: what else to do.
         overwrite: take it whatever it holds.
 
     Raises:
@@ -169,7 +172,7 @@ def claim_folder(folder: str | os.PathLike[str], ours: Callable[[Path], bool], *
         raise ValueError(f"{folder} is a file: name a folder")
     held = [] if overwrite or not path.exists() else sorted(path.iterdir())
     if foreign := next((entry for entry in held if not entry.name.startswith(".") and not ours(entry)), None):
-        raise ValueError(f"{folder} holds other files, such as {foreign.name}: name another folder or pass --overwrite")
+        raise ValueError(f"{folder} holds other files, such as {foreign.name}: {remedy}, or pass --overwrite")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import bisect
 import copy
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -427,9 +428,11 @@ def checked_budget(kind: str, value: float, profile: LatencyProfile | None = Non
         what = (
             "needs a profile: make it with 'fitprune profile'" if profile is None else "needs no profile: leave it out"
         )
-        raise ValueError(f"{kind}={value!r}: {what}")
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{kind}={value!r}: must be a finite number")
+        raise ValueError(f"{kind}={reprlib.repr(value)}: {what}")
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= 1e18:
+        raise ValueError(f"{kind}={reprlib.repr(value)}: must be a finite number")
+    if profile is not None and not isinstance(profile, LatencyProfile):
+        raise ValueError(f"profile is a {type(profile).__name__}: must be a LatencyProfile, as of LatencyProfile.load")
     if kind.endswith("_reduction") and not 0 <= value < 1:
         raise ValueError(f"{kind}={value}: must be at least 0 and below 1 (a fraction, not percent)")
     if kind == "tolerance" and not 0 <= value <= 1:

@@ -150,10 +150,21 @@ def profile_latency(
     return profiler.profile()
 
 
+def require_inputs(inputs: Any) -> None:
+    """Refuse what is no batch of a processor.
+
+    Raises:
+        ValueError: it is no mapping with `input_ids`.
+    """
+    if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        raise ValueError(f"inputs is a {type(inputs).__name__}: must be a processor's output, with 'input_ids'")
+
+
 class Profiler:
     """Measures a latency profile round by round, so that rounds of something else can go between; see the function."""
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], *, tokens: Sequence[int] | None = None) -> None:
+        require_inputs(inputs)
         self._model, self._inputs, self._adapted = model, inputs, adapt(model)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         visual = visual_mask(self._adapted, ids)
