@@ -12,7 +12,7 @@ import importlib.resources
 import json
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,8 @@ class PruningRecipe:
         if not isinstance(self.model, ModelShape):
             raise ValueError(f"model is a {type(self.model).__name__}: must be a ModelShape, as stats.model is")
         for name in ("keep", "enter"):
+            if not isinstance(getattr(self, name), Iterable):
+                raise ValueError(f"{name} is a {type(getattr(self, name)).__name__}: must be a list of numbers")
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != self.model.decoder.layers and (name == "keep" or self.enter):
                 raise ValueError(
@@ -478,6 +480,8 @@ class PruningRecipe:
         Raises:
             ValueError: no JSON object, another schema version, a missing or unknown key, or values out of the rules.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}: must be JSON text; load reads a file")
         try:
             data = files.parse_json(text, object_pairs_hook=_without_duplicates)
         except ValueError as error:

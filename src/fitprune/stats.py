@@ -206,6 +206,8 @@ def merge(parts: Iterable[AttentionStats]) -> AttentionStats:
     Raises:
         ValueError: there is no part, or the parts are of different models.
     """
+    if isinstance(parts, AttentionStats):
+        raise ValueError("parts is AttentionStats: must be a list of them")
     parts = list(parts) if isinstance(parts, Iterator) else parts
     first: AttentionStats | None = None
     new: list[list[int]] = []  # of each part, the samples that none before it holds
