@@ -41,11 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         number = f"[Errno {error.errno}] " if isinstance(error, OSError) else ""
         message = " ".join(str(error).removeprefix(number).split()) or type(error).__name__
-        if len(message) > LONGEST_MESSAGE:
-            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
-        print(f"fitprune: error: {message}", file=sys.stderr)
+        print(f"fitprune: error: {_shortened(message)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def _shortened(message: str) -> str:
+    half = LONGEST_MESSAGE // 2
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
 def _stored(args: argparse.Namespace) -> bool:
@@ -443,8 +446,8 @@ def _solved(args: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
         missing = "--flops-reduction" if not args.flops_reduction else "--stats"
         raise ValueError(f"--methods are solved for budgets from statistics: {missing} is missing")
     names = [n for name in args.methods or ["fitprune"] for n in (BASELINES if name == "all" else [name])]
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: must be different and at least 0")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: must be different")
     if len(set(names)) < len(names) or len(set(args.flops_reduction)) < len(args.flops_reduction):
         raise ValueError(f"--methods {' '.join(names)} --flops-reduction {args.flops_reduction}: one stands twice")
     return entries_for(names, Fitter(AttentionStats.load(args.stats)), args.flops_reduction, args.seeds)
@@ -811,7 +814,7 @@ class _Parser(argparse.ArgumentParser):
         options = [word.partition("=")[0] for word in self.words if word.startswith("--")]
         stray = [option for option in options if not any(name.startswith(option) for name in known)]
         message += _meant(stray[0], known) if stray and "did you mean" not in message else ""
-        self.exit(2, f"fitprune: error: {message}; see '{self.prog} --help'\n")
+        self.exit(2, f"fitprune: error: {_shortened(message)}; see '{self.prog} --help'\n")
 
 
 def _meant(word: str, known: Iterable[str]) -> str:
