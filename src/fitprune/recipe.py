@@ -341,9 +341,8 @@ class PruningRecipe:
             if revision is not None:
                 raise ValueError(f"revision={revision!r}: {name} is a folder, which has none; leave it out")
             if not (path / hub.RECIPE_FILE).exists():
-                small = [
-                    entry for entry in sorted(path.glob("*.json"))[:200] if entry.stat().st_size <= files.MOST_BYTES
-                ]
+                entries = [entry for entry in sorted(path.glob("*.json"))[:200] if entry.is_file()]
+                small = [entry for entry in entries if entry.stat().st_size <= files.MOST_BYTES]
                 others = [entry.name for entry in small if files.kind_of(entry) == files.RECIPE]
                 held = f"; name one of its recipes: {', '.join(others)}" if others else ""
                 raise FileNotFoundError(f"folder {name} has no {hub.RECIPE_FILE}{held}")
