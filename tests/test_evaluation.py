@@ -319,14 +319,17 @@ def test_methods_without_answers_or_with_wrong_names(stats, tmp_path, capsys):
         (["--methods", "fastv", "fastv", "--flops-reduction", "0.5", "--stats", stats], "one stands twice"),
         (["--flops-reduction", "50", "--stats", stats], "a fraction, not percent"),
         (["--methods", "fastv:k=99", "--flops-reduction", "0.5", "--stats", stats], "must be from 1 to 7"),
-        (["--flops-reduction", "0.5", "--stats", stats, "--seeds", "-1"], "at least 0"),
-        (["--timed-batches", "-3"], "timed_batches=-3: must be at least 0"),
         (["--flops-reduction", "0.5", "--stats", stats, "--data", "digit-scenes/test", "digit-scenes/test"], "twice"),
     ]
     for more, message in cases:
         assert main([*base, *more]) == 2, more
         assert message in capsys.readouterr().err
         assert not out.exists()
+    for more in (["--seeds", "-1"], ["--timed-batches", "-3"], ["--examples", "-1"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*base, *more])
+        assert caught.value.code == 2
+        assert f"argument {more[0]}: '{more[1]}': must be an integer of at least 0" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_what_makes_no_sense():

@@ -306,6 +306,37 @@ def test_each_image_and_each_frame_has_its_own_share(name):
         assert left == [recipe.kept(size)[-2] for size in sizes]
 
 
+def test_an_image_of_one_or_two_tokens_keeps_one_as_the_cost_says():
+    """Recipe 60 to 90%: the share of a picture of 8 x 8 pixels rounds to nothing."""
+    model, _ = built("qwen2_vl")
+    names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+    pad, start, end = (getattr(model.config, name) for name in names)
+    generator = torch.Generator().manual_seed(3)
+    ids, grids = [40], [(2, 2), (2, 4), (4, 4)]  # patches, of which four make a token: 1, 2 and 4 tokens
+    for height, width in grids:
+        ids += [start, *[pad] * (height * width // 4), end]
+    inputs = {
+        "input_ids": torch.tensor([[*ids, 41, 42]]),
+        "attention_mask": torch.ones(1, len(ids) + 2, dtype=torch.long),
+        "pixel_values": torch.randn(sum(h * w for h, w in grids), 96, generator=generator),
+        "image_grid_thw": torch.tensor([(1, *grid) for grid in grids]),
+        "mm_token_type_ids": torch.tensor([[*(int(i == pad) for i in ids), 0, 0]]),
+    }
+    shape = adapt(model).shape
+    for left in (0.4, 0.1, 0.0):
+        keep = (1.0, 0.5, *[left] * (shape.decoder.layers - 2))
+        recipe = PruningRecipe(keep, shape, 64)
+        entered = kept_positions(model, recipe, inputs)
+        visual = (inputs["input_ids"] == pad)[0].nonzero()[:, 0]
+        owner = torch.tensor([0, 1, 1, 2, 2, 2, 2])
+        for number, tokens in enumerate((1, 2, 4)):
+            own = visual[owner == number]
+            counts = [int(torch.isin(own, columns[0]).sum()) for columns in entered]
+            assert counts == [tokens, *recipe.kept(tokens)[:-1]]
+            assert (min(counts) > 0) == (left > 0)
+            assert recipe.cost(visual_tokens=tokens).mean_visual_tokens == sum(counts) / len(counts)
+
+
 def test_frames_are_found_where_generate_has_encoded_the_video():
     """There the grid is gone, and rotary positions tell."""
     model, samples = built("qwen2_5_vl-video")

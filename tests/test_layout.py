@@ -47,6 +47,7 @@ LAYERS = [
     {"evaluation", "output_fitting"},
     {"demo", "report"},
     {"cli", "integrations", "__init__"},
+    {"__main__"},
 ]
 SOURCE = Path(fitprune.__file__).parent
 

@@ -1,15 +1,20 @@
 """Recipes: the published ones to the digit, the cost model, JSON, and every way to be wrong."""
 
+import copy
 import dataclasses
 import importlib.resources
 import json
 import math
+import pickle
+import re
 
 import pytest
+import torch
 
-from fitprune import PruningRecipe
+import fitprune
+from fitprune import AttentionStats, LatencyProfile, PruningRecipe
 from fitprune.flops import DecoderShape, ModelShape, VisionShape, prefill_flops, visual_macs
-from fitprune.tokens import keep_fractions, kept_counts
+from fitprune.tokens import keep_fractions, kept_counts, rounded_counts
 
 PUBLISHED = json.loads(importlib.resources.files("fitprune").joinpath("data/published_recipes.json").read_text())[
     "models"
@@ -155,3 +160,125 @@ def test_cost_refuses_impossible_counts():
         recipe().cost(text_before=9, text_tokens=5)
     with pytest.raises(ValueError, match="visual_tokens=-1"):
         recipe().counts(-1)
+
+
+@pytest.mark.parametrize(("name", "percent"), CASES)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 16])
+def test_a_recipe_that_keeps_anything_keeps_a_token_of_every_image(name, percent, n):
+    published = PruningRecipe.published(name.split(" (")[0], percent)
+    kept, removed = published.kept(n), published.counts(n)
+    assert kept == sorted(kept, reverse=True)
+    assert kept[-1] == max(1, rounded_counts(published.keep, n)[-1])
+    assert min(removed) >= 0
+    assert n - sum(removed) == kept[-1]
+    assert published.cost(visual_tokens=n).kept == tuple(kept)
+
+
+@pytest.mark.parametrize(
+    ("keep", "n", "kept"),
+    [
+        ((1.0, 0.4, 0.3), 1, [1, 1, 1]),
+        ((1.0, 0.4, 0.2), 2, [2, 1, 1]),
+        ((0.5, 0.0, 0.0), 1, [1, 0, 0]),  # none, as VTW has it, stays none
+        ((0.5, 1e-7, 1e-7), 144, [72, 1, 1]),
+        ((0.5, 1 - 10 * 0.1 + 1e-16, 0.0), 144, [72, 0, 0]),  # the noise of a sum is none
+        ((0.4, 0.3), 0, [0, 0]),
+    ],
+)
+def test_a_share_that_rounds_to_nothing_is_one_token_and_none_is_none(keep, n, kept):
+    assert kept_counts(keep, n) == kept
+
+
+def test_the_floor_holds_where_tokens_leave_between_layers_too():
+    made = recipe(keep=(0.5, 0.01, 0.01, 0.0), enter=(0.9, 0.02, 0.01, 0.0))
+    for n in (1, 2, 16):
+        assert sum(made.counts(n)) + sum(made.counts_before(n)) == n
+        assert min(made.counts(n) + made.counts_before(n)) >= 0
+        assert made.kept(n)[2:] == [1, 0]
+
+
+def stats_of(provenance=None, **change):
+    attention = torch.rand(4, 32)
+    parts = {"self_attention": attention, "cross_attention": attention + 1, "visual_tokens": (16, 16)}
+    return AttentionStats(
+        **(parts | change), text_tokens=(4, 4), digests=("a", "b"), model=SHAPE, provenance=provenance or {}
+    )
+
+
+PROFILE = LatencyProfile(SHAPE, (16, 64), (1.0, 2.0), (1.0, 2.0), (1.0, 2.0), 1.0, 16, 8, device="a <CPU>")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (stats_of({"model": "digit-scenes"}), "AttentionStats(digit-scenes: 2 samples, 16 visual tokens, 4 layers)"),
+        (stats_of(visual_tokens=(4, 28)), "AttentionStats(llava: 2 samples, 4..28 visual tokens, 4 layers)"),
+        (stats_of().select([0]), "AttentionStats(llava: 1 sample, 16 visual tokens, 4 layers)"),
+        (stats_of().select([]), "AttentionStats(llava: 0 samples, 0 visual tokens, 4 layers)"),
+        (
+            recipe(scorer={"name": "<b>"}),
+            "PruningRecipe(llava, visual FLOPs -38.6%, 16 -> 4 visual tokens, 4 layers, scorer <b>)",
+        ),
+        (
+            PROFILE,
+            "LatencyProfile(llava on a <CPU>, batches of 1, 16 visual and 8 text tokens, measured up to 64)",
+        ),
+    ],
+)
+def test_a_notebook_shows_one_short_line(value, shown):
+    assert repr(value) == shown
+    again = pickle.loads(pickle.dumps(value))
+    assert repr(again) == repr(copy.deepcopy(value)) == repr(dataclasses.replace(value)) == shown
+    if not isinstance(value, AttentionStats):  # which have no equality: tensors
+        assert again == value
+
+
+@pytest.mark.parametrize("value", [stats_of({"model": "<script>alert(1)"}), recipe(scorer={"name": "<script>x"})])
+def test_a_notebook_draws_a_bar_for_each_layer_and_runs_nothing(value):
+    page = value._repr_html_()
+    assert page.count("<tr>") == 1 + 4
+    assert page.count("<div") == 4 * (2 if isinstance(value, AttentionStats) else 1)
+    assert "<script" not in page
+    assert "&lt;script" in page
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fitprune.fit("stats.safetensors", flops_reduction=0.5), "stats is a str: must be AttentionStats"),
+        (lambda: fitprune.fit([stats_of()], flops_reduction=0.5), "stats is a list"),
+        (lambda: fitprune.fit(stats_of(), flops_reduction="0.5"), "flops_reduction='0.5': must be a finite number"),
+        (lambda: fitprune.fit(stats_of(), flops_reduction=10**400), "must be a finite number"),
+        (lambda: fitprune.fit(stats_of(), flops_reduction=0.5, visual_tokens=1.5), "visual_tokens=1.5: must be an int"),
+        (
+            lambda: fitprune.fit(stats_of(), prefill_latency_reduction=0.1, profile="p"),
+            "profile is a str: must be",
+        ),
+        (lambda: fitprune.fit_output(None, [], "s", flops_reduction=0.5), "stats is a str: must be AttentionStats"),
+        (lambda: fitprune.analyze([stats_of()]), "stats is a list: must be AttentionStats, or several by name"),
+        (lambda: fitprune.analyze({"a": "b"}), "stats is a dict: must be AttentionStats, or several by name"),
+        (lambda: fitprune.merge([stats_of(), "b"]), "parts holds a str: must be AttentionStats"),
+        (lambda: fitprune.merge(stats_of()), "parts is AttentionStats: must be a list of them"),
+        (lambda: fitprune.profile_latency(None, "inputs"), "inputs is a str: must be a processor's output"),
+        (lambda: fitprune.time_recipes(None, [], {}), "inputs is a list: must be a processor's output"),
+        (lambda: fitprune.time_recipes(None, {"input_ids": 1}, [recipe()]), "recipes is a list: must be a mapping"),
+        (lambda: PruningRecipe((1.0,), "llava", 16), "model is a str: must be a ModelShape"),
+        (lambda: PruningRecipe(0.5, SHAPE, 16), "keep is a float: must be a list of numbers"),
+        (lambda: recipe().kept("16"), "visual_tokens='16': must be an integer from 0"),
+        (
+            lambda: recipe().cost(text_tokens=10**12),
+            "text_tokens=1000000000000: must be an integer from 0",
+        ),
+        (lambda: recipe().cost(value_bytes=0), "value_bytes=0: must be an integer from 1 to 16"),
+        (lambda: PruningRecipe.from_json(5), "text is a int: must be JSON text"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named_with_what_is_wanted(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("load", [PruningRecipe.load, AttentionStats.load, LatencyProfile.load])
+def test_a_file_that_is_not_there_is_named_with_what_makes_it(tmp_path, load):
+    with pytest.raises(FileNotFoundError, match="none: no such file; make it with 'fitprune "):
+        load(tmp_path / "none")

@@ -231,7 +231,9 @@ def analyze(
 
     Source: arXiv:2409.10197 for what is looked at.
     """
-    sources = {"statistics": stats} if isinstance(stats, AttentionStats) else dict(stats)
+    sources = {"statistics": stats} if isinstance(stats, AttentionStats) else stats
+    if not isinstance(sources, Mapping) or not all(isinstance(part, AttentionStats) for part in sources.values()):
+        raise ValueError(f"stats is a {type(stats).__name__}: must be AttentionStats, or several by name in a mapping")
     if empty := [name for name, part in sources.items() if len(part) == 0]:
         raise ValueError(f"statistics {empty[0]!r} hold no sample: measure at least one")
     if type(resamples) is not int or resamples < 1:

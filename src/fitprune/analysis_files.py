@@ -20,7 +20,7 @@ import torch
 import fitprune
 from fitprune import files
 from fitprune.analysis import INTERVAL, KINDS, Analysis, Spread
-from fitprune.tables import aligned
+from fitprune.tables import aligned, plural
 
 SCHEMA = 1
 NAME = "analysis.json"
@@ -42,7 +42,7 @@ def save(analysis: Analysis, folder: str | os.PathLike[str]) -> list[Path]:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows([["" if cell is None else cell for cell in map(_plain, row)] for row in rows])
+        writer.writerows([[_cell(_plain(value)) for value in row] for row in rows])
         texts[f"{name}.csv"] = text.getvalue()
     written = []
     for name, content in texts.items():
@@ -105,7 +105,7 @@ def to_dict(analysis: Analysis) -> dict[str, Any]:
 def findings(analysis: Analysis) -> str:
     """Format the main findings for people; fractions become percent here and only here."""
     stats, n = analysis.stats, analysis.budgets[0].recipe.visual_tokens
-    lines = [f"{len(stats)} samples, {n} visual tokens, {stats.model.decoder.layers} layers", ""]
+    lines = [f"{plural(len(stats), 'sample')}, {n} visual tokens, {stats.model.decoder.layers} layers", ""]
     top = analysis.top_share
     number = min(range(len(top.fractions)), key=lambda at: abs(top.fractions[at] - 0.1))
     rows: list[tuple[str, ...]] = [("", "first layer", "least", "most", "last layer")]
@@ -253,6 +253,13 @@ def _tables(analysis: Analysis) -> dict[str, Table]:
 
 def _cells(spread: Spread, at: Any) -> list[torch.Tensor]:
     return [values[at] for values in (spread.mean, spread.deviation, spread.low, spread.high)]
+
+
+def _cell(value: Any) -> Any:
+    """What a CSV cell holds: nothing for None, and a text that a spreadsheet would run as a formula after a quote."""
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return "" if value is None else value
 
 
 def _plain(value: Any) -> Any:

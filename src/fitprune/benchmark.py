@@ -25,7 +25,7 @@ from fitprune.images import visual_mask
 from fitprune.inputs import to_model
 from fitprune.lookup import fitted_to
 from fitprune.profiles import LatencyProfile
-from fitprune.profiling import Profiler, Stopwatch, device_name, timed_layers
+from fitprune.profiling import Profiler, Stopwatch, device_name, require_inputs, timed_layers
 from fitprune.pruning import prune
 from fitprune.recipe import PruningRecipe
 from fitprune.scoring import get_scorer
@@ -189,6 +189,9 @@ def time_recipes(
     Raises:
         ValueError: as for `profile_latency` and `prune`; or the profile is of another model, batch or shorter prompts.
     """
+    require_inputs(inputs)
+    if not isinstance(recipes, Mapping):
+        raise ValueError(f"recipes is a {type(recipes).__name__}: must be a mapping, name -> PruningRecipe")
     adapted = adapt(model)
     model = adapted.model
     recipes = {
@@ -206,7 +209,7 @@ def time_recipes(
     for name, recipe in recipes.items():
         blocks[name] = _pruned(model, recipe, watches[name])
     found: dict[str, list[_Run]] = {name: [] for name in blocks}
-    for turn in tqdm(range(rounds + 1), desc="benchmark", unit="round", disable=not progress):
+    for turn in tqdm(range(rounds + 1), desc="benchmark", unit="round", disable=not progress or None):
         if profiler is not None:
             profiler.begin(removal=turn == 0)  # no part of the ideal
         first = turn % len(blocks)  # who follows whom leaves traces in caches: another one begins each round

@@ -307,9 +307,7 @@ def _dataset_entries(path: Path, name: str, split: str) -> Iterator[tuple[str, A
     try:
         import datasets
     except ImportError:
-        raise ValueError(
-            f"{name}: reading a dataset needs the datasets package: pip install 'fitprune[datasets]'"
-        ) from None
+        raise ValueError(f"{name}: reading a dataset needs the datasets package: pip install datasets") from None
     try:
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name)

@@ -6,16 +6,21 @@ Exit codes: 0 done, 2 bad use, 1 failure; errors are one line, `--debug` shows t
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fitprune import __version__, files
 from fitprune.metrics import METRICS
 from fitprune.recipe import PruningRecipe
+from fitprune.tables import plural, scaled
+from fitprune.tokens import MOST_TOKENS
+
+LONGEST_MESSAGE = 600  # characters of an error; what is longer quotes a file, and is cut in the middle
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,20 +31,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        resumed = args.run in (_measure, _evaluate, _convert_llava_hr) or getattr(args, "objective", "") == "output"
-        more = "; run the same command again to go on" if resumed else ""
+        more = "; run the same command again to go on" if _stored(args) else ""
         print(f"fitprune: interrupted{more}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output has had enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError) as error:
         if args.debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"fitprune: error: {message}", file=sys.stderr)
+        number = f"[Errno {error.errno}] " if isinstance(error, OSError) else ""
+        message = " ".join(str(error).removeprefix(number).split()) or type(error).__name__
+        print(f"fitprune: error: {_shortened(message)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def _shortened(message: str) -> str:
+    half = LONGEST_MESSAGE // 2
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+
+
+def _stored(args: argparse.Namespace) -> bool:
+    """Whether the command, cut off now, left something that the same command goes on from."""
+    out = getattr(args, "output", None) or ""
+    if args.run is _measure:
+        return any(Path(f"{out}.parts").glob("*.safetensors"))
+    if args.run is _convert_llava_hr:
+        return any(Path(args.destination).glob("*.safetensors"))
+    journals = []
+    if args.run is _evaluate:
+        journals = list(Path(out).parent.glob(f"{Path(out).name.removesuffix('.json')}.samples.jsonl*"))
+    elif args.run is _fit:
+        journals = [_search_journal(args, one_file) for one_file in (True, False)]
+    for journal in journals:
+        if journal.is_file():
+            with journal.open("rb") as file:
+                if len(file.readlines(1 << 20)) > 1:  # the first line says what run it is
+                    return True
+    return False
 
 
 def _measure(args: argparse.Namespace) -> None:
@@ -47,7 +77,7 @@ def _measure(args: argparse.Namespace) -> None:
     from fitprune.measurement import forget_parts, measure
     from fitprune.processes import Processes
 
-    files.require_writable(args.output)
+    replaced = files.claim(args.output, files.STATISTICS, overwrite=args.overwrite)
     # Before the model: bad data is found in seconds.
     samples = [sample for task in _samples(args).values() for sample in task]
     model, processor = _load(args)
@@ -67,7 +97,7 @@ def _measure(args: argparse.Namespace) -> None:
         return
     stats.save(args.output)
     forget_parts(f"{args.output}.parts")
-    print(f"{args.output}: {len(stats)} samples, {stats.model.decoder.layers} layers")
+    print(f"{args.output}: {plural(len(stats), 'sample')}, {stats.model.decoder.layers} layers{replaced}")
 
 
 def _fit(args: argparse.Namespace) -> None:
@@ -90,33 +120,54 @@ def _fit(args: argparse.Namespace) -> None:
     budgets = [checked_budget(kind, value, profile) for value in getattr(args, kind)]
     if len({budget.value for budget in budgets}) < len(budgets):
         raise ValueError(f"--{kind.replace('_', '-')} states a budget twice: each makes a file named by its value")
-    one_file = len(budgets) == 1 and not args.output.endswith(("/", "\\")) and not Path(args.output).is_dir()
+    _require_of_objective(args)
+    meant = args.output.endswith(("/", "\\")) or args.output in (".", "..")  # as a folder, whatever is there
+    folder = meant or Path(args.output).is_dir()
+    if len(budgets) > 1 and not folder and args.output.endswith(".json"):
+        raise ValueError(f"--output {args.output}: {len(budgets)} budgets make a file each: name a folder")
+    one_file = len(budgets) == 1 and not folder
+    paths = [Path(args.output) if one_file else Path(args.output) / f"{kind}-{budget.value}.json" for budget in budgets]
     stats = AttentionStats.load(args.stats)
+
+    def claim() -> list[str]:
+        if not one_file and not meant:
+            remedy = f"write {args.output}/ to put recipes among them"
+            files.claim_folder(args.output, _stands_among_recipes, remedy, overwrite=args.overwrite)
+        return [files.claim(path, files.RECIPE, overwrite=args.overwrite) for path in paths]
+
     if args.objective == "output":
-        for name in ("max_removal_layers", "profile"):
-            if getattr(args, name) is not None:
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} is for --objective attention: the search chooses layers by FLOPs")
+        replaced = claim()
         recipes = _fit_output(args, stats, budgets, one_file)
     else:
-        given = [
-            name for name in ("model", "data", "minutes", "passes", "recombine") if getattr(args, name) is not None
-        ]
-        if given:
-            raise ValueError(f"--{given[0]} is for --objective output: the paper's rule needs the statistics alone")
         fitter = Fitter(stats, visual_tokens=args.visual_tokens)
-        # All before the first is written.
+        # All before the first is written, and before a folder is made for them.
         recipes = [fitter.fit(budget, args.max_removal_layers) for budget in budgets]
-    for budget, recipe in zip(budgets, recipes, strict=True):
-        path = Path(args.output) if one_file else Path(args.output) / f"{kind}-{budget.value}.json"
+        replaced = claim()
+    for path, recipe, more in zip(paths, recipes, replaced, strict=True):
         recipe.save(path)
         cost = recipe.cost()
         print(
             f"{path}: visual FLOPs -{100 * cost.flops_reduction:.2f}%, "
-            f"{cost.mean_visual_tokens:.1f} visual tokens a layer, {_quality(recipe)}"
+            f"{cost.mean_visual_tokens:.1f} visual tokens a layer, {_quality(recipe)}{more}"
         )
     if args.objective == "output":
         _search_journal(args, one_file).unlink(missing_ok=True)
+
+
+def _require_of_objective(args: argparse.Namespace) -> None:
+    """Refuse options of the other objective."""
+    names, why = ["max_removal_layers", "profile"], "attention: the search chooses layers by FLOPs"
+    if args.objective == "attention":
+        names = ["model", "data", "minutes", "passes", "recombine"]
+        why = "output: the paper's rule needs the statistics alone"
+    for name in names:
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for --objective {why}")
+
+
+def _stands_among_recipes(entry: Path) -> bool:
+    known = entry.name in ("README.md", "search.jsonl")
+    return known or (entry.suffix == ".json" and files.kind_of(entry) == files.RECIPE)
 
 
 def _quality(recipe: PruningRecipe) -> str:
@@ -188,7 +239,7 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
         progress=True,
     )
     recipes = searcher.fit(budgets, passes=args.passes, minutes=args.minutes)
-    print(f"searched in {searcher.passes:.1f} dense passes over {len(samples)} samples")
+    print(f"searched in {searcher.passes:.1f} dense passes over {plural(len(samples), 'sample')}")
     return recipes
 
 
@@ -203,8 +254,8 @@ def _cost(args: argparse.Namespace) -> None:
         visual_tokens=args.visual_tokens, text_tokens=args.text_tokens, crops=args.crops, value_bytes=args.value_bytes
     )
 
-    def change(after: float, before: float) -> str:
-        return f"{after:,.0f} against {before:,.0f} dense ({100 * (after / before - 1):+.1f}%)"
+    def change(after: float, before: float, unit: str) -> str:
+        return f"{scaled(after, unit)} against {scaled(before, unit)} dense ({100 * (after / before - 1):+.1f}%)"
 
     means = f"mean {cost.mean_visual_tokens:.1f} a layer, {cost.kept[-1]} at the end"
     print(f"visual tokens       {cost.visual_tokens}, {means}")
@@ -214,23 +265,37 @@ def _cost(args: argparse.Namespace) -> None:
         print(f"before each layer   {' '.join(str(n) for n in before)}")
     print(f"visual FLOPs        -{100 * cost.flops_reduction:.2f}% (the paper's accounting: visual tokens alone)")
     print(
-        f"prefill GFLOPs      {change(cost.prefill_flops / 1e9, cost.dense_prefill_flops / 1e9)}"
+        f"prefill             {change(cost.prefill_flops, cost.dense_prefill_flops, 'FLOPs')}"
         f"{'' if recipe.model.vision else '; without the vision tower, which is not priced'}"
     )
-    print(f"KV cache bytes      {change(cost.kv_bytes, cost.dense_kv_bytes)}")
+    print(f"KV cache            {change(cost.kv_bytes, cost.dense_kv_bytes, 'B')}")
+    if recipe.scorer["name"] != "fitprune":
+        print(f"ranked by           {_scorer_name(recipe)}")
+
+
+def _scorer_name(recipe: PruningRecipe) -> str:
+    """The recipe's scorer, and whether this version knows it; looks into torch's part of the package."""
+    from fitprune.scoring import get_scorer
+
+    name = str(recipe.scorer["name"])[:60]
+    try:
+        get_scorer(recipe.scorer)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        return f"{name}, which no model can be pruned by: {str(error)[:200]}"
+    return name
 
 
 def _profile(args: argparse.Namespace) -> None:
     from fitprune.profiling import profile_latency
 
-    files.require_writable(args.output)
+    replaced = files.claim(args.output, files.PROFILE, overwrite=args.overwrite)
     model, make_inputs = _timed_model(args)
     profile = profile_latency(model, make_inputs(args.batch_size), repeats=args.rounds, progress=True)
     profile.save(args.output)
     dense = profile.dense_seconds(profile.visual_tokens)
     print(
         f"{args.output}: {profile.device}, batches of {profile.batch}, {profile.visual_tokens} visual and "
-        f"{profile.text_tokens} text tokens: dense prefill {dense:.3f} s"
+        f"{profile.text_tokens} text tokens: dense prefill {dense:.3f} s{replaced}"
     )
 
 
@@ -253,7 +318,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     from fitprune.profiles import LatencyProfile
 
     if args.output is not None:
-        files.require_writable(args.output)
+        files.claim(args.output, files.TIMES, overwrite=args.overwrite)
     recipes = _recipes(args.recipe or [])
     budgets = [checked_budget("flops_reduction", value) for value in args.flops_reduction or []]
     if not recipes and not budgets:
@@ -332,7 +397,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from fitprune.results import beside, table
     from fitprune.summary import Entry
 
-    files.require_writable(args.output)
+    replaced = files.claim(args.output, files.RESULTS, overwrite=args.overwrite)
+    files.claim(beside(args.output, "timings.json"), files.RESULT_TIMES, overwrite=args.overwrite)
     recipes = _recipes(args.recipe or [])
     solved, skipped = _solved(args)
     at = {name: _output_budget(recipe) for name, recipe in recipes.items()}
@@ -367,12 +433,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     if results.rows:  # one of several processes has them
         results.save(args.output)
         print(table(results))
+        if replaced:
+            print(f"{args.output}{replaced}")
 
 
 def _output_budget(recipe: PruningRecipe) -> float | None:
     """The FLOPs budget of a recipe that was fitted on what the model says; None for other recipes."""
     budget = recipe.provenance.get("budget") if recipe.provenance.get("source") == "fitprune.fit_output" else None
-    return budget.get("flops_reduction") if isinstance(budget, dict) else None
+    value = budget.get("flops_reduction") if isinstance(budget, dict) else None
+    return value if isinstance(value, float) and 0 <= value < 1 else None
 
 
 def _solved(args: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
@@ -388,19 +457,23 @@ def _solved(args: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
         missing = "--flops-reduction" if not args.flops_reduction else "--stats"
         raise ValueError(f"--methods are solved for budgets from statistics: {missing} is missing")
     names = [n for name in args.methods or ["fitprune"] for n in (BASELINES if name == "all" else [name])]
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: must be different and at least 0")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: must be different")
     if len(set(names)) < len(names) or len(set(args.flops_reduction)) < len(args.flops_reduction):
         raise ValueError(f"--methods {' '.join(names)} --flops-reduction {args.flops_reduction}: one stands twice")
     return entries_for(names, Fitter(AttentionStats.load(args.stats)), args.flops_reduction, args.seeds)
 
 
 def _report(args: argparse.Namespace) -> None:
+    from fitprune.figures import require_matplotlib
     from fitprune.report import write_report
     from fitprune.results import Results
 
-    write_report(Results.load(args.results), args.output)
-    print(args.output)
+    replaced = files.claim(args.output, files.REPORT, overwrite=args.overwrite)
+    results = Results.load(args.results)
+    require_matplotlib()
+    write_report(results, args.output)
+    print(f"{args.output}{replaced}")
 
 
 def _analyze(args: argparse.Namespace) -> None:
@@ -410,7 +483,8 @@ def _analyze(args: argparse.Namespace) -> None:
     from fitprune.figures import require_matplotlib
     from fitprune.stats import AttentionStats
 
-    files.require_writable(Path(args.output) / NAME)
+    files.claim_folder(args.output, _is_analysis, "name another folder", overwrite=args.overwrite)
+    replaced = files.claim(Path(args.output) / NAME, files.ANALYSIS, overwrite=args.overwrite)
     if not args.no_pictures:
         require_matplotlib("use --no-pictures")
     if len({Path(name).stem for name in args.stats}) < len(args.stats):
@@ -421,7 +495,15 @@ def _analyze(args: argparse.Namespace) -> None:
     if not args.no_pictures:
         written += draw_analysis(analysis, args.output)
     print(findings(analysis))
-    print(f"{args.output}: {len(written)} files, of which {NAME} holds all figures")
+    print(f"{args.output}: {len(written)} files, of which {NAME} holds all figures{replaced}")
+
+
+def _is_analysis(entry: Path) -> bool:
+    """Whether an entry of a folder is of an earlier analysis: beside its JSON, its tables and pictures."""
+    from fitprune.analysis_files import NAME
+
+    whole = entry.with_name(NAME)
+    return entry.suffix in (".csv", ".png", ".svg", ".json") and files.kind_of(whole) == files.ANALYSIS
 
 
 def _families(args: argparse.Namespace) -> None:
@@ -440,7 +522,7 @@ def _convert_llava_hr(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from fitprune.demo import demo
 
-    demo(Path(args.output), quick=args.quick)
+    demo(Path(args.output), quick=args.quick, overwrite=args.overwrite)
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -482,7 +564,7 @@ def _usable(args: argparse.Namespace, samples: list[Any], processor: Any, model:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fitprune",
         description="Fit a visual-token pruning recipe for a multimodal LLM to a budget, and use it. No training.",
         epilog="example: fitprune demo --quick",
@@ -529,6 +611,10 @@ def _parser() -> argparse.ArgumentParser:
     def add_force(made: argparse.ArgumentParser) -> None:
         made.add_argument("--force", action="store_true", help="use a recipe of another model with as many layers")
 
+    def add_output(made: argparse.ArgumentParser, help_text: str, **options: Any) -> None:
+        made.add_argument("-o", "--output", help=help_text, **options)
+        made.add_argument("--overwrite", action="store_true", help="replace files of another kind too")
+
     def add_data(made: argparse._ActionsContainer, required: bool = True) -> None:
         made.add_argument(
             "--data", required=required, nargs="+", help="question JSONL, LLaVA JSON, dataset folders or hub names, "
@@ -536,7 +622,7 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         made.add_argument("--image-folder", help="where the images' names begin (default: beside the data)")
         made.add_argument("--samples", type=_positive, help="draw so many samples of each (default: all)")
-        made.add_argument("--seed", type=int, default=0, help="seed of the draw")
+        made.add_argument("--seed", type=_seed, default=0, help="seed of the draw")
         made.add_argument("--skip-bad", action="store_true", help="leave unusable entries out instead of stopping")
 
     made = command(
@@ -545,7 +631,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_model(made)
     add_data(made)
-    made.add_argument("-o", "--output", required=True, help="statistics file to write")
+    add_output(made, "statistics file to write", required=True)
     made.add_argument("--batch-size", type=_positive, default=1)
 
     made = command(
@@ -574,7 +660,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-removal-layers", type=_positive, metavar="K", help="remove at no more than K layers, at equal budget: "
         "each costs time (default: all)",
     )  # fmt: skip
-    made.add_argument("-o", "--output", required=True, help="recipe file; a folder for several budgets")
+    add_output(made, "recipe file; a folder for several budgets", required=True)
     made.add_argument(
         "--objective", choices=["attention", "output"], default="attention", help="the paper's rule, which needs the "
         "statistics alone, or what the model says on --data, which chooses the scorer too (default: attention)",
@@ -585,7 +671,7 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--batch-size", type=_positive, default=8)
     output.add_argument("--max-new-tokens", type=_positive, default=16, help="longest answer that is looked at")
     output.add_argument(
-        "--recombine", type=_positive, help="questions for each image, its own and other samples' "
+        "--recombine", type=_whole(1, 1000), help="questions for each image, its own and other samples' "
         "(default: 4, or 2 for several budgets)",
     )  # fmt: skip
     output.add_argument("--minutes", type=float, help="take the best found after so long (default: no limit)")
@@ -599,11 +685,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("recipe", metavar="RECIPE", help=recipe_names)
     made.add_argument("--visual-tokens", type=_positive, help="visual tokens of the sample (default: the recipe's)")
-    made.add_argument("--text-tokens", type=int, default=64)
+    made.add_argument("--text-tokens", type=_whole(0), default=64)
     made.add_argument(
         "--crops", type=_positive, help="image crops in the vision tower (default: as few as give the tokens)"
     )
-    made.add_argument("--value-bytes", type=_positive, default=2, help="bytes of a cached value (16-bit: 2)")
+    made.add_argument("--value-bytes", type=_whole(1, 16), default=2, help="bytes of a cached value (16-bit: 2)")
 
     made = command(
         "generate", _generate, "answer one question with pruning",
@@ -631,10 +717,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--flops-reduction", type=float, nargs="+", help="budgets: fractions of visual FLOPs to remove")
     made.add_argument("--stats", help="statistics that methods are solved with; made by 'fitprune measure'")
-    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of methods that draw at random")
-    made.add_argument(
-        "-o", "--output", required=True, help="results file to write; each sample's answers go beside it, and a run "
-        "that was killed goes on from them",
+    made.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], help="of methods that draw at random")
+    add_output(
+        made, "results file to write; each sample's answers go beside it, and a run that was killed goes on from them",
+        required=True,
     )  # fmt: skip
     made.add_argument("--batch-size", type=_positive, default=8)
     made.add_argument("--max-new-tokens", type=_positive, default=16)
@@ -642,8 +728,8 @@ def _parser() -> argparse.ArgumentParser:
         "--metric", choices=METRICS, help="how answers are judged, in every task (default: by the data: vqa for ten "
         "annotators' answers, else normalized)",
     )  # fmt: skip
-    made.add_argument("--timed-batches", type=int, default=1, help="batches of each task that are timed (0: none)")
-    made.add_argument("--examples", type=int, default=8, help="samples shown with picture and kept tokens")
+    made.add_argument("--timed-batches", type=_whole(0), default=1, help="batches of each task to time (0: none)")
+    made.add_argument("--examples", type=_whole(0), default=8, help="samples shown with picture and kept tokens")
 
     def add_timed(made: argparse.ArgumentParser) -> None:
         add_model(made, "model", nargs="?")
@@ -652,16 +738,18 @@ def _parser() -> argparse.ArgumentParser:
             "llava-next-7b, qwen2.5-vl-7b; nothing is downloaded",
         )  # fmt: skip
         made.add_argument("--text-tokens", type=_positive, default=64, help="text tokens of a prompt (default: 64)")
-        made.add_argument("--image-size", type=_positive, default=672, help="pixels a side of MODEL's image of noise")
+        made.add_argument("--image-size", type=_whole(1, 10_000), default=672, help="pixels a side of MODEL's noise")
 
     made = command(
         "profile", _profile, "measure what a prefill's parts take on this device, to fit recipes to a latency",
         "fitprune profile MODEL --device cuda -o profile.json",
     )  # fmt: skip
     add_timed(made)
-    made.add_argument("-o", "--output", required=True, help="profile to write")
+    add_output(made, "profile to write", required=True)
     made.add_argument("--batch-size", type=_positive, default=1)
-    made.add_argument("--rounds", type=_positive, default=3, help="times that each length is measured (default: 3)")
+    made.add_argument(
+        "--rounds", type=_whole(1, 10_000), default=3, help="times that a length is measured (default: 3)"
+    )
 
     made = command(
         "benchmark", _benchmark, "time recipes against the dense model on this device, and say where the time goes",
@@ -676,28 +764,30 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--max-removal-layers", type=_positive, help="of those recipes (default: as 'fitprune fit')")
     made.add_argument("--new-tokens", type=_positive, nargs="+", default=[1, 16], help="tokens of the answers to time")
     made.add_argument("--batch-sizes", type=_positive, nargs="+", default=[1])
-    made.add_argument("--rounds", type=_positive, default=5, help="rounds that count (default: 5)")
+    made.add_argument("--rounds", type=_whole(1, 10_000), default=5, help="rounds that count (default: 5)")
     made.add_argument("--profile", help="made by 'fitprune profile' on this device (default: it is measured)")
-    made.add_argument("-o", "--output", help="JSON to write, also printed as the last line")
+    add_output(made, "JSON to write, also printed as the last line")
 
     made = command(
         "report", _report, "make one self-contained HTML page of results",
         "fitprune report results.json -o report.html",
     )  # fmt: skip
     made.add_argument("results", metavar="RESULTS", help="file made by 'fitprune evaluate'")
-    made.add_argument("-o", "--output", required=True, help="HTML file to write")
+    add_output(made, "HTML file to write", required=True)
 
     made = command(
         "analyze", _analyze, "analyse attention statistics and the stability of the recipes that they give",
         "fitprune analyze stats.safetensors -o analysis/",
     )  # fmt: skip
     made.add_argument("stats", metavar="STATS", nargs="+", help="files made by 'fitprune measure', of one model")
-    made.add_argument("-o", "--output", required=True, help="folder for JSON, CSV tables and pictures")
+    add_output(made, "folder for JSON, CSV tables and pictures", required=True)
     made.add_argument(
         "--flops-reduction", type=float, nargs="+", default=[0.4, 0.6, 0.8], help="budgets (default: 0.4 0.6 0.8)"
     )
-    made.add_argument("--resamples", type=_positive, default=30, help="draws for each calibration size (default: 30)")
-    made.add_argument("--seed", type=int, default=0, help="seed of draws and halves")
+    made.add_argument(
+        "--resamples", type=_whole(1, 10_000), default=30, help="draws of each calibration size (default: 30)"
+    )
+    made.add_argument("--seed", type=_seed, default=0, help="seed of draws and halves")
     made.add_argument("--no-pictures", action="store_true", help="JSON and tables alone; needs no matplotlib")
 
     made = command(
@@ -717,18 +807,58 @@ def _parser() -> argparse.ArgumentParser:
         "fitprune demo --quick",
     )  # fmt: skip
     made.add_argument("--quick", action="store_true", help="fewer samples and budgets, no pictures: under a minute")
-    made.add_argument("-o", "--output", default="demo-output", help="folder for what it makes (default: demo-output)")
+    add_output(made, "folder for what it makes (default: demo-output)", default="demo-output")
     return parser
 
 
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be an integer of at least 1")
-    return value
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and what was meant where that can be guessed."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.words = list(sys.argv[1:] if args is None else args)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown and self._subparsers is None:  # of a command, which knows its options
+            self.error(f"unknown: {' '.join(unknown)}")
+        return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action, f"{value!r}: must be one of {', '.join(choices)}{_meant(value, choices)}"
+            )
+
+    def error(self, message: str) -> NoReturn:
+        for group in self._mutually_exclusive_groups:
+            options = [option for action in group._group_actions for option in action.option_strings]
+            if group.required and message.startswith("the following") and not set(options) & set(self.words):
+                message += f"; and one of {', '.join(options)}"
+        known = list(self._option_string_actions)
+        options = [word.partition("=")[0] for word in self.words if word.startswith("--")]
+        stray = [option for option in options if not any(name.startswith(option) for name in known)]
+        message += _meant(stray[0], known) if stray and "did you mean" not in message else ""
+        self.exit(2, f"fitprune: error: {_shortened(message)}; see '{self.prog} --help'\n")
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _whole(least: int, most: int = MOST_TOKENS) -> Callable[[str], int]:
+    """Make what reads an integer in a range."""
+
+    def read(text: str) -> int:
+        number = text.strip()
+        if len(number) <= 20 and number.isascii() and number.isdecimal() and least <= int(number) <= most:
+            return int(number)
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: must be an integer of at least {least} and at most {most:,}")
+
+    return read
+
+
+_positive = _whole(1)
+_seed = _whole(0, 2**32 - 1)
 
 
 if __name__ == "__main__":

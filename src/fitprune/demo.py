@@ -24,21 +24,29 @@ BUDGETS = (0.4, 0.6, 0.8, 0.9)
 PICTURED = (0, 1, 6, 7)  # test samples with different kinds of question
 
 
-def demo(output: Path, *, quick: bool = False) -> None:
+def demo(output: Path, *, quick: bool = False, overwrite: bool = False) -> None:
     """Measure, fit and evaluate the embedded model, printing each step; files go to `output`.
 
     Args:
         output: folder for statistics, recipes, results and pictures.
         quick: 16 calibration and 64 test questions, one budget, no pictures.
+        overwrite: replace files of other kinds too.
 
     Raises:
-        OSError: `output` cannot be written.
+        OSError: `output` cannot be written, or holds files of other kinds under the demo's names.
         ImportError: matplotlib is missing, and not `quick`.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
 
-    files.require_writable(output / "stats.safetensors")
+    budgets = (0.6,) if quick else BUDGETS
+    recipe_files = {budget: output / f"recipe-{round(100 * budget)}.json" for budget in budgets}
+    kinds = {output / "stats.safetensors": files.STATISTICS, output / "results.json": files.RESULTS}
+    kinds |= dict.fromkeys(recipe_files.values(), files.RECIPE)
+    kinds |= {output / "results.timings.json": files.RESULT_TIMES}
+    kinds |= {output / f"{name}.png": files.IMAGE for name in (() if quick else ("kept_tokens", "keep_curves"))}
+    for path, kind in kinds.items():
+        files.claim(path, kind, overwrite=overwrite)
     if not quick:
         require_matplotlib("use --quick")
     transformers_logging.disable_progress_bar()
@@ -61,10 +69,10 @@ def demo(output: Path, *, quick: bool = False) -> None:
     say(f"measured {fitter.visual_tokens} visual tokens on {len(stats)} questions -> {output / 'stats.safetensors'}")
 
     recipes: dict[str, PruningRecipe] = {}
-    for budget in (0.6,) if quick else BUDGETS:
+    for budget in budgets:
         name = f"{round(100 * budget)}%"
         recipes[name] = fitter.fit(checked_budget("flops_reduction", budget))
-        recipes[name].save(output / f"recipe-{round(100 * budget)}.json")
+        recipes[name].save(recipe_files[budget])
         say(f"fitted {name}: removed per layer {recipes[name].counts(fitter.visual_tokens)}")
 
     test = load_samples(embedded.folder("test"), samples=64 if quick else None)

@@ -123,7 +123,7 @@ def evaluate(
     before = total - sum(map(len, todo))
     mine = before + sum(map(len, own))  # of several processes, the bar shows the first's share
     quiet = not progress or processes.rank > 0
-    with tqdm(desc="evaluate", initial=before, total=mine, unit="question", disable=quiet) as bar:
+    with tqdm(desc="evaluate", initial=before, total=mine, unit="question", disable=quiet or None) as bar:
         for batch in own:
             said = _answer(model, processor, batch, entries, max_new_tokens, prompt_template, records)
             records.update({record["place"]: record for record in said})

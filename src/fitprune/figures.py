@@ -114,13 +114,14 @@ def svg_text(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def require_matplotlib(remedy: str) -> None:
+def require_matplotlib(remedy: str = "") -> None:
     """Find out before the work, not after it.
 
     Raises:
-        ImportError: matplotlib is not installed; the message ends with `remedy`.
+        ImportError: matplotlib is not installed; the message ends with `remedy`, if there is another one.
     """
     try:
         import matplotlib  # noqa: F401  # only whether it is there
     except ImportError:
-        raise ImportError(f"pictures need matplotlib: pip install 'fitprune[figures]', or {remedy}") from None
+        other = f", or {remedy}" if remedy else ""
+        raise ImportError(f"pictures need matplotlib: pip install matplotlib{other}") from None

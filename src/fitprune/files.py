@@ -1,16 +1,178 @@
-"""Write files whole or not at all.
+"""Read files within bounds, say what a file is, and write files whole or not at all.
 
 A file is written beside its place under a temporary name and renamed, so that a killed run or a full disk leaves the
-old file, or none, never half of one.
+old file, or none, never half of one. Files come from strangers too: JSON is read up to a size and a number of values,
+so that no file takes more than a second and 200 MB before it is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+MOST_BYTES = 4 << 20  # of a recipe or a latency profile; those that fits make have some thousands
+MOST_RESULT_BYTES = 32 << 20  # results hold pictures, and what each method kept of them
+MOST_VALUES = 2_500_000  # of a JSON text: a small number takes 8 bytes, an empty list 64
+
+STATISTICS, RECIPE, RESULTS, PROFILE = "statistics", "a recipe", "results", "a latency profile"
+TIMES, ANALYSIS, REPORT, JOURNAL = "times of a benchmark", "an analysis", "a report", "a journal of answers"
+RESULT_TIMES, IMAGE = "times of an evaluation", "an image"
+_MAKERS = {STATISTICS: "measure", RECIPE: "fit", RESULTS: "evaluate", PROFILE: "profile"}
+_IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+
+
+def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
+    """Read UTF-8, with or without a byte order mark, of at most `most` bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is larger, or no UTF-8.
+    """
+    with open(path, "rb") as file:
+        read = file.read(most + 1)
+    if len(read) > most:
+        raise ValueError(f"too large: more than {most >> 20} MB")
+    try:
+        return read.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no text: byte {error.start} is no UTF-8") from None
+
+
+def parse_json(text: str, **hooks: Any) -> Any:
+    """Parse JSON of at most MOST_VALUES values.
+
+    Args:
+        text: what to parse.
+        hooks: `json.loads`'s.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or holds more.
+    """
+    # From above: what it takes in memory, in about that of a number in a list.
+    if text.count(",") + 2 * text.count(":") + 8 * (text.count("[") + text.count("{")) > MOST_VALUES:
+        raise ValueError(f"too large: more than {MOST_VALUES:,} values")
+    try:
+        return json.loads(text, **hooks)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+
+
+def bounded_number(text: str) -> int | float:
+    """Read a number of JSON that something is computed from, as a hook of `parse_json`.
+
+    Raises:
+        ValueError: it is not finite, or above 10**18.
+    """
+    if len(text) <= 40 and abs(value := float(text)) <= 1e18:
+        return int(text) if text.lstrip("-").isdecimal() else value
+    raise ValueError(f"a number is {text[:20]}{'...' * (len(text) > 20)}: must be finite, and at most 1e18")
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Say what a file is, by its content: statistics, a recipe, an image, ...; None where it is not known."""
+    try:
+        if not os.path.isfile(path):
+            return "a folder" if os.path.isdir(path) else None
+        with open(path, "rb") as file:
+            head = file.read(4096)
+            length = int.from_bytes(head[:8], "little")
+            if head[8:9] == b"{" and 1 < length <= min(os.path.getsize(path), MOST_RESULT_BYTES):
+                file.seek(8)
+                found = parse_json(file.read(length).decode()).get("__metadata__") or {}
+                ours = str(found.get("format")).startswith("fitprune-stats-")
+                return STATISTICS if ours else "a safetensors file"
+        if head.startswith(_IMAGES) or head[8:12] == b"WEBP":
+            return IMAGE
+        if head.lower().startswith(b"<!doctype html>") and b"fitprune" in head:
+            return REPORT
+        if head.startswith(b'{"run": '):
+            return JOURNAL
+        return kind_of_data(parse_json(read_text(path, MOST_RESULT_BYTES)))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def kind_of_data(data: Any) -> str | None:
+    """Say what artefact a parsed JSON file is, by its keys."""
+    if not isinstance(data, dict):
+        return None
+    if str(data.get("format")).startswith("fitprune-profile-"):
+        return PROFILE
+    if data.get("source") == "fitprune.analyze":
+        return ANALYSIS
+    keys = {
+        RECIPE: {"schema", "model", "keep"},
+        RESULTS: {"schema", "rows", "best"},
+        TIMES: {"model", "device", "timings"},
+        RESULT_TIMES: {"results", "rows"},
+    }
+    return next((kind for kind, needed in keys.items() if needed <= set(data)), None)
+
+
+def explained(path: str | os.PathLike[str], wanted: str, error: Exception) -> str:
+    """Say why a file could not be read as the kind that is `wanted`: what it is, where that is known."""
+    kind = kind_of(path)
+    if kind in (None, wanted):
+        return f"{path}: {error}"
+    return f"{path} is {kind}: must be {wanted}, made by 'fitprune {_MAKERS[wanted]}'"
+
+
+def missing(path: str | os.PathLike[str], kind: str) -> FileNotFoundError:
+    """Make the error that says that a file of a kind is not there, and what makes it."""
+    what = "not a regular file" if os.path.exists(path) else "no such file"
+    return FileNotFoundError(2, f"{path}: {what}; make it with 'fitprune {_MAKERS[kind]}'")
+
+
+def claim(path: str | os.PathLike[str], kind: str, *, overwrite: bool = False) -> str:
+    """Find out before long work that its output can be written, and that it replaces nothing of another kind.
+
+    Args:
+        path: the file to be written; nothing is left there.
+        kind: of what is to be written.
+        overwrite: replace whatever file is there.
+
+    Returns:
+        ", which replaced the one there" for the line that says what was written, where a file is there; else "".
+
+    Raises:
+        ValueError: a file of another kind is there.
+        OSError: as for `replacing`.
+    """
+    require_writable(path)
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return ""
+    if not overwrite and (found := kind_of(path)) != kind:
+        what = found or "no file of fitprune"
+        raise ValueError(f"{path} is {what}: choose another output for {kind}, or pass --overwrite")
+    return ", which replaced the one there"
+
+
+def claim_folder(
+    folder: str | os.PathLike[str], ours: Callable[[Path], bool], remedy: str, *, overwrite: bool = False
+) -> None:
+    """Find out that a folder is missing, or holds only what the command writes there.
+
+    Args:
+        folder: the output.
+        ours: whether an entry is something that the command may stand beside, or replace.
+        remedy: what else to do.
+        overwrite: take it whatever it holds.
+
+    Raises:
+        ValueError: it is a file, or holds something else.
+        OSError: it cannot be read.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder")
+    held = [] if overwrite or not path.exists() else sorted(path.iterdir())
+    if foreign := next((entry for entry in held if not entry.name.startswith(".") and not ours(entry)), None):
+        raise ValueError(f"{folder} holds other files, such as {foreign.name}: {remedy}, or pass --overwrite")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import bisect
 import copy
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -24,6 +25,7 @@ from fitprune.recipe import PruningRecipe
 from fitprune.stats import AttentionStats
 
 TOLERANCE_STEP = 1e-3  # the search ends when feasible and infeasible tolerance are this close
+MOST_LOST = 500_000_000  # entries of `merging.lost_attention`, 12 bytes each while it is made
 _CHUNK = 32  # samples simulated at a time: their working set stays in the processor's cache
 
 
@@ -154,10 +156,12 @@ class Fitter:
     """Fits several budgets from one set of statistics, sorting once and sharing every tolerance tried."""
 
     def __init__(self, stats: AttentionStats, *, visual_tokens: int | None = None) -> None:
+        if not isinstance(stats, AttentionStats):
+            raise ValueError(f"stats is a {type(stats).__name__}: must be AttentionStats, as of AttentionStats.load")
         if len(stats) == 0:
             raise ValueError("stats holds no sample: measure at least one")
-        if visual_tokens is not None and visual_tokens < 1:
-            raise ValueError(f"visual_tokens={visual_tokens}: must be at least 1")
+        if visual_tokens is not None:
+            tokens.require_tokens("visual_tokens", visual_tokens, 1)
         self.stats = stats
         self.model = stats.model
         self.visual_tokens = visual_tokens or stats.usual_visual_tokens
@@ -244,6 +248,11 @@ class Fitter:
         if budget.kind == "tolerance":  # at equal visual FLOPs
             budget = Budget("flops_reduction", 0.0)
             budget = dataclasses.replace(budget, value=budget.measured(decoder, n, kept))
+        if (entries := len(decoder.prunable) * decoder.layers * n) > MOST_LOST:
+            raise ValueError(
+                f"max_removal_layers={at_most}: needs {12e-9 * entries:.0f} GB for images of {n:,} visual tokens; "
+                "leave it out, or fit for smaller images"
+            )
         if self._lost is None:
             drawn = self.stats if self._drawn is None else self.stats.select(self._drawn.tolist())
             self._lost = merging.lost_attention(drawn, n)
@@ -268,7 +277,7 @@ class Fitter:
         return self._simulation.kept_by_sample(tolerance)
 
     def _whole(self, tolerance: float) -> list[int]:
-        return tokens.kept_counts(self.kept_fractions(tolerance), self.visual_tokens)
+        return tokens.rounded_counts(self.kept_fractions(tolerance), self.visual_tokens)
 
 
 class _Simulation:
@@ -419,9 +428,11 @@ def checked_budget(kind: str, value: float, profile: LatencyProfile | None = Non
         what = (
             "needs a profile: make it with 'fitprune profile'" if profile is None else "needs no profile: leave it out"
         )
-        raise ValueError(f"{kind}={value!r}: {what}")
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{kind}={value!r}: must be a finite number")
+        raise ValueError(f"{kind}={reprlib.repr(value)}: {what}")
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= 1e18:
+        raise ValueError(f"{kind}={reprlib.repr(value)}: must be a finite number")
+    if profile is not None and not isinstance(profile, LatencyProfile):
+        raise ValueError(f"profile is a {type(profile).__name__}: must be a LatencyProfile, as of LatencyProfile.load")
     if kind.endswith("_reduction") and not 0 <= value < 1:
         raise ValueError(f"{kind}={value}: must be at least 0 and below 1 (a fraction, not percent)")
     if kind == "tolerance" and not 0 <= value <= 1:

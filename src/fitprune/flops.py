@@ -17,11 +17,15 @@ Tokens leave in two places: `removed[l]` of them inside layer l, between its att
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
 SCORE_BLOCK = 320  # query rows scored at a time; `attention` works in these, and the cost of scoring follows them
 LSE_COLUMNS = 2  # that the log-sum-exp takes behind a query: rounding two numbers of 8 bits is nothing to products'
+MOST_LAYERS = 1024  # eight times the deepest decoder; what is above is a damaged or hostile file
+MOST_SIZE = 10_000_000  # of a width, a vocabulary, a picture
+MOST_MACS = 10**18
 LINEAR_CHUNK = 64  # tokens that a linear-attention layer takes at a time
 
 
@@ -68,18 +72,23 @@ class DecoderShape:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false")
         object.__setattr__(self, "linear_layers", tuple(self.linear_layers))
-        if any(type(layer) is not int or not 0 <= layer < self.layers for layer in self.linear_layers):
-            raise ValueError(f"linear_layers={self.linear_layers!r}: must be layers from 0 to {self.layers - 1}")
+        linear = self.linear_layers
+        if len(linear) > self.layers or any(type(n) is not int or not 0 <= n < self.layers for n in linear):
+            raise ValueError(f"linear_layers={reprlib.repr(linear)}: must be layers from 0 to {self.layers - 1}")
         object.__setattr__(self, "mlps", tuple(self.mlps))
-        if (self.mlps and len(self.mlps) != self.layers) or any(type(n) is not int or n < 1 for n in self.mlps):
-            raise ValueError(f"mlps={self.mlps!r}: must be empty or a count for each of the {self.layers} layers")
+        counts = all(type(n) is int and 1 <= n <= MOST_MACS for n in self.mlps)
+        if (self.mlps and len(self.mlps) != self.layers) or not counts:
+            raise ValueError(
+                f"mlps={reprlib.repr(self.mlps)}: must be empty or a count for each of the {self.layers} layers"
+            )
         if not self.prunable:
             raise ValueError(f"first_prunable={self.first_prunable}: no layer with attention is left to prune")
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers with softmax attention, which cache keys."""
-        return tuple(layer for layer in range(self.layers) if layer not in self.linear_layers)
+        linear = set(self.linear_layers)
+        return tuple(layer for layer in range(self.layers) if layer not in linear)
 
     @property
     def prunable(self) -> tuple[int, ...]:
@@ -160,8 +169,11 @@ def _require_sizes(
     """Refuse sizes that no model has, so that a damaged file fails where it is read; `others` are no sizes."""
     for field in dataclasses.fields(shape):
         value, least = getattr(shape, field.name), 0 if field.name in may_be_zero else 1
-        if field.name not in others and (type(value) is not int or value < least):
-            raise ValueError(f"{field.name}={value!r}: must be an integer of at least {least}")
+        most = MOST_LAYERS if field.name == "layers" else MOST_MACS if field.name.endswith("_macs") else MOST_SIZE
+        if field.name not in others and (type(value) is not int or not least <= value <= most):
+            raise ValueError(
+                f"{field.name}={reprlib.repr(value)}: must be an integer of at least {least} and at most {most:,}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +194,15 @@ class ModelShape:
     image_token_id: int | None = dataclasses.field(default=None, compare=False)
     config_hash: str | None = dataclasses.field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        for name in ("model_type", "config_hash"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "model_type"):
+                raise ValueError(f"{name}={reprlib.repr(value)}: must be a string")
+        known = self.image_token_id is not None
+        if known and (type(self.image_token_id) is not int or abs(self.image_token_id) > MOST_SIZE):
+            raise ValueError(f"image_token_id={reprlib.repr(self.image_token_id)}: must be the id of a token")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; what is at its default or unknown is left out."""
         data = dataclasses.asdict(self)
@@ -200,7 +221,7 @@ class ModelShape:
         """
         try:
             if not isinstance(data["model_type"], str):
-                raise ValueError(f"model_type={data['model_type']!r}: must be a string")
+                raise ValueError(f"model_type={reprlib.repr(data['model_type'])}: must be a string")
             vision = data.get("vision")
             rest = {key: value for key, value in data.items() if key not in ("decoder", "vision")}
             return cls(
@@ -209,7 +230,7 @@ class ModelShape:
                 **rest,
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"model={data!r}: not a model shape ({error}); fit or measure again") from None
+            raise ValueError(f"model={reprlib.repr(data)}: not a model shape ({error}); fit or measure again") from None
 
     def require_same(self, other: ModelShape, *, what: str) -> None:
         """Refuse `what` (made for `self`) on a model of shape `other`.
@@ -330,8 +351,10 @@ def scoring_flops(
     if decoder.bidirectional:
         return 2 * width * rows * keys
     size = balanced(rows, SCORE_BLOCK)
-    ends = [*range(size, rows, size), rows]
-    pairs: int = sum((end - begin) * min(first + end, keys) for begin, end in zip([0, *ends[:-1]], ends, strict=True))
+    blocks = max(rows - 1, 0) // size  # before the last one
+    partly = min(max((keys - first) // size, 0), blocks)  # of those, the ones that do not look at all keys
+    pairs = size * (partly * first + size * partly * (partly + 1) // 2 + (blocks - partly) * keys)
+    pairs += (rows - blocks * size) * min(first + rows, keys)
     return 2 * width * pairs
 
 

@@ -77,6 +77,8 @@ def fitted_to(recipe: PruningRecipe, shape: ModelShape, *, force: bool, what: st
     Raises:
         ValueError: it is of another model, or, with `force`, of one with another number of layers.
     """
+    if not isinstance(recipe, PruningRecipe):
+        raise ValueError(f"{what} is a {type(recipe).__name__}: must be a PruningRecipe, as of PruningRecipe.named")
     if not force:
         recipe.model.require_same(shape, what=what)
         return recipe

@@ -82,7 +82,7 @@ def measure(
     share = (batch for number, batch in enumerate(batches) if processes.has(number))
     count = None if total is None else -(-total // processes.count)
     quiet = not progress or processes.rank > 0
-    for batch in tqdm(share, total=count, desc="measure", unit="batch", disable=quiet):
+    for batch in tqdm(share, total=count, desc="measure", unit="batch", disable=quiet or None):
         digests = input_digests(adapted, batch)
         if folder is None:
             measured += _measure_batch(adapted, batch, digests, provenance)

@@ -188,7 +188,7 @@ class OutputFitter:
                 f"{len(search)} batches to search on and {len(self.validation)} to validate with: at least one each "
                 "is needed; use more samples or a smaller batch size"
             )
-        answered = tqdm(given, desc="answer", unit="batch", disable=not progress)
+        answered = tqdm(given, desc="answer", unit="batch", disable=not progress or None)
         self.judge = Judge(model, [reference(model, batch, max_new_tokens=max_new_tokens) for batch in answered], unit)
         self.search = [search[i] for i in np.random.default_rng(seed).permutation(len(search))]
         self.choice = HeadChoice(self.visual_tokens)
@@ -405,7 +405,8 @@ class _Search:
         self._first = min(int((sizes < wanted).sum()) + 1, len(sizes))  # batches that hold the first samples
         self._bar = tqdm(
             desc=f"fit {budget.kind}={budget.value:g}", total=round(limit - self.begun, 1), unit="pass",
-            disable=not fitter.progress, bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} passes [{elapsed}{postfix}]",
+            disable=not fitter.progress or None,
+            bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} passes [{elapsed}{postfix}]",
         )  # fmt: skip
 
     def run(self, paper: PruningRecipe, first: Sequence[Plan]) -> tuple[PruningRecipe, list[Plan]]:

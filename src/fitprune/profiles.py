@@ -8,17 +8,18 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
-import math
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from fitprune import files
 from fitprune.flops import ModelShape
+from fitprune.tokens import MOST_TOKENS
 
 FORMAT = "fitprune-profile-1"
+MOST_SECONDS = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +67,26 @@ class LatencyProfile:
                     "token counts, and at least one; profile again"
                 )
         for name in ("visual_tokens", "text_tokens", "batch"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be an integer of at least 1; profile again")
-        if any(type(n) is not int or n < 1 for n in self.tokens) or list(self.tokens) != sorted(set(self.tokens)):
-            raise ValueError(f"tokens={list(self.tokens)}: must be ascending integers of at least 1; profile again")
+            if not _is_count(getattr(self, name)):
+                raise ValueError(
+                    f"{name}={reprlib.repr(getattr(self, name))}: must be an integer of at least 1 and at most "
+                    f"{MOST_TOKENS:,}; profile again"
+                )
+        if not all(map(_is_count, self.tokens)) or list(self.tokens) != sorted(set(self.tokens)):
+            raise ValueError(
+                f"tokens={reprlib.repr(list(self.tokens))}: must be ascending integers of at least 1 and at most "
+                f"{MOST_TOKENS:,}; profile again"
+            )
         for name in (*rows[1:], "outside_seconds"):
             for value in (self.outside_seconds,) if name == "outside_seconds" else getattr(self, name):
-                number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-                if not number or value <= 0:
-                    raise ValueError(f"{name} holds {value!r}: must be seconds above 0; profile again")
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MOST_SECONDS:
+                    raise ValueError(f"{name} holds {reprlib.repr(value)}: must be seconds above 0; profile again")
+
+    def __repr__(self) -> str:
+        return (
+            f"LatencyProfile({self.model.model_type} on {self.device or 'an unnamed device'}, batches of {self.batch}, "
+            f"{self.visual_tokens} visual and {self.text_tokens} text tokens, measured up to {self.tokens[-1]})"
+        )
 
     def prefill_seconds(
         self,
@@ -145,16 +157,21 @@ class LatencyProfile:
             OSError: the file cannot be read.
             ValueError: it is truncated, or no profile of this format.
         """
+        if not Path(path).exists():
+            raise files.missing(path, files.PROFILE)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = files.parse_json(files.read_text(path))
             if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             return cls(**{**data, "model": ModelShape.from_dict(data["model"])})
-        except FileNotFoundError:
-            raise FileNotFoundError(2, f"{path}: no such file; make it with 'fitprune profile'") from None
         except (ValueError, TypeError, KeyError) as error:
-            why = str(error).removesuffix("; profile again")
-            raise ValueError(f"{path}: not readable as a latency profile ({why}); profile again") from None
+            reason = str(error).removesuffix("; profile again")
+            why = ValueError(f"not readable as a latency profile ({reason}); profile again")
+            raise ValueError(files.explained(path, files.PROFILE, why)) from None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST_TOKENS
 
 
 def token_grid(longest: int) -> list[int]:

@@ -145,15 +145,26 @@ def profile_latency(
         ValueError: `inputs` have no image, rows differ, or `tokens` ends below the prompt's length.
     """
     profiler = Profiler(model, inputs, tokens=tokens)
-    for _ in tqdm(range(repeats + 1), desc="profile", unit="round", disable=not progress):
+    for _ in tqdm(range(repeats + 1), desc="profile", unit="round", disable=not progress or None):
         profiler.round()
     return profiler.profile()
+
+
+def require_inputs(inputs: Any) -> None:
+    """Refuse what is no batch of a processor.
+
+    Raises:
+        ValueError: it is no mapping with `input_ids`.
+    """
+    if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        raise ValueError(f"inputs is a {type(inputs).__name__}: must be a processor's output, with 'input_ids'")
 
 
 class Profiler:
     """Measures a latency profile round by round, so that rounds of something else can go between; see the function."""
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], *, tokens: Sequence[int] | None = None) -> None:
+        require_inputs(inputs)
         self._inputs, self._adapted = inputs, adapt(model)
         self._model = self._adapted.model
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")

@@ -12,15 +12,16 @@ import importlib.resources
 import json
 import os
 import reprlib
-from collections.abc import Mapping
-from numbers import Real
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from fitprune import card, files, flops, hub, tokens
+from fitprune import card, files, flops, hub, tables, tokens
 from fitprune.flops import DecoderShape, ModelShape, VisionShape
 
 SCHEMA = 1
+MOST_PARAMETERS = 64  # of a scorer, one in another counted alone; the richest has a dozen
 
 # The published shapes: Llama-7B decoders with CLIP ViT-L/14, in LLaVA-HR without its class token and with a ConvNeXt-L.
 _LLAMA_7B = (32, 32, 128, 32064)  # heads, kv_heads, head_dim, vocab
@@ -88,7 +89,11 @@ class PruningRecipe:
     scorer: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "fitprune"}, hash=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, ModelShape):
+            raise ValueError(f"model is a {type(self.model).__name__}: must be a ModelShape, as stats.model is")
         for name in ("keep", "enter"):
+            if not isinstance(getattr(self, name), Iterable):
+                raise ValueError(f"{name} is a {type(getattr(self, name)).__name__}: must be a list of numbers")
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != self.model.decoder.layers and (name == "keep" or self.enter):
                 raise ValueError(
@@ -98,17 +103,41 @@ class PruningRecipe:
         before, named = 1.0, "1"
         for name, fraction in self._steps():
             if isinstance(fraction, bool) or not isinstance(fraction, Real) or fraction != fraction:
-                raise ValueError(f"{name}={fraction!r}: must be a finite number")
+                raise ValueError(f"{name}={reprlib.repr(fraction)}: must be a finite number")
             if not 0 <= fraction <= 1:
-                raise ValueError(f"{name}={fraction}: must be between 0 and 1")
+                raise ValueError(f"{name}={reprlib.repr(fraction)}: must be between 0 and 1")
             if fraction > before:
                 raise ValueError(f"{name}={fraction}: must not exceed {named}={before}; removed tokens cannot return")
             before, named = fraction, name
         for name in ("keep", "enter"):
             object.__setattr__(self, name, tuple(float(fraction) for fraction in getattr(self, name)))
-        scorer_parts(self.scorer)
-        if type(self.visual_tokens) is not int or not 1 <= self.visual_tokens <= 10**9:
-            raise ValueError(f"visual_tokens={str(self.visual_tokens)[:20]}: must be an integer from 1 to 10**9")
+        _, parameters = scorer_parts(self.scorer)
+        if (count := len(parameters)) > MOST_PARAMETERS:
+            raise ValueError(f"scorer has {count} parameters: must have at most {MOST_PARAMETERS}")
+        tokens.require_tokens("visual_tokens", self.visual_tokens, 1)
+
+    def __repr__(self) -> str:
+        left, cut = self.kept(self.visual_tokens)[-1], 100 * self._flops_reduction
+        name = str(self.scorer["name"])[:40]
+        return (
+            f"PruningRecipe({self.model.model_type}, visual FLOPs -{cut:.1f}%, {self.visual_tokens} -> {left} visual "
+            f"tokens, {len(self.keep)} layers, scorer {name})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (str(layer), str(before), str(left), left / self.visual_tokens)
+            for layer, (before, left) in enumerate(
+                zip(tokens.kept_counts(self.entering, self.visual_tokens), self.kept(self.visual_tokens), strict=True)
+            )
+        ]
+        return tables.bars(repr(self), ("layer", "visual tokens that enter", "are left", ""), rows)
+
+    @property
+    def _flops_reduction(self) -> float:
+        """Of an image of the recipe's own size, in the paper's accounting."""
+        n = self.visual_tokens
+        return flops.visual_flops_reduction(self.model.decoder, n, self.counts(n), self.counts_before(n))
 
     def _steps(self) -> list[tuple[str, float]]:
         """Name the fractions in the order in which tokens leave: into a layer, inside it."""
@@ -162,11 +191,14 @@ class PruningRecipe:
             value_bytes: bytes of one cached value, 2 for 16-bit types.
 
         Raises:
-            ValueError: `visual_tokens` below 1, or text counts that are negative or do not fit each other.
+            ValueError: a number is no integer or out of range, or text counts do not fit each other.
         """
         n = self.visual_tokens if visual_tokens is None else visual_tokens
-        if n < 1:
-            raise ValueError(f"visual_tokens={n}: must be at least 1")
+        tokens.require_tokens("visual_tokens", n, 1)
+        tokens.require_tokens("text_tokens", text_tokens, 0)
+        tokens.require_tokens("crops", 1 if crops is None else crops, 1)
+        if not isinstance(value_bytes, Integral) or not 1 <= value_bytes <= 16:
+            raise ValueError(f"value_bytes={reprlib.repr(value_bytes)}: must be an integer from 1 to 16")
         if not 0 <= text_before <= text_tokens:
             raise ValueError(f"text_before={text_before}: must be between 0 and text_tokens={text_tokens}")
         if crops is None:
@@ -226,7 +258,7 @@ class PruningRecipe:
         entry = table[name]
         if str(percent) not in entry["removals"]:
             there = sorted(int(p) for p in entry["removals"])
-            raise ValueError(f"percent={percent!r}: no published recipe of {name}; must be one of {there}")
+            raise ValueError(f"percent={reprlib.repr(percent)}: no published recipe of {name}; must be one of {there}")
         model_type, vision = _PUBLISHED_TYPES[name]
         decoder = DecoderShape(entry["layers"], entry["hidden"], entry["intermediate"], *_LLAMA_7B)
         provenance = {
@@ -258,7 +290,8 @@ class PruningRecipe:
         model, *percent = name.split(":")
         if model in published and len(percent) == 1:
             # What is no number goes on as it is, for `published` to name it in its error.
-            return cls.published(model, int(percent[0]) if percent[0].isdigit() else percent[0])  # type: ignore[arg-type]
+            whole = percent[0].isdecimal() and len(percent[0]) < 4
+            return cls.published(model, int(percent[0]) if whole else percent[0])  # type: ignore[arg-type]
         if name in published:
             raise ValueError(f"{name}: say which of its recipes, such as {name}:60; {published[name]}")
         if place := hub.split_name(name):
@@ -300,7 +333,11 @@ class PruningRecipe:
             if revision is not None:
                 raise ValueError(f"revision={revision!r}: {name} is a folder, which has none; leave it out")
             if not (path / hub.RECIPE_FILE).exists():
-                raise FileNotFoundError(f"folder {name} has no {hub.RECIPE_FILE}")
+                entries = [entry for entry in sorted(path.glob("*.json"))[:200] if entry.is_file()]
+                small = [entry for entry in entries if entry.stat().st_size <= files.MOST_BYTES]
+                others = [entry.name for entry in small if files.kind_of(entry) == files.RECIPE]
+                held = f"; name one of its recipes: {', '.join(others)}" if others else ""
+                raise FileNotFoundError(f"folder {name} has no {hub.RECIPE_FILE}{held}")
             return cls.load(path / hub.RECIPE_FILE)
         place = hub.split_name(name)
         if place is None or place[1] is not None:
@@ -314,7 +351,7 @@ class PruningRecipe:
             force_download=force_download,
         )
         try:
-            return cls.from_json(found.read_text(encoding="utf-8-sig"))
+            return cls.from_json(files.read_text(found))
         except ValueError as error:
             raise ValueError(f"{hub.RECIPE_FILE} of {name} on the hub: {error}") from None
 
@@ -439,18 +476,24 @@ class PruningRecipe:
             ValueError: no JSON object, another schema version, a missing or unknown key, values out of the rules, or
                 a published method without its scorer, as older versions wrote it.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}: must be JSON text; load reads a file")
         try:
-            data = json.loads(text, object_pairs_hook=_without_duplicates)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"recipe is not JSON ({error})") from None
+            data = files.parse_json(text, object_pairs_hook=_without_duplicates)
+        except ValueError as error:
+            raise ValueError(f"recipe is {error}") from None
         if not isinstance(data, dict):
             raise ValueError(f"recipe is a JSON {type(data).__name__}: must be an object")
         required = {"schema", "model", "visual_tokens", "keep", "provenance"}
         known = required | {"enter", "scorer"}
         if type(data.get("schema")) is not int or data["schema"] != SCHEMA:
-            raise ValueError(f"schema={data.get('schema')!r}: this version reads schema {SCHEMA}; is it a recipe?")
+            raise ValueError(
+                f"schema={reprlib.repr(data.get('schema'))}: this version reads schema {SCHEMA}; is it a recipe?"
+            )
         if unknown := sorted(set(data) - known):
-            raise ValueError(f"unknown key {unknown[0]!r} in recipe: must be among {sorted(known)}; remove it")
+            raise ValueError(
+                f"unknown key {reprlib.repr(unknown[0])} in recipe: must be among {sorted(known)}; remove it"
+            )
         if missing := sorted(required - set(data)):
             raise ValueError(f"key {missing[0]!r} is missing from the recipe; fit it again")
         enter = data.get("enter", [])
@@ -481,16 +524,18 @@ class PruningRecipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningRecipe:
-        """Read a recipe file.
+        """Read a recipe file, of at most 4 MB.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: as `from_json`, with the file's name.
+            ValueError: as `from_json`, with the file's name; or it is something else, such as statistics.
         """
+        if not Path(path).exists():
+            raise files.missing(path, files.RECIPE)
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
-        except ValueError as error:  # UnicodeDecodeError is one
-            raise ValueError(f"{path}: {error}") from None
+            return cls.from_json(files.read_text(path))
+        except ValueError as error:
+            raise ValueError(files.explained(path, files.RECIPE, error)) from None
 
 
 def scorer_parts(scorer: Any) -> tuple[str, dict[str, Any]]:
@@ -526,9 +571,9 @@ def _left_out(provenance: Mapping[str, Any]) -> str | None:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}; remove one")
-    return dict(pairs)
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"wrong: a key stands twice among {reprlib.repr([key for key, _ in pairs])}; remove one")
+    return found
 
 
 @functools.cache

@@ -257,10 +257,12 @@ class Results:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is no results file of this version.
+            ValueError: it is no results file of this version, or something else, such as a recipe.
         """
+        if not Path(path).exists():
+            raise files.missing(path, files.RESULTS)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = _read(path)
             if not isinstance(data, dict) or data.get("schema") != SCHEMA:
                 raise ValueError(f"this version reads results of schema {SCHEMA}; evaluate again")
             rest = {name: data[name] for name in _SAVED}
@@ -268,11 +270,13 @@ class Results:
                 rest[name] = tuple(kind(**{k: _tupled(v) for k, v in entry.items()}) for entry in data[name])
             rest |= {name: tuple(rest[name]) for name in ("skipped", "examples")}
             timed = beside(path, "timings.json")
-            timings = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else {}
+            timings = _read(timed) if timed.exists() else {}
             if timings.pop("results", None) != _digest(path):
                 timings = {}  # of an older run
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not readable as results ({error}); evaluate again") from None
+            reason = str(error).removesuffix("; evaluate again")
+            why = ValueError(f"not readable as results ({reason}); evaluate again")
+            raise ValueError(files.explained(path, files.RESULTS, why)) from None
         return cls(timings=timings, **rest)
 
 
@@ -283,6 +287,13 @@ _RECORDS: dict[str, Any] = {"tasks": Task, "rows": Row, "best": Best}
 def beside(path: str | os.PathLike[str], ending: str) -> Path:
     """Name a file beside results: "results.json" and "timings.json" give "results.timings.json"."""
     return Path(path).with_name(f"{Path(path).name.removesuffix('.json')}.{ending}")
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    """Read JSON whose numbers can be computed with."""
+    number = files.bounded_number
+    text = files.read_text(path, files.MOST_RESULT_BYTES)
+    return files.parse_json(text, parse_int=number, parse_float=number, parse_constant=number)
 
 
 def _digest(path: str | os.PathLike[str]) -> str:

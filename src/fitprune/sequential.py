@@ -81,7 +81,7 @@ def fit_sequential(
     def count(tolerance: float) -> torch.Tensor:
         """Tokens left after each layer, for each sample: [samples, layers]."""
         left = torch.zeros(len(held), decoder.layers, dtype=torch.long)
-        for index, batch in enumerate(tqdm(held, desc=f"tolerance {tolerance:.3f}", disable=not progress)):
+        for index, batch in enumerate(tqdm(held, desc=f"tolerance {tolerance:.3f}", disable=not progress or None)):
             left[index] = stats.visual_tokens[index]  # of layers where none leave before the first removal
             choose = _within(totals[index], tolerance, left[index], decoder.prunable)
             # The default binds this sample's function; mypy cannot infer a lambda's default.

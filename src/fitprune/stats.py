@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fitprune import files
+from fitprune import files, tables
 from fitprune.flops import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,25 @@ class AttentionStats:
         if not len(self.visual_tokens) == len(self.text_tokens) == len(self.digests):
             raise ValueError("visual_tokens, text_tokens and digests differ in length: must be one for each sample")
 
+    def __repr__(self) -> str:
+        counts = sorted(set(self.visual_tokens)) or [0]
+        each = f"{counts[0]}..{counts[-1]}" if len(counts) > 1 else str(counts[0])
+        name = str(self.provenance.get("model", self.model.model_type))[-40:]
+        return (
+            f"AttentionStats({name}: {tables.plural(len(self), 'sample')}, {each} visual tokens, "
+            f"{self.model.decoder.layers} layers)"
+        )
+
+    def _repr_html_(self) -> str:
+        sums = [values.sum(1).tolist() for values in (self.self_attention, self.cross_attention)]
+        most = [max(*layers, 1e-30) for layers in sums]
+        samples = max(len(self), 1)
+        rows = [
+            (str(layer), f"{own / samples:.3f}", own / most[0], f"{cross / samples:.3f}", cross / most[1])
+            for layer, (own, cross) in enumerate(zip(*sums, strict=True))
+        ]
+        return tables.bars(repr(self), ("layer", "received self attention", "", "cross", ""), rows)
+
     def __len__(self) -> int:
         return len(self.visual_tokens)
 
@@ -133,32 +152,41 @@ class AttentionStats:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is truncated, or no statistics of this format.
+            ValueError: it is truncated, no statistics of this format, or something else, such as a recipe.
         """
         if not Path(path).is_file():
-            what = "not a regular file" if Path(path).exists() else "no such file"
-            raise FileNotFoundError(2, f"{path}: {what}; make it with 'fitprune measure'")
+            raise files.missing(path, files.STATISTICS)
         try:
             with safe_open(path, framework="pt") as opened:
                 metadata = opened.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise ValueError(
-                        f"{path}: format {metadata.get('format')!r}, must be {FORMAT!r}; not statistics of this version"
-                    )
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            return cls(
-                tensors["self_attention"],
-                tensors["cross_attention"],
-                tuple(tensors["visual_tokens"].tolist()),
-                tuple(tensors["text_tokens"].tolist()),
-                tuple(json.loads(metadata["digests"])),
-                ModelShape.from_dict(json.loads(metadata["model"])),
-                json.loads(metadata["provenance"]),
-            )
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path}: not readable as statistics ({error}); truncated or foreign file, measure again"
-            ) from None
+                    raise ValueError(f"format {metadata.get('format')!r}, must be {FORMAT!r}; not of this version")
+                model = ModelShape.from_dict(files.parse_json(metadata["model"]))
+                digests = tuple(files.parse_json(metadata["digests"]))
+                _require_shapes(opened, model.decoder.layers, len(digests))
+                tensors = {name: opened.get_tensor(name) for name in _TENSORS}
+                provenance = files.parse_json(metadata["provenance"])
+            self_attention, cross_attention, visual, text = (tensors[name] for name in _TENSORS)
+            counts = tuple(visual.tolist()), tuple(text.tolist())
+            return cls(self_attention, cross_attention, *counts, digests, model, provenance)
+        except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+            why = ValueError(f"not readable as statistics ({error}); truncated or foreign file, measure again")
+            raise ValueError(files.explained(path, files.STATISTICS, why)) from None
+
+
+_TENSORS = ("self_attention", "cross_attention", "visual_tokens", "text_tokens")
+
+
+def _require_shapes(opened: Any, layers: int, samples: int) -> None:
+    """Hold what a file's header claims against each other, before anything of that size is read."""
+    shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in _TENSORS}
+    for name in _TENSORS[2:]:
+        if shapes[name] != (samples,):
+            raise ValueError(f"{name} is {shapes[name]}: must be [samples] = {(samples,)}")
+    shape = (layers, int(opened.get_tensor("visual_tokens").sum()))
+    for name in _TENSORS[:2]:
+        if shapes[name] != shape:
+            raise ValueError(f"{name} is {shapes[name]}: must be [layers, visual tokens of all samples] = {shape}")
 
 
 def _sort_metadata(path: Path) -> None:
@@ -181,12 +209,16 @@ def join(parts: Iterable[AttentionStats]) -> AttentionStats:
     Raises:
         ValueError: there is no part, or the parts are of different models.
     """
+    if isinstance(parts, AttentionStats):
+        raise ValueError("parts is AttentionStats: must be a list of them")
     parts = list(parts) if isinstance(parts, Iterator) else parts
     first: AttentionStats | None = None
     visual: list[int] = []
     text: list[int] = []
     digests: list[str] = []
     for part in parts:
+        if not isinstance(part, AttentionStats):
+            raise ValueError(f"parts holds a {type(part).__name__}: must be AttentionStats, as of AttentionStats.load")
         if first is None:
             first = part
         part.model.require_same(first.model, what="a part of the statistics")

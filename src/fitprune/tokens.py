@@ -7,28 +7,50 @@ after the layer; images differ in token count, so counts are made here and nowhe
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from numbers import Integral
+
+MOST_TOKENS = 1_000_000  # of one image or prompt: more than a context holds; what is above is a damaged or hostile file
+_NOISE = 1e-9  # a fraction below it is 0 but for rounding, as of 1 - 10 * 0.1
 
 
 def kept_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
     """Count the visual tokens still present after each layer, for an image that began with `visual_tokens`.
 
-    Rounds half up, so that a fraction made as `count / visual_tokens` gives `count` back exactly.
+    Rounds half up, so that a fraction made as `count / visual_tokens` gives `count` back exactly. What keeps anything
+    of an image keeps a token of each: the share of an image of one or two tokens would round to nothing.
 
     Args:
         keep: fraction kept after each layer, non-increasing, between 0 and 1.
-        visual_tokens: the image's original number of visual tokens, 0 or more.
+        visual_tokens: the image's original number of visual tokens, 0 to MOST_TOKENS.
 
     Returns:
-        One count per layer, non-increasing.
+        One count per layer, non-increasing; 0 only where the fraction is.
 
     Raises:
-        ValueError: `visual_tokens` is negative or no integer.
+        ValueError: `visual_tokens` is out of range or no integer.
     """
-    if not isinstance(visual_tokens, Integral) or isinstance(visual_tokens, bool) or visual_tokens < 0:
-        raise ValueError(f"visual_tokens={visual_tokens!r}: must be an integer of at least 0")
+    if not visual_tokens:
+        return rounded_counts(keep, visual_tokens)
+    counts = zip(keep, rounded_counts(keep, visual_tokens), strict=True)
+    return [max(count, int(fraction > _NOISE)) for fraction, count in counts]
+
+
+def rounded_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
+    """Count by the rounding rule alone, as fits do, which may decide that a layer keeps none; else as `kept_counts`."""
+    require_tokens("visual_tokens", visual_tokens, 0)
     return [math.floor(fraction * visual_tokens + 0.5) for fraction in keep]
+
+
+def require_tokens(name: str, value: int, least: int) -> None:
+    """Refuse what is no number of tokens.
+
+    Raises:
+        ValueError: `value` is no integer from `least` to MOST_TOKENS.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= MOST_TOKENS:
+        raise ValueError(f"{name}={reprlib.repr(value)}: must be an integer from {least} to {MOST_TOKENS:,}")
 
 
 def keep_fractions(removed: Sequence[int], visual_tokens: int) -> tuple[float, ...]:

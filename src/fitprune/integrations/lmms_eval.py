@@ -174,7 +174,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         )
         answers = []
         pruned = contextlib.nullcontext() if self.recipe is None else prune(self.model, self.recipe)
-        bar = tqdm(total=len(requests), desc="fitprune", unit="question", disable=self.rank != 0)
+        bar = tqdm(total=len(requests), desc="fitprune", unit="question", disable=self.rank != 0 or None)
         with bar, pruned, torch.inference_mode():
             for chunk in order.get_batched(n=self.batch_size):
                 messages = [make(self.task_dict[task][split][doc]) for _, make, _, doc, task, split in chunk]

@@ -73,7 +73,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
     weight_map: dict[str, str] = {}
     total = 0
     read: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
-    for number, (shard, group) in enumerate(tqdm(plan, desc="convert", unit="file"), 1):
+    for number, (shard, group) in enumerate(tqdm(plan, desc="convert", unit="file", disable=None), 1):
         path = destination / f"model-{number:05}-of-{len(plan):05}.safetensors"
         weight_map |= dict.fromkeys(group, path.name)
         total += sum(held[shard][name].nbytes for name in group.values())
@@ -192,7 +192,7 @@ def _tokenizer(source: Path) -> Any:
     reads_model = is_sentencepiece_available() and is_protobuf_available()
     if not (source / "tokenizer.json").is_file() and not reads_model:
         raise ImportError(
-            "to read tokenizer.model, sentencepiece and protobuf are needed: pip install 'fitprune[llava-hr]'"
+            "to read tokenizer.model, sentencepiece and protobuf are needed: pip install sentencepiece protobuf"
         )
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FileNotFoundError(f"{source}: has no tokenizer.model; fetch the whole checkpoint")

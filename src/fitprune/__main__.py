@@ -1,0 +1,8 @@
+"""`python -m fitprune`: the `fitprune` command."""
+
+import sys
+
+from fitprune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
