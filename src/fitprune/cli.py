@@ -378,10 +378,11 @@ def _generate(args: argparse.Namespace) -> None:
     from fitprune.batches import make_batches
     from fitprune.calibration import Sample
     from fitprune.inputs import to_model
+    from fitprune.pictures import located
     from fitprune.pruning import prune
 
     recipe = None if args.recipe is None else PruningRecipe.named(args.recipe)
-    sample = Sample("0", args.question, Path(args.image), where="--image")
+    sample = Sample("0", args.question, located(args.image, Path()), where="--image")
     sample.load_image()
     model, processor = _load(args)
     inputs = to_model(next(make_batches([sample], processor, prompt_template=args.prompt_template, model=model)), model)
