@@ -315,7 +315,7 @@ def data(tmp_path):
     """Four good questions of the embedded set, and two that no processor takes."""
     shutil.copytree(embedded.folder("calibration") / "images", tmp_path / "images")
     lines = (embedded.folder("calibration") / "metadata.jsonl").read_text().splitlines()[:4]
-    bad = [json.loads(lines[0]) | {"text": text} for text in ("what " * 3000, "lone \ud800")]
+    bad = [json.loads(lines[0]) | {"text": text} for text in ("what " * 3000, "why " * 3000)]
     (tmp_path / "q.jsonl").write_text("\n".join([lines[0], *map(json.dumps, bad), *lines[1:]]))
     (tmp_path / "good.jsonl").write_text("\n".join(lines))
     return tmp_path
