@@ -270,7 +270,7 @@ def test_all_that_are_ahead_by_as_much_are_named():
     assert "dart and vtw are ahead by" in verdict(best)
     said = {name: answers[:24] for name, answers in said.items()}
     (best,) = made([["b"]] * 24, said).best
-    assert "24 questions cannot tell fitprune and dart, vtw and random apart" in verdict(best)
+    assert "24 questions cannot tell fitprune, dart, vtw and random apart" in verdict(best)
     (best,) = made([["b"]] * 24, {**said, "fastv": said["dart"]}).best
     assert "24 questions cannot tell fitprune and 4 other methods apart" in verdict(best)
 

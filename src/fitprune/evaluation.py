@@ -272,7 +272,8 @@ def _run_of(
     def named(entry: Entry) -> list[Any]:
         return [list(entry.recipe.entering), list(entry.recipe.keep), dict(entry.recipe.scorer)]
 
-    template = prompt_template or getattr(processor, "chat_template", None)
+    parts = (processor, getattr(processor, "tokenizer", None))  # where a chat template may be
+    template = prompt_template or next(filter(None, (getattr(part, "chat_template", None) for part in parts)), None)
     return {
         **provenance_of(model),
         "attention": str(getattr(model.config, "_attn_implementation", "")),

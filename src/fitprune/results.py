@@ -435,9 +435,9 @@ def verdict(best: Best) -> str:
     )
     ahead += f" ({100 * best.interval[0]:.1f}..{100 * best.interval[1]:.1f})"
     if best.cannot_tell:
-        others = _joined(best.unsure) if len(best.unsure) < 4 else f"{len(best.unsure)} other methods"
+        names = best.unsure if len(best.unsure) < 4 else (f"{len(best.unsure)} other methods",)
         more = f"; {ahead}" if best.lead > 0 else ""
-        return f"{where}: {best.questions} questions cannot tell fitprune and {others} apart{more}"
+        return f"{where}: {best.questions} questions cannot tell {_joined(('fitprune', *names))} apart{more}"
     if best.lead == 0:
         equals = f"; {_joined(best.equals)} as accurate" if best.equals else ""
         return f"{where}: no method is more accurate than fitprune{equals}"
