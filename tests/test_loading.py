@@ -60,9 +60,9 @@ def expect_refusal(name, message, kind, **options):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digit-scene", "digit-scene: no such folder, and no hub name, .*; did you mean digit-scenes?"),
+        ("digit-scene", "digit-scene: no such file or folder; did you mean digit-scenes?"),
         ("Digit_Scenes", "did you mean digit-scenes?"),
-        ("digit-scenes/model", "did you mean digit-scenes?"),
+        ("digit-scenes/model", "did you mean digit-scenes/test?"),
         ("gpt2", "gpt2: no such folder, and no hub name, which is owner/name; the embedded model is digit-scenes"),
         ("/nowhere/model", "no such folder"),
         ("./llava", "no such folder"),
@@ -91,9 +91,8 @@ def test_a_file_is_no_model(weights, no_network, tmp_path, name):
 def test_a_typo_on_the_command_line_is_said_in_one_line(weights, no_network, capsys, tmp_path):
     options = ["--data", "digit-scenes/calibration", "-o", str(tmp_path / "s.safetensors")]
     assert main(["measure", "digit-scene", *options]) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        "fitprune: error: digit-scene: no such folder, and no hub name, which is owner/name; did you mean digit-scenes?"
-    ]
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("fitprune: error: digit-scene: no such file or folder; did you mean digit-scenes?")
 
 
 def test_a_hub_out_of_reach_is_asked_once(weights, monkeypatch, tmp_path, caplog):
@@ -166,7 +165,7 @@ def test_torchvision_is_named_where_a_family_needs_it(weights, tmp_path, name):
     row.processor().tokenizer.save_pretrained(tmp_path)
     row.processor().image_processor.save_pretrained(tmp_path)
     build = re.escape(torch.__version__)
-    message = f"the processor of {name} needs torchvision, in a build for torch {build}: pip install 'fitprune.torchv"
+    message = f"the processor of {name} needs torchvision, in a build for torch {build}: pip install torchv"
     expect_refusal(tmp_path, message, ImportError)
 
 

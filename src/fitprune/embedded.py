@@ -17,7 +17,7 @@ def resolve(name: str) -> str:
     """Turn the name of the embedded model or of embedded data (`MODEL`, `DATA`) into a folder; other names stay.
 
     Raises:
-        ValueError: the name is nearly an embedded one, and nothing of that name is there.
+        FileNotFoundError: the name is nearly an embedded one, and nothing of that name is there.
     """
     if os.path.exists(name):
         return name
@@ -26,7 +26,7 @@ def resolve(name: str) -> str:
         return str(folder(part or "model", family))
     if difflib.get_close_matches(re.split("[/:]", name)[0].lower(), FAMILIES, cutoff=0.8):
         near = difflib.get_close_matches(name.lower(), (MODEL, *DATA), n=1, cutoff=0)
-        raise ValueError(
+        raise FileNotFoundError(
             f"{name}: no such file or folder; did you mean {near[0]}? Embedded are the model {MODEL} and the data "
             f"{', '.join(DATA)}"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import os
@@ -122,10 +121,10 @@ def _place(name: str) -> str:
             raise FileNotFoundError(f"{name} has no config.json: must be a folder that save_pretrained wrote")
         return place
     parts = hub.split_name(name)
-    if parts is None or name.partition("/")[0] in {data.partition("/")[0] for data in embedded.DATA}:
-        close = difflib.get_close_matches(name.lower(), [embedded.MODEL])
-        remedy = f"did you mean {embedded.MODEL}?" if close else f"the embedded model is {embedded.MODEL}"
-        raise FileNotFoundError(f"{name}: no such folder, and no hub name, which is owner/name; {remedy}")
+    if parts is None:
+        raise FileNotFoundError(
+            f"{name}: no such folder, and no hub name, which is owner/name; the embedded model is {embedded.MODEL}"
+        )
     if parts[1] is not None:
         raise ValueError(f"{name}: a model's revision is stated apart: {parts[0]} with revision={parts[1]!r}")
     return place
@@ -203,7 +202,7 @@ def _processor(name: str, folder: str, source: dict[str, Any], model_type: str) 
         if without and importlib.util.find_spec("torchvision") is None:
             raise ImportError(
                 f"{name}: the processor of {model_type} needs torchvision, in a build for torch {torch.__version__}: "
-                "pip install 'fitprune[torchvision]'"
+                "pip install torchvision (fitprune's extra 'torchvision')"
             ) from error
         if isinstance(error, ImportError):
             raise ImportError(f"{name}: its processor needs a package that is missing ({reason})") from error

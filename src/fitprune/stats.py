@@ -255,9 +255,13 @@ def merge(parts: Iterable[AttentionStats]) -> AttentionStats:
     Raises:
         ValueError: there is no part, or the parts are of different models.
     """
+    if isinstance(parts, AttentionStats):
+        raise ValueError("parts is AttentionStats: must be a list of them")
     known: set[str] = set()
     kept, left_out = [], 0
     for part in parts:
+        if not isinstance(part, AttentionStats):
+            raise ValueError(f"parts holds a {type(part).__name__}: must be AttentionStats, as of AttentionStats.load")
         new = [number for number, digest in enumerate(part.digests) if digest not in known]
         left_out += len(part) - len(new)
         known.update(part.digests)
