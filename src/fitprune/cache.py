@@ -29,8 +29,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
         first: whether it is the cache's first layer with keys, whose length stands for that of the sequence.
         window: how many columns back its layer looks, its own counted; None for all. Older keys are let go of.
         gone: the last column whose key was let go of; -1 for none.
-        rope_offset: [B, 1] or [1, 1] int64, in the first layer with keys, how far multimodal rotary positions after
-            the prompt are from the columns; None for models without such.
+        rope_offset: [B or 1, columns] int64, in the first layer with keys, how far multimodal rotary positions after
+            each column are from the columns; after the last one it stays. None for models without such.
     """
 
     keys: torch.Tensor | None
@@ -125,11 +125,13 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
         Raises:
             ValueError: keys that the layer would look back on again were let go of.
         """
+        now = 0 if self.keys is None else self._sequence_length(self.keys.shape[-2])
+        length = min(now, tokens_to_remove) if tokens_to_remove > 0 else max(0, now + tokens_to_remove)
+        if self.rope_offset is not None:
+            self.rope_offset = self.rope_offset[:, : max(length, 1)]
         if self.columns is None or self.keys is None or self.values is None:
             super().crop(tokens_to_remove)
             return
-        now = self._sequence_length(self.keys.shape[-2])
-        length = min(now, tokens_to_remove) if tokens_to_remove > 0 else max(0, now + tokens_to_remove)
         if self.window is not None and self.gone > length - self.window:
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove}: a layer that looks back {self.window} tokens let go of those "

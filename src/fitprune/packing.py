@@ -50,7 +50,7 @@ class Forward:
         index: [B, m'] rows that stay, between a layer's attention and its end; shorter samples are filled on the left.
         kept_next: [B, m'] `kept` of those.
         keys_valid: [B, keys] False at keys of the present layer that are padding; None where there is none.
-        rope_offset: [B, 1] what multimodal rotary positions go on with after this forward; None where it stays.
+        rope_offset: [B, P + Q] of multimodal rotary positions after this forward; None where it stays. See `rotary`.
         stages: what was made for a layer, by the columns that its cache holds and what it is given for each position;
             until more rows leave.
     """

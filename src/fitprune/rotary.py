@@ -2,7 +2,7 @@
 
 An image takes fewer positions than it has tokens, so text after it counts on with an offset (`rope_deltas`, [B, 1]).
 transformers keeps that of the last prompt on the model, where another conversation overwrites it. Here it is kept with
-the cache's layers, and moves with their rows.
+the cache's layers, after each column of the prompt, so that it moves with their rows and is cropped with their columns.
 
 Shapes: B batch, P columns of the past, Q columns of this call, A axes of the positions (time, height, width).
 """
@@ -41,7 +41,7 @@ class RotaryOffsets:
     def positions(
         self, given: Mapping[str, Any], cache: Any, valid: torch.Tensor | None, past: int, length: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Find the positions of a call whose caller gives none, and the offset after it.
+        """Find the positions of a call whose caller gives none, and the offsets of its columns.
 
         Args:
             given: the arguments of the call.
@@ -51,30 +51,75 @@ class RotaryOffsets:
             length: Q.
 
         Returns:
-            Positions [A, B, Q], None where the call has its own or the model finds them; the offset [B, 1] that the
-            sequence goes on with, None where it stays what it was.
+            Positions [A, B, Q], None where the call has its own or the model finds them; the offset after each column
+            [B, P + Q], None where the last one stays.
+
+        Raises:
+            ValueError: images come with `inputs_embeds` alone, from which their positions cannot be found.
         """
         if not self.tracked:
             return None, None
-        tokens = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-        own = self.offset_of(cache)
+        own, images = self.offset_of(cache), given_images(given) is not None
         if (ids := given.get("position_ids")) is not None:
-            return None, _offset_after(ids, valid, past, length) if given_images(given) is not None else None
-        call = {name: given[name] for name in self._names if given.get(name) is not None}
-        call |= {name: cache for name in CACHE_NAMES if name in self._names}
+            return None, self._offsets(ids, cache, valid, past, length) if images else None
+        if (tokens := given.get("input_ids")) is None:
+            if images:
+                raise ValueError(
+                    "inputs_embeds are given without input_ids: the rotary positions of this model's images are found "
+                    "by ids; pass input_ids, or position_ids [3, batch, tokens]"
+                )
+            tokens = given["inputs_embeds"]
+        alone = images and own is not None  # positions of this turn, moved to after the past
+        call = {name: given.get(name) for name in self._names}
+        call |= {name: None if alone else cache for name in CACHE_NAMES if name in self._names}
+        if alone and call.get("attention_mask") is not None:
+            call["attention_mask"] = call["attention_mask"][:, past:]
         call["inputs_embeds"] = tokens.new_empty(*tokens.shape[:2], 0)  # it reads its sizes and device
         with self._lock:
-            if past and own is not None:
+            before = self._base.rope_deltas
+            if past and own is not None and not images:
                 self._base.rope_deltas = own
-            found = self._base.compute_3d_position_ids(**{**dict.fromkeys(self._names), **call})
-            if found is None:
-                return None, torch.zeros(1, 1, dtype=torch.long, device=tokens.device) if not past else None
-            return found[..., -length:], self._base.rope_deltas
+            found = self._base.compute_3d_position_ids(**call)
+            if past:
+                self._base.rope_deltas = before  # as a step of the dense model leaves it
+        if found is None:
+            return None, None
+        found = found[..., -length:]
+        if not images:
+            return found, None
+        if past and alone:
+            count = past if valid is None else valid[:, :past].sum(1, keepdim=True).to(found.device)
+            found = found + own.to(found.device) + count
+        return found, self._offsets(found, cache, valid, past, length)
+
+    def _offsets(
+        self, ids: torch.Tensor, cache: Any, valid: torch.Tensor | None, past: int, length: int
+    ) -> torch.Tensor:
+        """Count how far positions after each column are from the columns: [B, P + Q].
+
+        Args:
+            ids: positions [A, B, Q], perhaps after one axis of text, or [B, Q].
+            cache, valid, past, length: as for `positions`.
+        """
+        last = (ids[-3:].amax(0) if ids.ndim == 3 else ids)[:, -length:]
+        if valid is None:
+            count = torch.arange(past + 1, past + length + 1, device=ids.device)[None]
+        else:
+            valid = valid.to(ids.device)
+            count, last = valid.cumsum(1)[:, past:], last.masked_fill(~valid[:, past:], 0)
+        new = last.cummax(1).values + 1 - count
+        if not past:
+            return new
+        layer = first_layer(cache, self._adapted)
+        old = getattr(layer, "rope_offset", None)
+        old = new.new_zeros(1, 1) if old is None else old.to(new.device)
+        old = old.expand(len(new), -1)[:, :past]
+        return torch.cat([old, old[:, -1:].expand(-1, past - old.shape[1]), new], 1)
 
     def offset_of(self, cache: Any) -> torch.Tensor | None:
         """Read the offset [B, 1] that a cache goes on with; None where it is not known."""
-        layer = first_layer(cache, self._adapted)
-        return getattr(layer, "rope_offset", None)
+        offsets = getattr(first_layer(cache, self._adapted), "rope_offset", None)
+        return None if offsets is None else offsets[:, -1:]
 
     def keep(self, cache: Any, offset: torch.Tensor | None) -> None:
         """Let a cache go on with this offset."""
@@ -91,23 +136,24 @@ class RotaryOffsets:
         model, original = self._adapted.model, self._adapted.model._prepare_position_ids_for_generation
 
         def prepare(inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
-            own = self.offset_of(cache_of(model, model_kwargs))
+            cache, types = cache_of(model, model_kwargs), model_kwargs.get("mm_token_type_ids")
+            own, past = self.offset_of(cache), 0 if cache is None else cache.get_seq_length()
+            if own is None or not past:
+                with self._lock:
+                    return original(inputs_tensor, model_kwargs)
+            batch = len(model_kwargs.get("input_ids", inputs_tensor))
+            own = own[:: max(len(own) // batch, 1)]  # rows that were repeated ahead of generate, as for beams
             with self._lock:
-                if own is not None:
-                    self._base.rope_deltas = own
-                return original(inputs_tensor, model_kwargs)
+                before = self._base.rope_deltas
+                # With new images all is computed from the ids, as if nothing were known.
+                self._base.rope_deltas = None if types is not None and bool(types[:, past:].any()) else own
+                found = original(inputs_tensor, model_kwargs)
+                if self._base.rope_deltas is own:
+                    self._base.rope_deltas = before
+                return found
 
         model._prepare_position_ids_for_generation = prepare
         try:
             yield
         finally:
             del model._prepare_position_ids_for_generation
-
-
-def _offset_after(ids: torch.Tensor, valid: torch.Tensor | None, past: int, length: int) -> torch.Tensor:
-    """Count how far positions, [A, B, Q] (perhaps after those of text) or [B, Q], are from the columns: [B, 1]."""
-    last = (ids[-3:].amax(0) if ids.ndim == 3 else ids)[:, -length:]
-    if valid is None:
-        return last.amax(1, keepdim=True) + 1 - (past + length)
-    valid = valid.to(ids.device)
-    return last.masked_fill(~valid[:, past:], 0).amax(1, keepdim=True) + 1 - valid.sum(1, keepdim=True)
