@@ -1,5 +1,6 @@
 """`attach`, `detach`, `paused`, `last`: pruning that is switched on and off, by one thread or by many."""
 
+import asyncio
 import concurrent.futures
 import gc
 import threading
@@ -85,6 +86,9 @@ def test_last_tells_what_each_layer_kept_of_each_image(model):
     assert last.kept == [[[n], [n, n]] for n in recipe.kept(16)]
     assert [columns.shape for columns in last.positions[1:]] == [columns.shape for columns in last.after[:-1]]
     assert pruner.last is last  # also once it is detached
+    assert "keeps [[4], [4, 4]]" in repr(last)
+    with fitprune.prune(model, recipe) as pruner:
+        assert pruner.last is None  # another pruner's is not its own
 
 
 def drop(model, recipe, name=""):
@@ -178,6 +182,56 @@ def test_a_paused_thread_is_dense_while_others_are_pruned(model, inputs):
             with pytest.raises(ValueError, match="the KV cache was pruned"):
                 model(input_ids=torch.tensor([[7]]), **{CACHE: cache_in(pruned)})
         assert torch.equal(model(**inputs).logits, pruned.logits)
+
+
+def test_pauses_that_overlap_are_counted_and_tasks_have_their_own(model, inputs):
+    recipe = recipe_for(model)
+    with fitprune.prune(model, recipe) as pruner:
+        pruned = lengths(model, inputs)
+        one, two = pruner.paused(), pruner.paused()
+        one.__enter__(), two.__enter__()
+        one.__exit__(None, None, None)
+        assert lengths(model, inputs) != pruned
+        two.__exit__(None, None, None)
+        assert lengths(model, inputs) == pruned
+
+        async def job(before, inside):
+            await asyncio.sleep(before)
+            with pruner.paused():
+                await asyncio.sleep(inside)
+                return lengths(model, inputs) != pruned
+
+        async def jobs():
+            return await asyncio.gather(job(0, 0.01), job(0.005, 0.02), look())
+
+        async def look():
+            await asyncio.sleep(0.007)
+            return lengths(model, inputs) == pruned
+
+        assert asyncio.run(jobs()) == [True] * 3
+        assert lengths(model, inputs) == pruned
+
+
+def test_a_pruner_that_is_not_attached_pauses_what_another_does(model, inputs):
+    dense = lengths(model, inputs)
+    other = fitprune.attach(model, recipe_for(model))
+    other.detach()
+    with fitprune.prune(model, recipe_for(model)), other.paused():
+        assert lengths(model, inputs) == dense
+
+
+def test_what_runs_after_its_call_is_not_decorated(model):
+    async def answer(): ...
+
+    def steps():
+        yield
+
+    with fitprune.prune(model, recipe_for(model)) as pruner:
+        for function in (answer, steps):
+            with pytest.raises(ValueError, match=r"runs after its call has returned.*with prune\(model, recipe\)"):
+                pruner(function)
+        with pytest.raises(ValueError, match="decorates functions, and was given a dict"):
+            pruner({})
 
 
 def _distributed(model):

@@ -95,7 +95,7 @@ class AdaptedModel:
 
 def unwrapped(model: Any) -> Any:
     """Take a model out of what wraps it: PEFT, a pipeline, DataParallel, DistributedDataParallel; others stay."""
-    while True:
+    for _ in range(8):  # no deeper: some objects have a new `model` whenever they are asked
         if callable(getattr(model, "get_base_model", None)):  # PEFT
             inner = model.get_base_model()
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -103,8 +103,9 @@ def unwrapped(model: Any) -> Any:
         elif not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):  # a pipeline
             inner = model.model
         else:
-            return model
+            break
         model = inner
+    return model
 
 
 def adapt(model: Any) -> AdaptedModel:
@@ -116,7 +117,10 @@ def adapt(model: Any) -> AdaptedModel:
     model = unwrapped(model)
     config = getattr(model, "config", None)
     if config is None:
-        raise ValueError(f"model is a {type(model).__name__}: must be a transformers model with a config")
+        raise ValueError(
+            f"model is a {type(model).__name__}: must be a transformers model with a config; what wraps one mostly "
+            "has it as .model, .module or .get_base_model()"
+        )
     shape = model_shape(config)
     base = getattr(model, "base_model", None)
     decoder = _part(base, "language_model", "text_model")

@@ -32,6 +32,8 @@ def cache_of(module: Any, arguments: Mapping[str, Any]) -> Any:
     from transformers import Cache
 
     names = _cache_names(type(module).forward)
+    if (stray := CACHE_NAMES[0]) not in names and arguments.get(stray) is not None:
+        raise ValueError(f"{stray}= is not read before transformers 5.24: pass the KV cache as {names[0]}=")
     if unknown := [n for n, value in arguments.items() if isinstance(value, Cache) and n not in CACHE_NAMES]:
         raise ValueError(
             f"{type(module).__name__} is given its KV cache as {unknown[0]!r}: this version of fitprune knows "

@@ -77,6 +77,8 @@ def measure(
         )
     folder = Path(parts) if parts is not None else None
     provenance = provenance_of(model)  # once: it reads from every weight
+    configs = (model.config, adapted.decoder.config, model.config.vision_config)
+    attention = [str(getattr(config, "_attn_implementation", "")) for config in configs]
     measured: list[AttentionStats] = []  # without a folder
     names: list[list[str]] = []  # of each batch's parts in the folder
     share = (batch for number, batch in enumerate(batches) if processes.has(number))
@@ -87,7 +89,7 @@ def measure(
         if folder is None:
             measured += _measure_batch(adapted, batch, digests, provenance)
             continue
-        files = _part_files(folder, digests, batch)
+        files = _part_files(folder, digests, batch, attention)
         if not _are_parts(adapted, files, provenance):
             for file, part in zip(files, _measure_batch(adapted, batch, digests, provenance), strict=True):
                 part.save(file)
@@ -127,8 +129,8 @@ class _Parts:
         return map(AttentionStats.load, self.files)
 
 
-def _part_files(folder: Path, digests: Sequence[str], batch: Mapping[str, Any]) -> list[Path]:
-    """Name each part by its sample, by the batch that it is measured in, and by its place there.
+def _part_files(folder: Path, digests: Sequence[str], batch: Mapping[str, Any], attention: list[str]) -> list[Path]:
+    """Name each part by its sample, by the batch that it is measured in, its place there, and how attention is made.
 
     In another batch, or padded otherwise, a sample's statistics differ by rounding. So a run that goes on gives the
     bits of an unbroken one, of a sample that two processes measure in two batches neither overwrites the other's, and
@@ -136,7 +138,7 @@ def _part_files(folder: Path, digests: Sequence[str], batch: Mapping[str, Any]) 
     """
     mask = batch.get("attention_mask")
     around = [*digests, list(batch["input_ids"].shape), mask if mask is None else mask.tolist()]
-    named = (hashlib.sha256(json.dumps([place, *around]).encode()) for place in range(len(digests)))
+    named = (hashlib.sha256(json.dumps([place, *around, *attention]).encode()) for place in range(len(digests)))
     return [folder / f"{name.hexdigest()}.safetensors" for name in named]
 
 

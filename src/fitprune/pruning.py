@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import threading
 import warnings
@@ -18,7 +19,8 @@ from fitprune.images import given_images
 from fitprune.lookup import find_recipe, fitted_to
 from fitprune.packing import Choose, Plan
 from fitprune.recipe import PruningRecipe, scorer_parts
-from fitprune.removal import Prefill, Remover, removing
+from fitprune.removal import Prefill, Remover, paused, removing
+from fitprune.rotary import RotaryOffsets
 from fitprune.scoring import Score, Scorer, checked_scores, get_scorer
 from fitprune.selection import keep_highest, tokens_of
 from fitprune.tokens import kept_counts
@@ -72,10 +74,21 @@ class Pruner(contextlib.ContextDecorator):
         self._pool_images = pool_images
         self.remover: Remover | None = None  # the last one at work
         self._entered = 0
+        self._before: Prefill | None = None  # what another pruner's prefill kept
         self._unused = True
 
     def __call__(self, function: Any) -> Any:
         """Make a function that runs inside the block."""
+        if not inspect.isfunction(function) and not inspect.ismethod(function):
+            raise ValueError(
+                f"prune(...) decorates functions, and was given a {type(function).__name__}: call the model"
+            )
+        kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        if any(of_kind(function) for of_kind in kinds):
+            raise ValueError(
+                f"{function.__name__} runs after its call has returned, when the block is over: write "
+                "`with prune(model, recipe):` inside it"
+            )
         self._unused = False
         return super().__call__(function)
 
@@ -101,6 +114,8 @@ class Pruner(contextlib.ContextDecorator):
                     "`with pruner.paused():`"
                 )
             found.count += 1
+            if not self._entered:
+                self._before = found.remover.last
             self._entered += 1
             self.remover = found.remover
         return self
@@ -134,11 +149,15 @@ class Pruner(contextlib.ContextDecorator):
     @property
     def last(self) -> Prefill | None:
         """What the last prefill with images kept: of this thread, or of any where this one had none; None before it."""
-        return None if self.remover is None else self.remover.last
+        last = None if self.remover is None else self.remover.last
+        return None if last is self._before else last
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
-        """Run this thread's calls of the model dense inside the block, as for a comparison."""
-        return contextlib.nullcontext() if self.remover is None else self.remover.paused()
+        """Run the calls of this thread, or task of asyncio, dense inside the block, as for a comparison.
+
+        That holds whichever pruner of the model is at work. Threads that are started inside are pruned as before.
+        """
+        return paused(self._adapted)
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "not attached"
@@ -234,8 +253,8 @@ def attach(
         model.generate(**inputs)
         pruner.detach()
 
-    All threads' calls are pruned. Losing the pruner changes nothing: only `detach` ends it. Everything else is as in
-    the block of `prune`.
+    All threads' calls are pruned. Losing the pruner changes nothing: only `detach` ends it. Attach and detach while no
+    call of the model is running: one that has begun fails. Everything else is as in the block of `prune`.
 
     Args:
         model: as for `prune`, like the other arguments.
@@ -273,7 +292,11 @@ def kept_positions(
         call.setdefault("logits_to_keep", 1)
     if given_images(inputs) is None:
         raise ValueError("the inputs have no image: nothing is pruned; pass the processor's pixel_values")
-    with prune(model, recipe, scorer, pool_images=pool_images, force=force) as pruner, torch.no_grad():
+    pruner = prune(model, recipe, scorer, pool_images=pool_images, force=force)
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not bool(mask.all()) and not RotaryOffsets(adapt(pruner.model)).tracked:
+        call.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))  # as generate counts them
+    with pruner, torch.no_grad():
         pruner.model(**call)
         assert pruner.last is not None
         return pruner.last.positions

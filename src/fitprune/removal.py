@@ -14,6 +14,7 @@ Shapes: B batch, P columns of the past, Q columns of this forward.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -66,6 +67,9 @@ class Prefill:
     after: list[torch.Tensor]
     image: torch.Tensor
 
+    def __repr__(self) -> str:
+        return f"Prefill(visual tokens {self.visual_tokens}, of which the last layer keeps {self.kept[-1]})"
+
     @property
     def visual_tokens(self) -> list[list[int]]:
         """For each sample the visual tokens of each of its images in the prompt."""
@@ -82,6 +86,22 @@ class Prefill:
             )
             found.append([row[: len(own)] for row, own in zip(counts[:, 1:].tolist(), self.visual_tokens, strict=True)])
         return found
+
+
+# The decoders whose calls run dense, once for each block that wants it: of a thread, or of a task of asyncio.
+_PAUSED: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("paused", default=())
+
+
+@contextlib.contextmanager
+def paused(adapted: AdaptedModel) -> Iterator[None]:
+    """Let the calls of this thread or task run as in the dense model, until the block ends."""
+    _PAUSED.set((*_PAUSED.get(), adapted.decoder))
+    try:
+        yield
+    finally:  # blocks may end in another order than they began
+        left = list(_PAUSED.get())
+        left.remove(adapted.decoder)
+        _PAUSED.set(tuple(left))
 
 
 class Remover:
@@ -117,19 +137,9 @@ class Remover:
         """The last prefill with images of this thread, or of any thread where this one had none."""
         return getattr(self._own, "last", self._latest)
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Let this thread's calls run as in the dense model, until the block ends."""
-        before = self._is_paused
-        self._own.paused = True
-        try:
-            yield
-        finally:
-            self._own.paused = before
-
     @property
     def _is_paused(self) -> bool:
-        return getattr(self._own, "paused", False)
+        return self.adapted.decoder in _PAUSED.get()
 
     @property
     def _state(self) -> Forward | None:
@@ -292,7 +302,8 @@ class Remover:
         if not self._forwards.get(threading.get_ident()):
             raise ValueError(
                 "the decoder of a pruned model runs, but not through a call of the model itself, so nothing was "
-                "pruned: call the model that prune was given, neither a part of it nor a torch.compile'd wrapper"
+                "pruned: call the model that prune was given, neither a part of it nor a torch.compile'd wrapper, and "
+                "attach while no call is running"
             )
         state = self._state
         if state is None:

@@ -70,7 +70,7 @@ class RotaryOffsets:
                 )
             tokens = given["inputs_embeds"]
         alone = images and own is not None  # positions of this turn, moved to after the past
-        call = {name: given.get(name) for name in self._names}
+        call: dict[str, Any] = {name: given.get(name) for name in self._names}
         call |= {name: None if alone else cache for name in CACHE_NAMES if name in self._names}
         if alone and call.get("attention_mask") is not None:
             call["attention_mask"] = call["attention_mask"][:, past:]
@@ -87,7 +87,7 @@ class RotaryOffsets:
         found = found[..., -length:]
         if not images:
             return found, None
-        if past and alone:
+        if past and alone and own is not None:
             count = past if valid is None else valid[:, :past].sum(1, keepdim=True).to(found.device)
             found = found + own.to(found.device) + count
         return found, self._offsets(found, cache, valid, past, length)

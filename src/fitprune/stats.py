@@ -199,6 +199,16 @@ def _sort_metadata(path: Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
+def _checked(parts: Iterable[AttentionStats]) -> Iterator[AttentionStats]:
+    """Refuse what are no parts."""
+    if isinstance(parts, AttentionStats):
+        raise ValueError("parts is AttentionStats: must be a list of them")
+    for part in parts:
+        if not isinstance(part, AttentionStats):
+            raise ValueError(f"parts holds a {type(part).__name__}: must be AttentionStats, as of AttentionStats.load")
+        yield part
+
+
 def join(parts: Iterable[AttentionStats]) -> AttentionStats:
     """Join statistics of one model, all samples of all parts, in order.
 
@@ -209,19 +219,21 @@ def join(parts: Iterable[AttentionStats]) -> AttentionStats:
     Raises:
         ValueError: there is no part, or the parts are of different models.
     """
-    if isinstance(parts, AttentionStats):
-        raise ValueError("parts is AttentionStats: must be a list of them")
     parts = list(parts) if isinstance(parts, Iterator) else parts
     first: AttentionStats | None = None
     visual: list[int] = []
     text: list[int] = []
     digests: list[str] = []
-    for part in parts:
-        if not isinstance(part, AttentionStats):
-            raise ValueError(f"parts holds a {type(part).__name__}: must be AttentionStats, as of AttentionStats.load")
+    for part in _checked(parts):
         if first is None:
             first = part
         part.model.require_same(first.model, what="a part of the statistics")
+        weights = [of.provenance.get("weights", "") for of in (first, part)]
+        if all(weights) and weights[0] != weights[1]:
+            raise ValueError(
+                f"parts are of different weights ({weights[0]}, {weights[1]}), or of one model in two dtypes: measure "
+                "with one model and dtype"
+            )
         visual += part.visual_tokens
         text += part.text_tokens
         digests += part.digests
@@ -255,13 +267,9 @@ def merge(parts: Iterable[AttentionStats]) -> AttentionStats:
     Raises:
         ValueError: there is no part, or the parts are of different models.
     """
-    if isinstance(parts, AttentionStats):
-        raise ValueError("parts is AttentionStats: must be a list of them")
     known: set[str] = set()
     kept, left_out = [], 0
-    for part in parts:
-        if not isinstance(part, AttentionStats):
-            raise ValueError(f"parts holds a {type(part).__name__}: must be AttentionStats, as of AttentionStats.load")
+    for part in _checked(parts):
         new = [number for number, digest in enumerate(part.digests) if digest not in known]
         left_out += len(part) - len(new)
         known.update(part.digests)
