@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from fitprune import AttentionStats, LatencyProfile, PruningRecipe
 from fitprune.flops import DecoderShape, ModelShape, VisionShape
+from fitprune.results import SCHEMA
 
 LONG = 10**4000
 SHAPE = ModelShape("llava", DecoderShape(4, 32, 48, 4, 2, 8, 97), VisionShape(2, 16, 24, 32, 8), 5, "a")
@@ -29,7 +30,14 @@ ROW = {
     "divergence": 0.0, "accuracy_by_kind": {}, "flops_reduction": 0.0, "prefill_flops_ratio": 1.0,
     "mean_visual_tokens": 16.0, "visual_tokens_left": 16.0, "kv_bytes": 100.0,
 }  # fmt: skip
-RESULTS = {"schema": 2, "provenance": {}, "rows": [ROW], "best": [], "skipped": [], "recipes": {}, "examples": []}
+TASK = {
+    "name": "t", "questions": 4, "answerable": 4, "metric": "exact", "guess": False, "dense": 1.0, "near": 0,
+    "mismatch": None, "always": None,
+}  # fmt: skip
+RESULTS = {
+    "schema": SCHEMA, "provenance": {}, "tasks": [TASK], "rows": [ROW], "best": [], "skipped": [], "recipes": {},
+    "examples": [],
+}  # fmt: skip
 SIZES = [
     (part, name)
     for part in ("decoder", "vision")
@@ -71,6 +79,8 @@ def files():
         yield f"profile-{name}-{len(str(value))}", json.dumps(PROFILE | {name: [1, value] if listed else value}), fit
     for name, value in itertools.product(ROW, (LONG, 1e300)):
         yield f"results-{name}-{len(str(value))}", json.dumps(RESULTS | {"rows": [ROW | {name: value}]}), report
+    for name, value in itertools.product(TASK, (LONG, 1e300)):
+        yield f"results-task-{name}-{len(str(value))}", json.dumps(RESULTS | {"tasks": [TASK | {name: value}]}), report
     yield "results-long", "[" + "1234," * 10_000_000 + "1]", report
     yield "results-empties", "[" + "[]," * 8_000_000 + "[]]", report
 
