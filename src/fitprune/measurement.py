@@ -61,13 +61,14 @@ def measure(
         the data do in the authors' code; the log says how many are equal to earlier ones.
 
     Raises:
-        ValueError: `batches` is empty, a sample has no visual token or no text after its last one, `parts` is of
-            another model, or there are several processes and no `parts`.
+        ValueError: `batches` is empty or something else, a sample has no visual token or no text after its last one,
+            `parts` is of another model, or there are several processes and no `parts`.
         FileNotFoundError: a part that another process measured is not in this one's `parts`.
 
     Source: arXiv:2409.10197. Differs from the authors' code: no attention map is kept, samples may be batched, and the
     attention of each token is stored instead of the sum, so that a fit needs no model.
     """
+    batches = checked(batches)
     adapted = adapt(model)
     model = adapted.model  # without what may be wrapped around it
     processes = Processes()
@@ -107,6 +108,27 @@ def measure(
     whole = join(_Parts(files))
     processes.wait()  # all have read, so the caller may delete the parts
     return _counted(whole, processes)
+
+
+def checked(batches: Any) -> Iterator[Mapping[str, Any]]:
+    """Pass batches on.
+
+    Raises:
+        ValueError: at once, these are none that can be gone through; or later, one of them is no batch.
+    """
+    wanted = "must be batches, as make_batches(samples, processor) gives them"
+    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        one = "one batch" if isinstance(batches, Mapping) else f"a {type(batches).__name__}"
+        raise ValueError(f"batches is {one}: {wanted}{'; put it in a list' if one == 'one batch' else ''}")
+
+    def each() -> Iterator[Mapping[str, Any]]:
+        for number, batch in enumerate(batches):
+            # Empty is the batch of another process.
+            if not isinstance(batch, Mapping) or (batch and "input_ids" not in batch):
+                raise ValueError(f"batches[{number}] is a {type(batch).__name__} without 'input_ids': {wanted}")
+            yield batch
+
+    return each()
 
 
 def _counted(stats: AttentionStats, processes: Processes) -> AttentionStats:
