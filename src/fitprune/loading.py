@@ -147,7 +147,8 @@ def _require_whole_files(name: str, folder: str, error: Exception) -> None:
             fault = "is a git-LFS pointer, not the file itself: run git lfs pull there"
         elif head and path.suffix == ".safetensors":
             try:
-                safe_open(path, "pt").__enter__()
+                with safe_open(path, "pt"):
+                    pass
             except SafetensorError as broken:
                 fault = f"is truncated or broken ({_first_line(broken)}): download it again"
         if fault:

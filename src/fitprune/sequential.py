@@ -61,9 +61,10 @@ def fit_sequential(
     budget = checked_budget("flops_reduction", flops_reduction)
     if not tolerance_step >= TOLERANCE_STEP:
         raise ValueError(f"tolerance_step={tolerance_step}: must be at least {TOLERANCE_STEP}")
+    whole = checked(batches)
     adapted = adapt(model)
     model = adapted.model
-    held = list(checked(batches))
+    held = list(whole)
     if any(len(batch["input_ids"]) != 1 for batch in held):
         raise ValueError("batches hold several samples: fit_sequential takes one sample at a time, as the authors do")
     stats = stats if stats is not None else measure(model, held, progress=progress)
