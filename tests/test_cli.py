@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,10 @@ def test_bad_use_exits_2_with_one_line(made, tmp_path, capsys):
             "--max-removal-layers is for --objective attention",
         ),
         (["cost", "llava-1.5-7b"], "say which of its recipes"),
+        (
+            [*generate[:-1], "a <image> b", "--recipe", recipe, "--image", image],
+            "error: question 'a <image> b' contains the image token",
+        ),
         ([*generate, "--recipe", recipe, "--image", image, "--device", "foo"], "device foo: unknown"),
         ([*generate, "--recipe", f"{here}/other.json", "--image", image], "another model"),
         ([*generate, "--recipe", recipe, "--image", recipe], "is not an image file"),
@@ -393,6 +398,7 @@ def test_the_demo_refuses_a_folder_with_files_of_its_names(tmp_path, capsys):
         (["cost", "r", "--text-token=5", "--crop"], "argument --crops: expected one argument"),
         (["cost", "r", "--txt-tokens=5"], "unknown: --txt-tokens=5; did you mean --text-tokens?"),
         (["measure", "m", "--data", "d", "-o", "s", "--dtype", "float23"], "'float23': .*; did you mean float32?"),
+        (["fit", "s", "--flops-reduction", "0.5", "-o", ""], "argument -o/--output: '': must be the name of a file"),
         (["cost", "r", "more"], "unknown: more; see 'fitprune cost --help'"),
         (["cost", "r", "--visual-tokens", "10,000"], "'10,000': must be an integer of at least 1 "),
     ],
@@ -407,6 +413,35 @@ def test_a_wrong_call_is_answered_in_one_line_with_what_was_meant(command, messa
     assert "--help'" in said
     for part in message.split(".*"):
         assert part in said, said
+
+
+TEMPLATE = ["--prompt-template", r"USER: <image>\n\t{question}"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["measure", "m", "--data", "d", "-o", "s"],
+        ["fit", "s", "--flops-reduction", "0.5", "-o", "r"],
+        ["generate", "m", "--image", "i", "--question", "q"],
+        ["evaluate", "m", "--data", "d", "-o", "r"],
+        ["profile", "m", "-o", "p"],
+        ["benchmark", "m"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_template_on_the_command_line_has_its_escapes_read(monkeypatch, command):
+    read = []
+    monkeypatch.setattr(fitprune.cli, f"_{command[0]}", lambda args: read.append(args.prompt_template))
+    assert main([*command, *TEMPLATE]) == 0
+    assert read == ["USER: <image>\n\t{question}"]
+
+
+def test_the_picture_of_generates_example_is_there(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    words = shlex.split(capsys.readouterr().out.split("example:")[1])
+    assert os.path.isfile(words[words.index("--image") + 1])
 
 
 def test_python_m_fitprune_is_the_command():

@@ -65,7 +65,8 @@ def files():
         ("visual_tokens", 10**20), ("keep", [1] * 500_000), ("keep", [1, 1, 1, LONG]), ("enter", [0] * 500_000),
         ("scorer", {"name": "fitprune", "parameters": {f"p{i}": i for i in range(1000)}}), ("x" * 100_000, 1),
         ("scorer", {"name": "x" * 100_000, "parameters": LONG}), ("schema", LONG), ("schema", "x" * 100_000),
-        ("model", {"x" * 100_000: [[]] * 1000}),
+        ("provenance", {"a": [float("nan")]}), ("provenance", {"a": {"b": float("-inf")}}),
+        ("scorer", {"name": "random", "parameters": {"seed": float("inf")}}), ("model", {"x" * 100_000: [[]] * 1000}),
     ]:  # fmt: skip
         yield f"recipe-{name[:20]}-{len(str(value))}", recipe_with(name, value=value), cost
     yield "recipe-linear_layers", recipe_with("model", "decoder", "linear_layers", value=[0] * 500_000), cost

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 import families as F
 from fitprune import embedded, load_model, load_samples, loading, make_batches
@@ -62,7 +63,8 @@ def expect_refusal(name, message, kind, **options):
     [
         ("digit-scene", "digit-scene: no such file or folder; did you mean digit-scenes?"),
         ("Digit_Scenes", "did you mean digit-scenes?"),
-        ("digit-scenes/model", "did you mean digit-scenes/test?"),
+        ("digit-scenes/model", r"did you mean digit-scenes\? It is the one embedded model"),
+        ("digit-details", r"did you mean digit-scenes\? It is the one embedded model"),
         ("gpt2", "gpt2: no such folder, and no hub name, which is owner/name; the embedded model is digit-scenes"),
         ("/nowhere/model", "no such folder"),
         ("./llava", "no such folder"),
@@ -71,11 +73,17 @@ def expect_refusal(name, message, kind, **options):
         ("~/llava", "no such folder"),
         ("", "no such folder"),
         ("lab/tiny.json", "no such folder"),
-        ("digit-scenes/calibration", "digit-scenes/calibration has no config.json"),
+        ("digit-scenes/calibration", "is embedded data, not a model: the embedded model is digit-scenes"),
+        ("digit-details/test", "is embedded data, not a model: the embedded model is digit-scenes"),
     ],
 )
 def test_a_name_that_cannot_be_one_is_refused_without_the_hub(weights, no_network, name, message):
     expect_refusal(name, message, FileNotFoundError)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(None, "NoneType"), (3, "int"), (("a",), "tuple"), (b"a", "bytes")])
+def test_a_name_of_another_type_is_refused(weights, no_network, name, kind):
+    expect_refusal(name, f"name is a {kind}: must be a model's folder or hub name", ValueError)
 
 
 def test_a_revision_within_the_name_is_named(weights, no_network):
@@ -119,6 +127,70 @@ def test_what_the_hub_has_not_is_named(weights, hub):  # noqa: F811
 
 def test_a_folder_without_a_config(weights, tmp_path):
     expect_refusal(tmp_path, "has no config.json: must be a folder that save_pretrained wrote", FileNotFoundError)
+
+
+def test_a_folder_of_checkpoints_names_them(weights, folder, tmp_path):
+    folder.rename(tmp_path / "checkpoint-10")
+    expect_refusal(tmp_path, "has no config.json: .*; name a folder in it: checkpoint-10$", FileNotFoundError)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", POINTER, "model.safetensors is a git-LFS pointer, not the file itself: run git lfs pull"),
+        ("model.safetensors", b"", "model.safetensors is empty: download it again"),
+        ("model.safetensors", b"x" * 5000, "model.safetensors is truncated or broken"),
+        ("model.safetensors", None, "model.safetensors is truncated or broken .*: download it again"),
+        ("tokenizer.json", POINTER, "tokenizer.json is a git-LFS pointer"),
+        ("config.json", POINTER, "config.json is a git-LFS pointer"),
+        ("processor_config.json", b"", "processor_config.json is empty"),
+        ("pytorch_model.bin", POINTER, "pytorch_model.bin is a git-LFS pointer"),
+    ],
+)
+def test_a_broken_file_is_named(folder, file, content, message):
+    content = (folder / file).read_bytes()[:50_000] if content is None else content
+    if file == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / file).write_bytes(content)
+    expect_refusal(folder, f"model: {message}", OSError)
+
+
+LAYER = "language_model.model.layers.3."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({LAYER: None}, "9 of its weights are missing: model.language_model.layers.3.input_layernorm.weight, "),
+        ({"lm_head": None}, "1 of its weights are missing: lm_head.weight; random ones would stand there"),
+        (
+            {f"{LAYER}mlp.down_proj": 4},
+            r"1 .* have another shape .*3.mlp.down_proj.weight \(4, 512\), not \(192, 512\)",
+        ),
+    ],
+)
+def test_a_checkpoint_without_all_its_weights_is_refused(folder, change, message):
+    tensors = load_file(folder / "model.safetensors")
+    for part, rows in change.items():
+        for name in [name for name in tensors if part in name]:
+            whole = tensors.pop(name)
+            if rows:
+                tensors[name] = whole[:rows].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    expect_refusal(folder, message, ValueError)
+
+
+def test_a_head_that_is_tied_to_the_embeddings_may_be_left_out(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model, _ = load_model(folder)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize(
@@ -235,6 +307,19 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
         logits = loaded(**inputs).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert (logits - plain).abs().max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
+def test_half_an_adapter_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    how = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
+    tuned = peft.get_peft_model(load_model("digit-scenes")[0], how)
+    tuned.save_pretrained(tmp_path, save_embedding_layers=False)  # else it looks at the hub
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "layers.3." not in k}, tmp_path / "adapter_model.safetensors")
+    expect_refusal(tmp_path, "is a PEFT adapter of .*missing adapter keys", ValueError)
+    (tmp_path / "adapter_model.safetensors").write_bytes(POINTER)
+    expect_refusal(tmp_path, "adapter_model.safetensors is a git-LFS pointer", OSError)
 
 
 def test_a_bases_fault_names_the_adapter_too(weights, no_network, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import importlib.resources
 import json
 import math
@@ -85,6 +86,13 @@ def test_json_and_file_round_trip(tmp_path):
     ("change", "message"),
     [
         ({"extra": 1}, "unknown key 'extra'"),
+        ({"provenance": {"a": [{"b": math.nan}]}}, "provenance is no JSON .*finite"),
+        ({"provenance": {"a": -math.inf}}, "provenance is no JSON"),
+        ({"scorer": {"name": "random", "parameters": {"seed": math.inf}}}, "scorer is no JSON"),
+        *[
+            ({"provenance": {"method": name}}, "names no scorer")
+            for name in ("divprune", "DivPrune", "FastV:k=2", "Random_Input")
+        ],
         ({"keep": [1, 0.5, 0.5]}, "3 entries: must be one for each of the model's 4 layers"),
         ({"keep": [1, 0.5, 0.6, 0.1]}, r"keep\[2\]=0.6: must not exceed"),
         ({"keep": [1, 0.5, math.nan, 0.1]}, r"keep\[2\]=nan: must be a finite number"),
@@ -270,12 +278,53 @@ def test_a_notebook_draws_a_bar_for_each_layer_and_runs_nothing(value):
             "text_tokens=1000000000000: must be an integer from 0",
         ),
         (lambda: recipe().cost(value_bytes=0), "value_bytes=0: must be an integer from 1 to 16"),
+        (lambda: recipe(provenance={"a": {1}}), "provenance is no JSON (Object of type set is not JSON"),
+        (lambda: recipe(provenance="mine"), "provenance is a str: must be a mapping"),
+        *[
+            (lambda call=call, value=value: call(value), f"the path is a {type(value).__name__}: must be the name of a")
+            for call in (
+                PruningRecipe.load,
+                PruningRecipe.named,
+                PruningRecipe.from_pretrained,
+                recipe().save,
+                recipe().save_pretrained,
+                stats_of().save,
+            )
+            for value in (None, 3, {})
+        ],
+        *[
+            (
+                lambda call=call, value=value: call(None, value),
+                f"batches is a {type(value).__name__}: must be a list of",
+            )
+            for call in (fitprune.measure, functools.partial(fitprune.fit_sequential, flops_reduction=0.5))
+            for value in (None, "digit-scenes/calibration", {"input_ids": 1}, fitprune.Sample("a", "q", "i"))
+        ],
+        *[
+            (lambda name=name: fitprune.evaluate(None, None, [], [], **{name: -1}), f"{name}=-1: must be an integer")
+            for name in ("batch_size", "max_new_tokens", "timed_batches", "examples")
+        ],
+        (
+            lambda: fitprune.evaluate(None, None, [], [], max_new_tokens=0),
+            "max_new_tokens=0: must be an integer from 1",
+        ),
         (lambda: PruningRecipe.from_json(5), "text is a int: must be JSON text"),
     ],
 )
 def test_a_value_of_a_wrong_type_is_named_with_what_is_wanted(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("batch", [fitprune.Sample("a", "q", "i"), {}, {"image": 1}, 3])
+@pytest.mark.parametrize(
+    "call", [fitprune.measure, functools.partial(fitprune.fit_sequential, flops_reduction=0.5)], ids=["measure", "fit"]
+)
+def test_what_is_no_batch_is_named_with_its_place(call, batch):
+    model, _ = fitprune.load_model("digit-scenes")
+    wanted = f"batches[0] is a {type(batch).__name__} without 'input_ids': must be a list of batches, as make_batches"
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        call(model, [batch])
 
 
 @pytest.mark.parametrize("load", [PruningRecipe.load, AttentionStats.load, LatencyProfile.load])

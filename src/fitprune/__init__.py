@@ -20,12 +20,14 @@ _HOMES = {
     "LatencyProfile": "profiles",
     "Pruner": "pruning",
     "PruningRecipe": "recipe",
+    "Sample": "calibration",
     "analyze": "analysis",
     "attach": "pruning",
     "evaluate": "evaluation",
     "fit": "fitting",
     "fit_output": "output_fitting",
     "fit_sequential": "sequential",
+    "kept_positions": "pruning",
     "load_model": "loading",
     "load_samples": "calibration",
     "make_batches": "batches",
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from fitprune.analysis import analyze as analyze
     from fitprune.batches import make_batches as make_batches
     from fitprune.benchmark import time_recipes as time_recipes
+    from fitprune.calibration import Sample as Sample
     from fitprune.calibration import load_samples as load_samples
     from fitprune.evaluation import evaluate as evaluate
     from fitprune.fitting import fit as fit
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
     from fitprune.profiling import profile_latency as profile_latency
     from fitprune.pruning import Pruner as Pruner
     from fitprune.pruning import attach as attach
+    from fitprune.pruning import kept_positions as kept_positions
     from fitprune.pruning import prune as prune
     from fitprune.recipe import PruningRecipe as PruningRecipe
     from fitprune.sequential import fit_sequential as fit_sequential

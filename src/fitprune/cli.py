@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fitprune import __version__, files
+from fitprune import __version__, embedded, files
 from fitprune.metrics import METRICS
 from fitprune.recipe import PruningRecipe
 from fitprune.tables import plural, scaled
@@ -375,7 +375,7 @@ def _timed_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from fitprune.batches import make_batches
+    from fitprune.batches import format_prompt, make_batches
     from fitprune.calibration import Sample
     from fitprune.inputs import to_model
     from fitprune.pictures import located
@@ -385,6 +385,7 @@ def _generate(args: argparse.Namespace) -> None:
     sample = Sample("0", args.question, located(args.image, Path()), where="--image")
     sample.load_image()
     model, processor = _load(args)
+    format_prompt(processor, args.question, args.prompt_template)  # whose fault is not that of --image
     inputs = to_model(next(make_batches([sample], processor, prompt_template=args.prompt_template, model=model)), model)
     with prune(model, recipe, force=args.force):
         ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
@@ -604,8 +605,9 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         made.add_argument("--trust-remote-code", action="store_true", help="run code that MODEL's repository brings")
         made.add_argument(
-            "--prompt-template", help="instead of the chat template: 'USER: <image>\\n{question} ASSISTANT:'"
-        )
+            "--prompt-template", type=_template, help="instead of the chat template, with \\n for a new line and \\t "
+            "for a tab: 'USER: <image>\\n{question} ASSISTANT:'",
+        )  # fmt: skip
 
     recipe_names = "recipe file or folder, hub name, or a published one such as llava-1.5-7b:60"
 
@@ -613,7 +615,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--force", action="store_true", help="use a recipe of another model with as many layers")
 
     def add_output(made: argparse.ArgumentParser, help_text: str, **options: Any) -> None:
-        made.add_argument("-o", "--output", help=help_text, **options)
+        made.add_argument("-o", "--output", type=_path, help=help_text, **options)
         made.add_argument("--overwrite", action="store_true", help="replace files of another kind too")
 
     def add_data(made: argparse._ActionsContainer, required: bool = True) -> None:
@@ -692,9 +694,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--value-bytes", type=_whole(1, 16), default=2, help="bytes of a cached value (16-bit: 2)")
 
+    picture = embedded.folder("test") / "images" / "0000.jpg"
     made = command(
         "generate", _generate, "answer one question with pruning",
-        "fitprune generate digit-scenes --recipe recipe.json --image scene.jpg --question 'Which digit is red?'",
+        f"fitprune generate digit-scenes --recipe recipes/flops_reduction-0.6.json --image {picture} "
+        "--question 'Which digit is blue?'",
     )  # fmt: skip
     add_model(made)
     made.add_argument("--recipe", help=f"{recipe_names} (default: the one beside the model)")
@@ -856,6 +860,17 @@ def _whole(least: int, most: int = MOST_TOKENS) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"{text[:40]!r}: must be an integer of at least {least} and at most {most:,}")
 
     return read
+
+
+def _path(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be the name of a file or folder")
+    return text
+
+
+def _template(text: str) -> str:
+    """Read the two escapes that a shell's quotes leave as they are."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 _positive = _whole(1)

@@ -41,6 +41,7 @@ from fitprune.recipe import PruningRecipe
 from fitprune.results import DENSE, Results
 from fitprune.scoring import Scorer, get_scorer
 from fitprune.summary import Entry, best_of, chosen_metrics, entries_of, firsts, grouped, judge, rows_of
+from fitprune.tokens import require_tokens
 from fitprune.views import LayerView
 from fitprune.vision import crops_of, watching
 
@@ -95,9 +96,13 @@ def evaluate(
             such metric, the journal is of another run, an image is bad (all are looked at before the first answer), or
             logits are NaN.
     """
-    for name, value in (("timed_batches", timed_batches), ("examples", examples)):
-        if value < 0:
-            raise ValueError(f"{name}={value}: must be at least 0")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("max_new_tokens", max_new_tokens, 1),
+        ("timed_batches", timed_batches, 0),
+        ("examples", examples, 0),
+    ):
+        require_tokens(name, value, least)
     tasks = dict(samples) if isinstance(samples, Mapping) else {figures.UNNAMED: samples}
     adapted = adapt(model)
     model = adapted.model
@@ -296,8 +301,6 @@ def _settings(model: Any, processor: Any) -> str:
 
 def _batches(tasks: Mapping[str, Sequence[Sample]], batch_size: int) -> list[list[tuple[int, str, Sample]]]:
     """Cut the tasks into batches of (place in the journal, task, sample); no batch holds two tasks."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1")
     batches, place = [], 0
     for task, samples in tasks.items():
         for start in range(0, len(samples), batch_size):

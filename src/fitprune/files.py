@@ -26,6 +26,16 @@ _MAKERS = {STATISTICS: "measure", RECIPE: "fit", RESULTS: "evaluate", PROFILE: "
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 
+def require_path(path: Any) -> None:
+    """Refuse what names no file or folder.
+
+    Raises:
+        ValueError: it is neither text nor a path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"the path is a {type(path).__name__}: must be the name of a file or folder, as text or Path")
+
+
 def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
     """Read UTF-8, with or without a byte order mark, of at most `most` bytes.
 
@@ -211,6 +221,7 @@ def make_readable(path: Path) -> None:
 
 def _open_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Give the file meant by `path`, links followed, and a new temporary file beside it."""
+    require_path(path)
     target = Path(os.path.realpath(path))
     try:
         if target.is_dir() or os.fspath(path).endswith(os.sep):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import warnings
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from fitprune import adapters, embedded, hub
 
@@ -49,10 +53,10 @@ def load_model(
         The model, which knows its name and commit (`prune` looks there for a recipe), and the processor.
 
     Raises:
-        ValueError: the family is not supported, an argument is out of range, two contradict each other, or a folder is
-            given with a revision.
+        ValueError: the family is not supported, an argument is out of range, two contradict each other, a folder is
+            given with a revision, or the checkpoint lacks weights of its model, or has them in another shape.
         ImportError: the processor, an adapter, `quantization` or `device_map` needs a package that is missing.
-        OSError: the files are not there, or the hub is out of reach.
+        OSError: the files are not there, or broken, or the hub is out of reach.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.utils import find_adapter_config_file
@@ -66,6 +70,8 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
 
+    if not isinstance(name, (str, os.PathLike)):
+        raise ValueError(f"name is a {type(name).__name__}: must be a model's folder or hub name, as text or Path")
     name = os.fspath(name)
     folder = _place(name)
     if revision is not None and os.path.isdir(folder):
@@ -94,10 +100,61 @@ def load_model(
         options["device_map"] = {"": place}  # put there while it is loaded: not all that is quantized can be moved
     if "device_map" in options and importlib.util.find_spec("accelerate") is None:
         raise ImportError("device_map and quantized weights need accelerate: pip install accelerate")
-    model = AutoModelForImageTextToText.from_pretrained(folder, **source, **options).eval()
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by their names
+    try:
+        model, found = AutoModelForImageTextToText.from_pretrained(folder, **source, **options)
+    except Exception as error:  # whatever a broken file raises
+        _require_whole_files(name, folder, error)
+        raise
+    _require_weights(name, model, found)
+    model = model.eval()
     if "device_map" not in options:
         model = model.to(place)
     return _name_it(model, name, commit), processor
+
+
+def _require_weights(name: str, model: Any, found: dict[str, Collection[Any]]) -> None:
+    """Refuse a model with parameters that transformers had to make up; it knows those that are tied or quantized."""
+    made_up = {key for key, _ in model.named_parameters()}
+    wrong = {key: f"{tuple(there)}, not {tuple(here)}" for key, there, here in found["mismatched_keys"]}
+    for keys, what in (
+        (sorted(made_up & set(found["missing_keys"])), "are missing"),
+        (sorted(wrong), "have another shape than config.json says"),
+    ):
+        if keys:
+            shown = ", ".join(f"{key} {wrong.get(key, '')}".strip() for key in keys[:3])
+            more = ", ..." if len(keys) > 3 else ""
+            raise ValueError(
+                f"{name}: {len(keys)} of its weights {what}: {shown}{more}; random ones would stand there: "
+                "download or save the model again"
+            )
+
+
+def _require_whole_files(name: str, folder: str, error: Exception) -> None:
+    """Name the broken file of a folder that something failed to load from, where one is.
+
+    Raises:
+        OSError: there is one.
+    """
+    known = (".safetensors", ".bin", ".json", ".model", ".jinja")
+    for path in sorted(Path(folder).glob("*") if os.path.isdir(folder) else ()):
+        if path.suffix not in known or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            head = file.read(64)
+        fault = "" if head else "is empty: download it again"
+        if head.startswith(b"version https://git-lfs"):
+            fault = "is a git-LFS pointer, not the file itself: run git lfs pull there"
+        elif head and path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except SafetensorError as broken:
+                fault = f"is truncated or broken ({_first_line(broken)}): download it again"
+        if fault:
+            raise OSError(f"{name}: {path.name} {fault}") from error
+    if isinstance(error, SafetensorError):
+        raise OSError(f"{name}: its weights cannot be read ({_first_line(error)})") from error
 
 
 def _name_it(model: Any, name: str, commit: Any) -> Any:
@@ -112,13 +169,22 @@ def _place(name: str) -> str:
 
     Hub names without an owner, such as "gpt2", are from before there were multimodal models: there is none to load.
     """
-    place = embedded.resolve(name)
+    if name in embedded.DATA and not os.path.exists(name):
+        raise FileNotFoundError(f"{name} is embedded data, not a model: the embedded model is {embedded.MODEL}")
+    try:
+        place = embedded.resolve(name)
+    except FileNotFoundError:  # nearly an embedded name; only one is a model's
+        raise FileNotFoundError(
+            f"{name}: no such file or folder; did you mean {embedded.MODEL}? It is the one embedded model"
+        ) from None
     gguf = "; GGUF is not read: name the model that it was made of" if name.endswith(".gguf") else ""
     if os.path.isfile(place):
         raise ValueError(f"{name} is a file: must be a model's folder or a hub name{gguf}")
     if os.path.isdir(place):
         if not any(os.path.isfile(os.path.join(place, file)) for file in ("config.json", "adapter_config.json")):
-            raise FileNotFoundError(f"{name} has no config.json: must be a folder that save_pretrained wrote")
+            inner = sorted({path.parent.name for path in Path(place).glob("*/*config.json")})
+            remedy = f"; name a folder in it: {', '.join(inner[:5])}" if inner else ""
+            raise FileNotFoundError(f"{name} has no config.json: must be a folder that save_pretrained wrote{remedy}")
         return place
     parts = hub.split_name(name)
     if parts is None:
@@ -158,6 +224,7 @@ def _config(name: str, folder: str, source: dict[str, Any]) -> Any:
     try:
         entries = PreTrainedConfig.get_config_dict(folder, **source)[0]
     except OSError as error:
+        _require_whole_files(name, folder, error)
         raise OSError(f"{name}: its config.json cannot be read ({_first_line(error)})") from error
     if "mm_vision_tower" in entries and "text_config" not in entries:  # transformers would build a 7B of random weights
         remedy = (
@@ -206,6 +273,7 @@ def _processor(name: str, folder: str, source: dict[str, Any], model_type: str) 
             ) from error
         if isinstance(error, ImportError):
             raise ImportError(f"{name}: its processor needs a package that is missing ({reason})") from error
+        _require_whole_files(name, folder, error)
         raise OSError(f"{name}: its processor cannot be loaded ({reason}); {remedy}") from error
     for part, file in (("image_processor", "preprocessor_config.json"), ("tokenizer", "tokenizer.json")):
         if getattr(processor, part, None) is None:
@@ -251,7 +319,16 @@ def _merge_adapter(name: str, folder: str, source: dict[str, Any], **options: An
     except (ValueError, OSError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{name} is a PEFT adapter of {base}, which does not load: {error}") from error
-    return PeftModel.from_pretrained(model, folder, **place).merge_and_unload().eval(), processor or other
+    try:
+        with warnings.catch_warnings():  # else half an adapter is merged
+            warnings.filterwarnings("error", ".*Found missing adapter keys")
+            tuned = PeftModel.from_pretrained(model, folder, **place)
+    except Exception as error:
+        _require_whole_files(name, folder, error)
+        if isinstance(error, UserWarning):
+            raise ValueError(f"{name} is a PEFT adapter of {base}: {str(error)[:200]}; save it again") from None
+        raise
+    return tuned.merge_and_unload().eval(), processor or other
 
 
 def _first_line(error: Exception) -> str:

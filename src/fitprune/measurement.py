@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,17 @@ def measure(
         the data do in the authors' code; the log says how many are equal to earlier ones.
 
     Raises:
-        ValueError: `batches` is empty, a sample has no visual token or no text after its last one, `parts` is of
-            another model, or there are several processes and no `parts`.
+        ValueError: `batches` is empty or something else, a sample has no visual token or no text after its last one,
+            `parts` is of another model, or there are several processes and no `parts`.
         FileNotFoundError: a part that another process measured is not in this one's `parts`.
 
     Source: arXiv:2409.10197. Differs from the authors' code: no attention map is kept, samples may be batched, and the
     attention of each token is stored instead of the sum, so that a fit needs no model.
     """
+    processes = Processes()
+    share = checked(batches, processes.has)
     adapted = adapt(model)
     model = adapted.model  # without what may be wrapped around it
-    processes = Processes()
     if processes.count > 1 and parts is None:
         raise ValueError(
             f"{processes.count} processes gather what they measure through a folder that all see: state parts=FOLDER"
@@ -81,7 +82,6 @@ def measure(
     attention = [str(getattr(config, "_attn_implementation", "")) for config in configs]
     measured: list[AttentionStats] = []  # without a folder
     names: list[list[str]] = []  # of each batch's parts in the folder
-    share = (batch for number, batch in enumerate(batches) if processes.has(number))
     count = None if total is None else -(-total // processes.count)
     quiet = not progress or processes.rank > 0
     for batch in tqdm(share, total=count, desc="measure", unit="batch", disable=quiet or None):
@@ -109,6 +109,27 @@ def measure(
     whole = join(_Parts(files))
     processes.wait()  # all have read, so the caller may delete the parts
     return _counted(whole, processes)
+
+
+def checked(batches: Any, own: Callable[[int], bool] = lambda _: True) -> Iterator[Mapping[str, Any]]:
+    """Pass batches on, those whose number is `own`.
+
+    Raises:
+        ValueError: at once, these are none that can be gone through; or later, one of them is no batch.
+    """
+    wanted = "must be a list of batches, as make_batches(samples, processor) gives them"
+    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise ValueError(f"batches is a {type(batches).__name__}: {wanted}")
+
+    def each() -> Iterator[Mapping[str, Any]]:
+        for number, batch in enumerate(batches):
+            if not own(number):  # which another process has; here it may be empty
+                continue
+            if not isinstance(batch, Mapping) or "input_ids" not in batch:
+                raise ValueError(f"batches[{number}] is a {type(batch).__name__} without 'input_ids': {wanted}")
+            yield batch
+
+    return each()
 
 
 def _counted(stats: AttentionStats, processes: Processes) -> AttentionStats:

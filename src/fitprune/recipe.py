@@ -78,7 +78,8 @@ class PruningRecipe:
 
     Raises:
         ValueError: `keep` or `enter` has another length than the model has layers, is not a number, leaves 0..1, or
-            increases; `visual_tokens` is not positive; `scorer` has another form.
+            increases; `visual_tokens` is not positive; `scorer` has another form; JSON cannot hold `provenance` or
+            `scorer`.
     """
 
     keep: tuple[float, ...]
@@ -115,6 +116,15 @@ class PruningRecipe:
         if (count := len(parameters)) > MOST_PARAMETERS:
             raise ValueError(f"scorer has {count} parameters: must have at most {MOST_PARAMETERS}")
         tokens.require_tokens("visual_tokens", self.visual_tokens, 1)
+        if not isinstance(self.provenance, Mapping):
+            raise ValueError(f"provenance is a {type(self.provenance).__name__}: must be a mapping")
+        for name in ("provenance", "scorer"):  # found here, and not when the recipe is saved, or results that hold it
+            try:
+                json.dumps(dict(getattr(self, name)), allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{name} is no JSON ({error}): must hold text, finite numbers, lists, objects"
+                ) from None
 
     def __repr__(self) -> str:
         left, cut = self.kept(self.visual_tokens)[-1], 100 * self._flops_reduction
@@ -281,6 +291,7 @@ class PruningRecipe:
             OSError: the file cannot be read, nothing has that name, or the hub is out of reach.
             ValueError: as `load` and `published`, or the percent is missing.
         """
+        files.require_path(name)
         path, name = Path(name), os.fspath(name)
         if path.is_dir():
             return cls.from_pretrained(path)
@@ -328,6 +339,7 @@ class PruningRecipe:
             OSError: the file cannot be read, or the hub refuses.
             ValueError: as `load`; or a revision of a folder.
         """
+        files.require_path(name_or_dir)
         path, name = Path(name_or_dir), os.fspath(name_or_dir)
         if path.is_dir():
             if revision is not None:
@@ -393,6 +405,7 @@ class PruningRecipe:
         if given and not push_to_hub:
             name = next(iter(given))
             raise ValueError(f"{name}: is for the hub; state push_to_hub=True too, or leave it out")
+        files.require_path(directory)
         folder = Path(directory)
         self.save(folder / hub.RECIPE_FILE)
         readme = folder / hub.CARD_FILE
@@ -530,6 +543,7 @@ class PruningRecipe:
             OSError: the file cannot be read.
             ValueError: as `from_json`, with the file's name; or it is something else, such as statistics.
         """
+        files.require_path(path)
         if not Path(path).exists():
             raise files.missing(path, files.RECIPE)
         try:
@@ -567,7 +581,8 @@ _SCORERS_LEFT_OUT = {
 def _left_out(provenance: Mapping[str, Any]) -> str | None:
     """The scorer that a recipe of this provenance must state; None where FitPrune's may go without saying."""
     method = provenance.get("method")
-    return _SCORERS_LEFT_OUT.get(method.partition(":")[0]) if isinstance(method, str) else None
+    name = method.partition(":")[0].strip().lower().replace("_", "-") if isinstance(method, str) else ""
+    return _SCORERS_LEFT_OUT.get(name)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fitprune import flops, tokens
 from fitprune.adapters import adapt
 from fitprune.fitting import TOLERANCE_STEP, checked_budget
 from fitprune.inputs import input_digests, to_model
-from fitprune.measurement import measure
+from fitprune.measurement import checked, measure
 from fitprune.packing import Choose
 from fitprune.recipe import PruningRecipe
 from fitprune.removal import removing
@@ -61,9 +61,10 @@ def fit_sequential(
     budget = checked_budget("flops_reduction", flops_reduction)
     if not tolerance_step >= TOLERANCE_STEP:
         raise ValueError(f"tolerance_step={tolerance_step}: must be at least {TOLERANCE_STEP}")
+    whole = checked(batches)
     adapted = adapt(model)
     model = adapted.model
-    held = list(batches)
+    held = list(whole)
     if any(len(batch["input_ids"]) != 1 for batch in held):
         raise ValueError("batches hold several samples: fit_sequential takes one sample at a time, as the authors do")
     stats = stats if stats is not None else measure(model, held, progress=progress)
