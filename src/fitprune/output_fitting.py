@@ -31,7 +31,7 @@ from fitprune.flops import DecoderShape, ahead_macs, visual_macs
 from fitprune.head_choice import HeadChoice, specs
 from fitprune.inputs import input_digests
 from fitprune.journal import Journal, Record
-from fitprune.measurement import provenance_of
+from fitprune.measurement import checked, provenance_of
 from fitprune.recipe import PruningRecipe
 from fitprune.scoring import stage_name
 from fitprune.stats import AttentionStats
@@ -175,10 +175,10 @@ class OutputFitter:
         self.visual_tokens, self.layers = self.fitter.visual_tokens, stats.model.decoder.layers
         self.prunable = stats.model.decoder.prunable
         self.seed, self.progress = seed, progress
-        given = list(batches)
+        given = list(checked(batches))
         last = len(given)
         if validation is not None:
-            given += list(validation)
+            given += list(checked(validation))
         numbers = range(len(given))
         search, self.validation = (
             (numbers[::2], list(numbers[1::2])) if validation is None else (numbers[:last], list(numbers[last:]))

@@ -157,6 +157,7 @@ class LatencyProfile:
             OSError: the file cannot be read.
             ValueError: it is truncated, or no profile of this format.
         """
+        files.require_path(path)
         if not Path(path).exists():
             raise files.missing(path, files.PROFILE)
         try:

@@ -259,6 +259,7 @@ class Results:
             OSError: the file cannot be read.
             ValueError: it is no results file of this version, or something else, such as a recipe.
         """
+        files.require_path(path)
         if not Path(path).exists():
             raise files.missing(path, files.RESULTS)
         try:

@@ -154,6 +154,7 @@ class AttentionStats:
             OSError: the file cannot be read.
             ValueError: it is truncated, no statistics of this format, or something else, such as a recipe.
         """
+        files.require_path(path)
         if not Path(path).is_file():
             raise files.missing(path, files.STATISTICS)
         try:
