@@ -54,7 +54,7 @@ METRICS: dict[str, Metric] = {metric.__name__: metric for metric in (exact, norm
 def choose(metric: str | None, accepted: Sequence[Sequence[str]]) -> str:
     """Name the metric to use: the one stated, or by the data: "vqa" for ten annotators' answers, else "normalized".
 
-    Most questions decide: more than half have ten answers, some of them (not blank) the same, as alternatives never are.
+    Most questions decide: more than half have ten answers, some (not blank) the same, as alternatives never are.
 
     Args:
         metric: a name of `METRICS`, or None.
