@@ -205,7 +205,7 @@ def _entries(name: str) -> tuple[Path, Iterable[tuple[str, Any]]]:
     """Give the file or folder of the data, and (where, entry) for each entry; a broken line is one, as an exception."""
     split = ""
     # A slice or a sum of splits is no split's name, and is answered as one that is not there.
-    named = re.fullmatch(r"(.+):([\w.-]+)", name) or re.fullmatch(r"(.+?):([^/\\]+)", name)
+    named = re.fullmatch(r"(.+):([\w.-]+)", name) or re.fullmatch(r"(.+?):([\w.+:%\[\]-]+)", name)
     if named and not os.path.exists(name):
         name, split = named.groups()
     if "://" in name:
@@ -364,8 +364,7 @@ def _with_class_names(value: Any, kind: Any) -> Any:
         return None
     if isinstance(kind, dict):
         return {key: _with_class_names(value[key], inner) for key, inner in kind.items()}
-    if isinstance(value, list):
-        inner = kind[0] if isinstance(kind, list) else kind.feature
+    if (inner := kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)) is not None:
         return [_with_class_names(each, inner) for each in value]
     if hasattr(kind, "int2str"):
         return kind.int2str(value) if value >= 0 else None
