@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -192,6 +193,8 @@ def test_a_chat_template_at_the_tokenizer_alone_or_of_several_is_used(processor,
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "at fault: it prints a message's content as a list"),
         ("{{ messages[0].content | tojson }}", "at fault: it prints a message's content as a list"),
         ("{{ messages[0].content[1].text }}", "at fault: it writes no '<image>' where the image is"),
+        ("USER: <image> ASSISTANT:", "at fault: it does not write the question; state prompt_template"),
+        ("Answer the question 7319: <image>", "at fault: it does not write the question"),
         ("{% for", "the chat template fails"),
         ("{{ raise_exception('system first') }}", r"the chat template fails \(system first\)"),
     ],
@@ -204,6 +207,16 @@ def test_a_template_that_forms_no_prompt_is_named_as_such(processor, red, templa
         assert not isinstance(caught.value, BadSample)  # not one sample's fault: nothing is skipped
 
 
+def test_a_template_may_change_the_question_and_must_write_a_conversations_last_text(processor, red):
+    processor.chat_template = "<image>{{ messages[-1].content[1].text | upper | trim }}"
+    assert format_prompt(processor, "what? ") == "<image>WHAT?"
+    assert len(next(make_batches([red], processor))["input_ids"]) == 1
+    processor.chat_template = "<image>{{ messages[0].content[0].text }} question"
+    with pytest.raises(ValueError, match="at fault: it does not write the question"):
+        chat_prompt(processor, [turn("be short", role="system"), turn(red.image, "what?")])
+    assert chat_prompt(processor, [turn("what?")]) == "<image>what? question"
+
+
 def test_a_question_may_look_like_a_printed_list(processor):
     assert "{'type': 'text'}" in format_prompt(processor, "what is {'type': 'text'}?")
 
@@ -213,6 +226,8 @@ def test_a_question_may_look_like_a_printed_list(processor):
 
 REFUSED = {  # what is wrong -> (text, image size, message)
     "image token": ("what <image>?", (40, 30), "contains the image token '<image>'"),
+    "BOS": ("<s> what?", (40, 30), "contains '<s>', the tokenizer's bos_token: remove it"),
+    "EOS": ("what?</s>", (40, 30), "contains '</s>', the tokenizer's eos_token: remove it"),
     "surrogate": ("hi \ud800", (40, 30), "TextEncodeInput|surrogates"),
     "too long": ("what " * 600, (40, 30), r"a prompt of \d+ tokens, and the model has 2048 positions"),
     "template": ("tell RAISE", (40, 30), "the chat template fails"),
@@ -299,6 +314,19 @@ def test_what_is_no_sample_is_refused_by_its_type(processor, wrong, message):
         make_batches(wrong, processor)
     with pytest.raises(ValueError, match=r"samples\[1\] is a dict"):
         list(make_batches(iter([Sample("0", "x", Image.new("RGB", (8, 8))), {}]), processor))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        *(({"batch_size": size}, "must be at least 1, a whole number") for size in (0, "2", 2.0, True)),
+        ({"prompt_template": 3}, "must be text with {question} and the image token"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_with_its_value_and_rule(processor, red, option, message):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: {message}")):
+        make_batches([red], processor, **option)
 
 
 def test_what_is_no_processor_is_refused_by_its_type(processor, red):

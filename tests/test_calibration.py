@@ -217,6 +217,57 @@ def test_a_file_that_is_not_there_or_no_text(folder):
         load_samples(folder / "binary.jsonl")
     with pytest.raises(ValueError, match="no usable sample"):
         load_samples(write(folder, ""))
+    for kind in ("tsv", "csv"):
+        with pytest.raises(ValueError, match=f"q.{kind}: is {kind.upper()}, must be JSONL or JSON; convert it"):
+            load_samples(write(folder, "index\timage\tquestion", "0\tabc\tWhat?", name=f"q.{kind}"))
+    assert len(load_samples(write(folder, QUESTION, name="jsonl.tsv"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        *(({"data": data}, "must be the name of a file, a folder or a dataset") for data in (None, 3, ["q.jsonl"], "")),
+        *(({"samples": samples}, "must be at least 1, a whole number") for samples in ("2", 2.0, True, 0, -1)),
+        *(({"seed": seed}, "must be a whole number") for seed in (None, "a", 0.5, False)),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_with_its_value_and_rule(folder, argument, message):
+    ((name, value),) = argument.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: {message}")):
+        load_samples(**{"data": write(folder, QUESTION)} | argument)
+
+
+def test_a_long_name_without_a_dot_that_is_not_there_is_a_missing_file(folder):
+    data = write(folder, QUESTION | {"image": "train2017/" + "0" * 41})
+    with pytest.raises(BadSample, match=r"q\.jsonl:1: .* does not exist, and as base64 it is not an image.*--image-f"):
+        load_samples(data)[0].load_image()
+
+
+def test_a_column_of_classes_is_read_by_their_names_and_an_empty_dataset_says_so(folder):
+    import datasets
+
+    classes = datasets.ClassLabel(names=["no", "yes"])
+    for column, values, kind, answers, name in [
+        ("answer", [0, 1, None, -1], classes, [("no",), ("yes",), (), ()], ""),
+        ("label", [0, 1, 1, 1], classes, [("no",), *[("yes",)] * 3], ""),
+        ("answers", [[0, 1], [1], [], None], datasets.List(classes), [("no", "yes"), ("yes",), (), ()], ""),
+        ("answers", [[{"answer": 0}]] * 4, datasets.List({"answer": classes}), [("no",)] * 4, ""),
+        ("kind", [1] * 4, classes, [()] * 4, "yes"),
+        ("category", [1] * 4, classes, [()] * 4, "yes"),
+    ]:
+        rows = {"image": [str(folder / "red.png")] * 4, "text": ["a"] * 4, column: values}
+        features = {"image": datasets.Image(), "text": datasets.Value("string"), column: kind}
+        made = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        made.save_to_disk(folder / "classes")
+        found = load_samples(folder / "classes")
+        assert [s.answers for s in found] == answers
+        assert {s.kind for s in found} == {name}
+    made.select([]).save_to_disk(folder / "empty")
+    with pytest.raises(ValueError, match=r"empty: (datasets cannot load it .it has no rows.|no usable sample in it)"):
+        load_samples(folder / "empty")
+    datasets.Dataset.from_dict({"image": [], "text": []}).save_to_disk(folder / "none")
+    with pytest.raises(ValueError, match=r"none: (datasets cannot load it .it has no rows.|no usable sample in it)"):
+        load_samples(folder / "none")
 
 
 def test_prompts_come_from_the_chat_template_or_the_one_given(processor):
@@ -264,7 +315,16 @@ OTHER = QUESTION | {"image": "blue.jpg"}
         ({"answer": NAN}, ()),
         ({"answer": None}, ()),
         ({"answer": ""}, ()),
-        ({"answers": ["a", None, NAN, "", 2.0]}, ("a", "2")),
+        ({"answers": ["a", None, NAN, " ", 2.0]}, ("a", "", "", "", "2")),  # of annotators, each counts
+        ({"answers": ["yes"] * 5 + [""] * 5}, ("yes",) * 5 + ("",) * 5),
+        ({"answers": [{"answer": "a"}, {"answer": ""}, {"answer": None}]}, ("a", "", "")),
+        ({"answers": ["", None]}, ()),
+        ({"answers": [{"answer": None}] * 10}, ()),
+        ({"answer": "", "answers": ["a"]}, ("a",)),
+        ({"answer": [], "answers": "a"}, ("a",)),
+        ({"answer": [None], "label": "a"}, ("a",)),
+        ({"answer": {"answer": [], "answer_id": []}, "answers": " ", "label": "a"}, ("a",)),
+        ({"answer": 2.0**53}, ("9007199254740992",)),
         ({"answer": None, "answers": ["a"]}, ("a",)),
         ({"answer": NAN, "answers": "a"}, ("a",)),
         ({"answers": [{"answer": "a", "answer_id": 1}] * 3}, ("a",) * 3),
@@ -304,6 +364,13 @@ def test_accepted_answers_are_read_by_what_they_mean(folder, answer, accepted):
         ({"kind": 0}, "0"),
         ({"kind": 2.0, "category": "random"}, "2"),
         ({"category": ["a", "b"]}, ""),
+        ({"kind": "", "category": "random"}, "random"),
+        ({"text": "", "question": "What?"}, "What?"),
+        ({"image": "", "file_name": "red.png"}, "What?"),
+        ({"image": {"bytes": None, "path": None}, "file_name": "red.png"}, "What?"),
+        ({"question_id": "", "id": 7}, 7),
+        ({"question_id": [], "id": ""}, "x"),
+        ({"question_id": 2.0**53}, 2**53),
     ],
 )
 def test_a_key_without_a_value_falls_through_to_its_synonym_and_ids_keep_their_type(folder, keys, found):
@@ -369,6 +436,8 @@ def test_what_breaks_parsers_is_named_with_its_line_in_one_short_line_and_skippe
             r"one JSON object with keys 'data', 'version'.*save its list 'd",
         ),
         ('{\n "data": [],\n "version": 1\n}\n', r"d\.json:1: the file is one JSON object with keys 'data', 'version'"),
+        ('{"columns": ["image"], "index": [0], "data": [["red.png"]]}', r"or JSONL; with pandas: to_json\(.*'records'"),
+        ('{"version": [1], "data": [{"question": "x"}]}', r"save its list 'data'"),
         ('{"v1_0": {"imagename": "a.png"}}', r"one JSON object with keys 'v1_0', must be a list of entries or JSONL$"),
         ("{}", "one JSON object with no keys"),
     ],
@@ -407,8 +476,7 @@ def test_entries_of_text_alone_in_llavas_mix_are_left_out_with_one_count(folder,
         load_samples(write(folder, json.dumps(alone), name="mix.json"))
     with pytest.raises(ValueError, match="no usable sample"):
         load_samples(write(folder, json.dumps(alone), name="mix.json"), skip_bad=True)
-    with pytest.raises(BadSample, match="entry 6: 'image' is ''"):
-        load_samples(write(folder, json.dumps([*rows, rows[0] | {"image": ""}]), name="mix.json"))
+    assert len(load_samples(write(folder, json.dumps([*rows, rows[0] | {"image": ""}]), name="mix.json"))) == 6
 
 
 def test_a_draw_decodes_what_it_draws_and_draws_again_for_bad_ones(folder, monkeypatch, caplog):
@@ -472,8 +540,9 @@ def test_a_split_is_chosen_by_its_name(two_splits, kind, caplog, tmp_path, monke
     (sample,) = load_samples(data, **options)
     assert sample.text == "train"
     assert re.search(r"has splits \['train', 'test'\]: 'train' is used; name another as .*:test", caplog.text)
-    with pytest.raises(ValueError, match="validation: no such split; there are train, test"):
-        load_samples(f"{data}:validation")
+    for other in ("validation", "train+test", "test[:1]"):
+        with pytest.raises(ValueError, match=re.escape(f":{other}: no such split; there are train, test")):
+            load_samples(f"{data}:{other}")
 
 
 def test_a_split_of_a_hub_name_is_chosen_too(two_splits, monkeypatch):
@@ -488,7 +557,7 @@ def test_a_split_of_a_hub_name_is_chosen_too(two_splits, monkeypatch):
 
 def test_what_is_there_goes_before_a_split_and_a_file_has_none(two_splits, folder):
     assert [s.text for s in load_samples(two_splits / "with:colon", samples=1, skip_bad=True)] == ["test"]
-    with pytest.raises(ValueError, match="train: no such split; there are none"):
+    with pytest.raises(ValueError, match=r"train: the dataset has no splits; name .*alone$"):
         load_samples(f"{two_splits / 'alone'}:train")
     with pytest.raises(ValueError, match=r"q\.jsonl has no splits; name"):
         load_samples(f"{write(folder, QUESTION)}:train")
@@ -505,6 +574,7 @@ def test_what_is_there_goes_before_a_split_and_a_file_has_none(two_splits, folde
         ("Digit-Scenes/test", "did you mean digit-scenes/test[?]"),
         ("digitscenes/test", "did you mean digit-scenes/test[?]"),
         ("digit-scene", "did you mean digit-scenes[?]"),
+        ("digit-scenes/", "is a model's folder, must be data"),
         ("digit-scenes", "is a model's folder, must be data; embedded are digit-scenes/calibration"),
         ("digit-scenes:test", "is a model's folder, must be data; embedded are digit-scenes/calibration"),
         ("digit-scenes/test:train", "metadata.jsonl has no splits; name digit-scenes/test$"),
@@ -518,7 +588,8 @@ def test_a_name_that_is_nearly_embedded_is_answered_without_datasets_and_network
 
 
 def test_embedded_data_has_its_name_in_python_too(tmp_path, monkeypatch):
-    assert len(load_samples("digit-scenes/calibration")) == 64
+    assert len(load_samples("digit-scenes/calibration")) == len(load_samples("digit-scenes/calibration/")) == 64
+    assert embedded.resolve("digit-scenes/") == embedded.resolve("digit-scenes")
     with pytest.raises(ValueError, match="samples=1000000: digit-scenes/test has only 640 usable"):
         load_samples("digit-scenes/test", samples=1_000_000)
     monkeypatch.chdir(tmp_path)

@@ -111,7 +111,12 @@ def test_what_nothing_is_left_of_is_as_vqa_has_it():
         ([["a"] * 10] * 3, "vqa"),
         ([["a"] * 10, ["a"] * 10, ["b"] * 9], "vqa"),
         ([[str(i) for i in range(10)]] * 3, "normalized"),  # ten alternatives
-        ([["a"] * 10, ["a"] * 10, ["b"]], "normalized"),
+        ([["a"] * 10, ["a"] * 10, ["b"]], "vqa"),  # most questions decide, not one
+        ([["a"] * 10] * 5 + [["4"] * 3 + [""] * 7], "vqa"),
+        ([["a"] * 5 + [""] * 5] * 3, "vqa"),
+        ([["a"] * 10, ["b"], ["c"]], "normalized"),
+        ([["a"] * 10] + [[str(i) for i in range(10)]] * 2, "normalized"),
+        ([["a", "b"] + [""] * 8] * 3, "normalized"),  # alternatives, in ten columns
         ([["a", "a", "b"]] * 3, "normalized"),
         ([["a"]] * 3, "normalized"),
         ([], "normalized"),
@@ -125,8 +130,34 @@ def test_the_metric_is_guessed_by_the_data(accepted, metric):
 def test_a_metric_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="metric='f1': must be one of exact, normalized, vqa"):
         choose("f1", [["a"]])
-    with pytest.raises(ValueError, match=r"a question has only 1 accepted answers.*state normalized or exact"):
-        choose("vqa", [["a"] * 10, ["a"]])
+    with pytest.raises(ValueError, match=r"no question has more accepted answers than 3.*state normalized or exact"):
+        choose("vqa", [["a"] * 3, ["a"]])
+    assert choose("vqa", [["a"] * 10, ["a"]]) == "vqa"
+    assert choose("vqa", []) == "vqa"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "answer", "score"),
+    [
+        (["4"], "Four.", 1),
+        (["4"], "5", 0),
+        (["4", "four", "5"], "5", 1),
+        (["4", ""], "", 0),
+        (["A"], "", 0),
+        (["4"] * 3 + [""] * 7, "4", 0.9),
+        (["4"] + [""] * 9, "4", 0.3),
+        (["4"] * 4, "4", 1),
+    ],
+)
+def test_of_fewer_than_four_answers_any_one_is_right_by_vqa(accepted, answer, score):
+    assert vqa(answer, accepted) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("odd", [["4"] * 3 + [""] * 7, ["4"]])
+def test_one_question_with_few_answers_leaves_the_others_their_metric(odd):
+    found = made([["yes"] + ["no"] * 9] * 5 + [odd], {"dense": ["yes"] * 6})
+    assert (found.tasks[0].metric, found.tasks[0].guess) == ("vqa", True)
+    assert found.tasks[0].dense == pytest.approx(5 * 0.3 / 6)
 
 
 def test_words_around_an_answer_are_noticed():
@@ -343,7 +374,7 @@ def test_each_task_has_its_own_metric_and_another_needs_no_new_answers(tmp_path,
     assert [(task.metric, task.guess, task.dense) for task in found.tasks] == [("exact", False, 0), ("exact", False, 1)]
     assert "accepted '9.', answered '9'" in " ".join(capsys.readouterr().out.split())
     assert main([*command, "--metric", "vqa"]) == 2
-    assert "a question has only 1 accepted answers" in capsys.readouterr().err
+    assert "no question has more accepted answers than 1" in capsys.readouterr().err
 
 
 def test_every_metric_is_a_function_to_a_number_from_0_to_1():

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -140,6 +141,11 @@ def test_a_palette_with_an_alpha_of_its_own_is_laid_on_white():
         (SHARES.astype(np.float16), np.rint(SHARES.astype(np.float16) * 255)),
         (np.dstack([COLOURS, COLOURS[..., :1] * 0]), COLOURS * 0 + 255),
         (COLOURS[:, ::-1], COLOURS[:, ::-1]),
+        (SHARES * 1.05 - 1e-4, np.rint(np.clip(SHARES * 1.05 - 1e-4, 0, 1) * 255)),
+        (np.full((8, 8), 1.0000001), np.full((8, 8), 255)),
+        (np.full((8, 8), 258.5), np.full((8, 8), 255)),  # floats: as resizing leaves them
+        (np.full((8, 8), 65_540.0), np.full((8, 8), 255)),
+        (np.full((8, 8), 258), np.full((8, 8), 1)),
     ],
 )
 def test_arrays_are_pictures_too(array, values):
@@ -155,6 +161,8 @@ def test_arrays_are_pictures_too(array, values):
         (np.full((8, 8), np.nan), "has values from nan to nan"),
         (np.full((8, 8), np.inf), "has values from inf to inf"),
         (np.full((8, 8), -0.5), "has values from -0.5 to -0.5"),
+        (np.linspace(-1, 1, 64).reshape(8, 8), "has values from -1 to 1"),
+        (np.full((8, 8), 70_000.0), "has values from 70000 to"),
         (np.full((8, 8), 2**31), "has values from 2.14748e.09 to"),
         (Image.fromarray(np.linspace(-1000, 3000, 64, dtype=np.float32).reshape(8, 8)), "from -1000 to 3000, must be"),
         (Image.fromarray(np.linspace(-1000, 3000, 64).astype(np.int32).reshape(8, 8)), "from -1000 to 3000, must be"),
@@ -167,7 +175,8 @@ def test_arrays_are_pictures_too(array, values):
         (b"text", "is not an image file"),
         ("data:image/png;base64,@@@@", "is not sound base64"),
         ("data:image/svg+xml,%3Csvg/%3E", "is not an image file"),
-        ("QUJD" * 100, "is not an image file"),
+        ("QUJD" * 100, "does not exist, and as base64 it is not an image file"),
+        ("train2017/" + "0" * 43, "does not exist, and is not sound base64"),
         (base64.b64encode(file(RGB, "PNG")).decode()[:-30], "cannot be decoded|is not sound base64"),
         ("none.png", "image none.png does not exist"),
         ("a" * 5000 + ".png", "cannot be read .File name too long."),
@@ -186,6 +195,37 @@ def test_what_is_no_picture_is_refused_in_one_short_line(source, message):
         load_picture(source)
     assert len(str(caught.value)) < 280
     assert str(caught.value).isprintable()
+
+
+def grey_png(bits, pixels, clear):
+    """A PNG of one row of grey pixels of so few bits, one colour of which is clear."""
+
+    def part(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = int("".join(f"{pixel:0{bits}b}" for pixel in pixels), 2).to_bytes(len(pixels) * bits // 8, "big")
+    head = struct.pack(">IIBBBBB", len(pixels), 2, bits, 0, 0, 0, 0)
+    parts = [(b"IHDR", head), (b"tRNS", struct.pack(">H", clear)), (b"IDAT", zlib.compress((b"\0" + row) * 2))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(part(*each) for each in [*parts, (b"IEND", b"")])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_clear_colour_of_a_grey_png_of_few_bits_is_laid_on_white(bits):
+    most = 2**bits - 1
+    pixels = [0, most, 1, most - 1, most // 2, 0, most, 1]
+    for clear in {0, 1, most // 2, most}:
+        found = np.asarray(load_picture(grey_png(bits, pixels, clear)))
+        assert found[0, :, 0].tolist() == [255 if pixel == clear else pixel * 255 // most for pixel in pixels]
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_a_deep_tiff_whose_white_is_zero_is_no_negative(floats):
+    values = SHARES if floats else DEEP
+    data = file(Image.fromarray(values), "TIFF")
+    tag = struct.pack("<HHIH", 262, 3, 1, 1)
+    assert data.count(tag) == 1
+    found = np.asarray(load_picture(data.replace(tag, struct.pack("<HHIH", 262, 3, 1, 0))))
+    assert (found == 255 - np.asarray(load_picture(data))).all()
 
 
 def test_links_in_a_loop_and_a_closed_image_are_refused(tmp_path):

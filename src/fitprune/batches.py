@@ -6,11 +6,12 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 from PIL import Image
 
-from fitprune.calibration import BadSample, Sample
+from fitprune.calibration import BadSample, Sample, require_whole
 from fitprune.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 _REMEDY = "state prompt_template (--prompt-template), such as 'USER: <image>\\n{question} ASSISTANT:'"
 _AS_IT_IS = "{{ messages[0]['prompt'] }}"  # the chat template of a prompt that is written already
+_PROBE = "question 7319?"  # no template has it in a text of its own
 _PRINTED = re.compile(r"\{['\"]type['\"]: ['\"](text|image)")  # a message's content, as Python or JSON prints it
 
 
@@ -30,7 +32,8 @@ def chat_prompt(processor: Any, conversation: Sequence[Mapping[str, Any]]) -> st
         conversation: messages, each with a `role` and a list as its `content`.
 
     Raises:
-        ValueError: there is no chat template, or it fails, or it prints the content as a list.
+        ValueError: there is no chat template, or it fails, prints the content as a list, or leaves out the last
+            message's text.
     """
     template = getattr(processor, "chat_template", None)
     template = template or getattr(getattr(processor, "tokenizer", None), "chat_template", None)
@@ -40,15 +43,27 @@ def chat_prompt(processor: Any, conversation: Sequence[Mapping[str, Any]]) -> st
         template = template["default"]
     if not template:
         raise ValueError(f"the processor has no chat template; {_REMEDY}")
-    try:
-        prompt: str = processor.apply_chat_template(conversation, chat_template=template, add_generation_prompt=True)
-    except ImportError:
-        raise
-    except Exception as error:  # Jinja's errors, and whatever a template meets
-        raise ValueError(f"the chat template fails ({_short(error)})") from error
+
+    def written(messages: Sequence[Mapping[str, Any]]) -> str:
+        try:
+            prompt: str = processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True)
+        except ImportError:
+            raise
+        except Exception as error:  # Jinja's errors, and whatever a template meets
+            raise ValueError(f"the chat template fails ({_short(error)})") from error
+        return prompt
+
+    prompt = written(conversation)
     texts = [part.get("text", "") for message in conversation for part in message["content"]]
     if _PRINTED.search(prompt) and not any(_PRINTED.search(text) for text in texts):
         raise ValueError(f"the chat template is at fault: it prints a message's content as a list; {_REMEDY}")
+    *before, last = conversation
+    asked = [part["text"].strip() for part in last["content"] if "text" in part]
+    if any(asked) and not any(text and text in prompt for text in asked):
+        # Changed on the way, such as to upper case, or left out? Then another text makes no difference.
+        other = [{**part, "text": "x" + part["text"]} if "text" in part else part for part in last["content"]]
+        if written([*before, {**last, "content": other}]) == prompt:
+            raise ValueError(f"the chat template is at fault: it does not write the question; {_REMEDY}")
     return prompt
 
 
@@ -61,14 +76,20 @@ def format_prompt(processor: Any, text: str, prompt_template: str | None = None)
         prompt_template: used instead of the chat template: text with `{question}` and the image token.
 
     Raises:
-        ValueError: the question contains the image token, the template lacks `{question}` or the image token, or as
-            `chat_prompt`.
+        ValueError: the question contains the image token or one that begins or ends text, the template is no text,
+            lacks `{question}` or the image token, or as `chat_prompt`.
     """
-    token = getattr(processor, "image_token", None)
+    token, tokens = getattr(processor, "image_token", None), getattr(processor, "tokenizer", None)
     if token and token in text:
         raise ValueError(
             f"question {text[:80]!r} contains the image token {token!r}: the image is put in for you; remove it"
         )
+    for name in ("bos_token", "eos_token"):
+        mark = getattr(tokens, name, None)
+        if mark and mark.strip() and mark in text:
+            raise ValueError(f"question {text[:80]!r} contains {mark!r}, the tokenizer's {name}: remove it")
+    if not isinstance(prompt_template, (str, NoneType)):
+        raise ValueError(f"prompt_template={prompt_template!r}: must be text with {{question}} and the image token")
     if prompt_template is None:
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return chat_prompt(processor, [{"role": "user", "content": content}])
@@ -197,15 +218,14 @@ def make_batches(
         ValueError: `batch_size` below 1, an argument of another type, or a template that forms no prompt.
         BadSample: an image that cannot be read, or a sample that the processor refuses; not with `skip_bad`.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    require_whole("batch_size", batch_size, 1)
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "apply_chat_template"):
         raise ValueError(f"processor is a {type(processor).__name__}: must be a model's, as load_model gives it")
     if not isinstance(samples, Iterable):
         raise ValueError(f"samples is a {type(samples).__name__}: must be a list of Samples, as load_samples gives it")
     if isinstance(samples, Sequence):
         samples = list(_checked(samples))
-    format_prompt(processor, "question", prompt_template)  # a template's own fault is found before the first sample
+    format_prompt(processor, _PROBE, prompt_template)  # a template's own fault is found before the first sample
     if skip_bad:
         samples = usable(samples, processor, prompt_template=prompt_template, model=model)
     return (

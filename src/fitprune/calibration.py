@@ -16,6 +16,7 @@ import random
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,7 @@ class Sample:
             return load_picture(self.image)
         except BadPicture as error:
             of_data = self.where and not self.where.startswith("--")  # an option names its image itself
-            missing = isinstance(self.image, Path) and not os.path.exists(self.image)
-            hint = "; check --image-folder" if of_data and missing else ""
+            hint = "; check --image-folder" if of_data and "does not exist" in str(error) else ""
             raise BadSample(f"{self.where}: {error}{hint}".removeprefix(": ")) from None
 
 
@@ -96,10 +96,14 @@ def load_samples(
     Raises:
         FileNotFoundError: there is no such file.
         BadSample: an entry is broken, with its file and line; not with `skip_bad`.
-        ValueError: no sample is left, there is no such split, or `samples` is below 1 or more than there are.
+        ValueError: no sample is left, there is no such split, `samples` is below 1 or more than there are, or an
+            argument is of another type.
     """
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples={samples}: must be at least 1")
+    if not isinstance(data, (str, os.PathLike)) or not os.fspath(data):
+        raise ValueError(f"data={shown(repr(data))}: must be the name of a file, a folder or a dataset")
+    if samples is not None:
+        require_whole("samples", samples, 1)
+    require_whole("seed", seed)
     path, entries = _entries(os.fspath(data))
     folder = Path(image_folder) if image_folder is not None else path.parent if os.path.isfile(path) else path
     if not (image_folder is None or os.path.isdir(folder)):
@@ -154,6 +158,13 @@ def load_samples(
     return found
 
 
+def require_whole(name: str, value: Any, least: float = -math.inf) -> None:
+    """Refuse an argument that is not a whole number, or is below `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        rule = "must be a whole number" if math.isinf(least) else f"must be at least {least:g}, a whole number"
+        raise ValueError(f"{name}={shown(repr(value))}: {rule}")
+
+
 def _drawn(total: int, count: int, seed: int) -> Iterable[int]:
     """Draw `count` places without replacement, and after them the others, in random order, to stand in for bad ones."""
     draw = random.Random(seed)
@@ -193,7 +204,9 @@ def recombined(samples: Sequence[Sample], times: int, *, seed: int = 0) -> list[
 def _entries(name: str) -> tuple[Path, Iterable[tuple[str, Any]]]:
     """Give the file or folder of the data, and (where, entry) for each entry; a broken line is one, as an exception."""
     split = ""
-    if not os.path.exists(name) and (named := re.fullmatch(r"(.+):([\w.-]+)", name)):
+    # A slice or a sum of splits is no split's name, and is answered as one that is not there.
+    named = re.fullmatch(r"(.+):([\w.-]+)", name) or re.fullmatch(r"(.+?):([\w.+:%\[\]-]+)", name)
+    if named and not os.path.exists(name):
         name, split = named.groups()
     if "://" in name:
         raise ValueError(f"{shown(name)}: is a URL, must be a file, a folder or a hub name; download it")
@@ -211,6 +224,8 @@ def _entries(name: str) -> tuple[Path, Iterable[tuple[str, Any]]]:
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8 text; must be JSONL or JSON") from None
     start = _skip_space(text, 0)
+    if path.suffix.lower() in (".tsv", ".csv") and text[start : start + 1] not in ("[", "{"):
+        raise ValueError(f"{path}: is {path.suffix[1:].upper()}, must be JSONL or JSON; convert it, a line an object")
     return path, _list_entries(path, text, start + 1) if text[start : start + 1] == "[" else _line_entries(path, text)
 
 
@@ -290,11 +305,16 @@ def _require_entry(whole: Any) -> Any:
     """Say what a file is that holds one object and no entry, as TextVQA's and VizWiz's do."""
     if not isinstance(whole, dict) or {"image", "file_name", "text", "question", "conversations"} & set(whole):
         return whole
-    lists = [name for name, value in whole.items() if isinstance(value, list)]
+    lists = [
+        name for name, value in whole.items() if isinstance(value, list) and all(isinstance(v, dict) for v in value)
+    ]
+    remedy = f"; save its list {shown(lists[0], 20)!r} as a file of its own" if lists else ""
+    if {"columns", "data"} <= set(whole):
+        remedy = "; with pandas: to_json(..., orient='records')"
     keys = shown(", ".join(repr(shown(name, 20)) for name in whole))
     return BadSample(
         f"the file is one JSON object with {f'keys {keys}' if whole else 'no keys'}, must be a list of entries or "
-        f"JSONL{f'; save its list {shown(lists[0], 20)!r} as a file of its own' if lists else ''}"
+        f"JSONL{remedy}"
     )
 
 
@@ -312,7 +332,7 @@ def _dataset_entries(path: Path, name: str, split: str) -> Iterator[tuple[str, A
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name)
     except Exception as error:  # datasets raises many kinds; all mean that the name does not load
-        reason = " ".join(str(error).split())
+        reason = "it has no rows" if isinstance(error, IndexError) else " ".join(str(error).split())
         raise ValueError(
             f"{name}: datasets cannot load it ({shown(reason, 300)}); give a JSONL file, a folder or a hub name"
         ) from None
@@ -321,17 +341,34 @@ def _dataset_entries(path: Path, name: str, split: str) -> Iterator[tuple[str, A
         first, other, *_ = splits
         logger.warning("%s has splits %s: %r is used; name another as %s:%s", name, [*splits], first, name, other)
     if split and split not in splits:
-        raise ValueError(f"{name}:{split}: no such split; there are {', '.join(filter(None, splits)) or 'none'}")
+        names = ", ".join(filter(None, splits))
+        rule = f"no such split; there are {names}" if names else f"the dataset has no splits; name {name}"
+        raise ValueError(f"{name}:{split}: {rule}")
     rows = (splits[split] if split else next(iter(splits.values()))).with_format("arrow")
     # No picture is read here: one that nobody asks for costs nothing, and a bad one is named where it is asked for.
     number = itertools.count()
+    classes = {column: kind for column, kind in rows.features.items() if "ClassLabel" in repr(kind)}
     for table in rows.iter(batch_size=1000):
         heavy = [c.name for c in table.schema if c.name in ("image", "file_name") and not _is_text(c.type)]
         there = {column: table[column].is_valid().to_pylist() for column in heavy}
         for offset, row in enumerate(table.drop_columns(heavy).to_pylist()):
             place = next(number)
             held = {c: InDataset(rows, place, c) if there[c][offset] else None for c in heavy}
-            yield f"{name}, row {place}", {**row, **held}
+            words = {column: _with_class_names(row.get(column), kind) for column, kind in classes.items()}
+            yield f"{name}, row {place}", {**row, **words, **held}
+
+
+def _with_class_names(value: Any, kind: Any) -> Any:
+    """Put a ClassLabel's name for its number, also inside of lists and dicts; -1 stands for no class."""
+    if value is None:
+        return None
+    if isinstance(kind, dict):
+        return {key: _with_class_names(value[key], inner) for key, inner in kind.items()}
+    if (inner := kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)) is not None:
+        return [_with_class_names(each, inner) for each in value]
+    if hasattr(kind, "int2str"):
+        return kind.int2str(value) if value >= 0 else None
+    return value
 
 
 def _is_text(kind: Any) -> bool:
@@ -345,12 +382,20 @@ def _meant(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _is_empty(value: Any, levels: int = 3) -> bool:
+    """Whether nothing is in it: missing, blank, or a list or dict of such; VQA's dicts by their answer."""
+    if isinstance(value, dict):
+        value = [value["answer"]] if "answer" in value else list(value.values())
+    if isinstance(value, list):
+        return levels > 0 and all(_is_empty(each, levels - 1) for each in value)
+    value = _meant(value)
+    return value is None or (isinstance(value, (str, bytes)) and not value.strip())
+
+
 def _first(entry: dict[str, Any], *names: str) -> Any:
-    """Give the first of the keys that has a value."""
-    for name in names:
-        if (value := entry.get(name)) is not None and (value := _meant(value)) is not None:
-            return value
-    return None
+    """Give the value of the first of the keys that has one; of several empty ones the first, to be shown."""
+    values = [value for name in names if (value := _meant(entry.get(name))) is not None]
+    return next((value for value in values if not _is_empty(value)), values[0] if values else None)
 
 
 def _word(value: Any) -> str | None:
@@ -358,7 +403,7 @@ def _word(value: Any) -> str | None:
     if isinstance(value, str):
         return value
     if isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
+        return str(value + 0.0).removesuffix(".0")  # -0.0 is 0
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
@@ -367,7 +412,7 @@ def _is_text_alone(entry: Any) -> bool:
     return (
         isinstance(entry, dict)
         and _first(entry, "conversations") is not None
-        and _first(entry, "image", "file_name") is None
+        and _is_empty(_first(entry, "image", "file_name"))
     )
 
 
@@ -377,24 +422,22 @@ def _sample(entry: Any, folder: Path, where: str) -> Sample:
         raise entry if str(entry).startswith(where) else BadSample(f"{where}: {entry}")
     if not isinstance(entry, dict):
         raise BadSample(f"{where}: is a JSON {type(entry).__name__}, must be an object with an image and a text")
-    text, answer = _first(entry, "text", "question"), _first(entry, "answer", "answers")
-    if answer is None and isinstance(entry.get("label"), str):  # POPE's; a number is a class
-        answer = entry["label"]
+    # POPE's; a number is a class, and a list something else.
+    words = {key: value for key in ("label", "category") if isinstance(value := entry.get(key), str)}
+    entry = {**entry, "label": None, "category": None, **words}
+    text, answer = _first(entry, "text", "question"), _first(entry, "answer", "answers", "label")
     if (turns := _first(entry, "conversations")) is not None:
         text, answer = _first_exchange(turns, where)
     question = text.replace("<image>", "").strip() if isinstance(text, str) else ""
     if not question:
         raise BadSample(f"{where}: 'text' is {_shown(text)}, must be a question (or 'question', or 'conversations')")
-    kind = _first(entry, "kind")
-    if kind is None and isinstance(entry.get("category"), str):  # POPE's
-        kind = entry["category"]
-    number = _first(entry, "question_id", "id")
+    kind, number = _first(entry, "kind", "category"), _first(entry, "question_id", "id")
     found = Sample(
-        where if number is None else _id(number, where),
+        where if _is_empty(number) else _id(number, where),
         question,
         _image(entry, folder, where),
         _accepted(answer, where),
-        "" if kind is None else _required(_word(kind), where, "kind", kind),
+        "" if _is_empty(kind) else _required(_word(kind), where, "kind", kind),
         where,
     )
     parts = [str(found.id), found.text, found.kind, *found.answers]
@@ -424,14 +467,18 @@ def _image(entry: dict[str, Any], folder: Path, where: str) -> Any:
 
 
 def _accepted(answer: Any, where: str) -> tuple[str, ...]:
-    """Give the accepted answers: of text or a number, or of several, also as VQA has them, {"answer": ...} for each."""
+    """Give the accepted answers: of text or a number, or of several, also as VQA has them, {"answer": ...} for each.
+
+    A blank one among others stays, as "": it is an annotator who said nothing, and is counted.
+    """
+    if _is_empty(answer):
+        return ()
     answers = answer if isinstance(answer, list) else [answer]
     answers = [value["answer"] if isinstance(value, dict) and "answer" in value else value for value in answers]
     if len(answers) == 1 and isinstance(answers[0], list):
         answers = answers[0]
-    there = [value for value in map(_meant, answers) if value is not None]
-    words = [_required(_word(value), where, "answer", answer) for value in there]
-    return tuple(word for word in words if word.strip())
+    there = ["" if _is_empty(value, 0) else value for value in map(_meant, answers)]
+    return tuple(_required(_word(value), where, "answer", answer) for value in there)
 
 
 def _id(number: Any, where: str) -> str | int:

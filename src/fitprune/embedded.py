@@ -21,8 +21,9 @@ def resolve(name: str) -> str:
     """
     if os.path.exists(name):
         return name
-    family, _, part = name.partition("/")
-    if name == MODEL or name in DATA:
+    known = name.rstrip("/")
+    family, _, part = known.partition("/")
+    if known == MODEL or known in DATA:
         return str(folder(part or "model", family))
     if difflib.get_close_matches(re.split("[/:]", name)[0].lower(), FAMILIES, cutoff=0.8):
         near = difflib.get_close_matches(name.lower(), (MODEL, *DATA), n=1, cutoff=0)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 Metric = Callable[[str, Sequence[str]], float]
 
 ANNOTATORS = 10
-FEWEST_ANNOTATORS = 4  # of fewer, each is left out once, and three others no longer agree
+FEWEST_ANNOTATORS = 4  # of fewer, each is left out once, and three others cannot agree: no answer could score 1
 
 
 def exact(answer: str, accepted: Sequence[str]) -> float:
@@ -34,11 +34,15 @@ def normalized(answer: str, accepted: Sequence[str]) -> float:
 def vqa(answer: str, accepted: Sequence[str]) -> float:
     """Score VQA's soft accuracy: min(1, matches / 3), mean over the annotators left out one at a time.
 
+    Of fewer than four accepted answers any one is right, as `normalized` has it: they are no annotators to be counted.
+
     Quirks: one annotator of ten gives 0.3, two 0.6, three 0.9, four and more 1; a blank annotator counts, and an answer
     of which nothing is left ("", "the") agrees with those of which nothing is left ("", "a").
 
     Source: VQA's evaluation, answers normalised as EvalAI does it for TextVQA, VQAv2 and VizWiz (`evalai`).
     """
+    if len(accepted) < FEWEST_ANNOTATORS:
+        return normalized(answer, accepted)
     people = [evalai(text) for text in accepted]
     agree, count = people.count(evalai(answer)), len(people)
     return (agree * min(1, (agree - 1) / 3) + (count - agree) * min(1, agree / 3)) / count if agree else 0.0
@@ -50,7 +54,7 @@ METRICS: dict[str, Metric] = {metric.__name__: metric for metric in (exact, norm
 def choose(metric: str | None, accepted: Sequence[Sequence[str]]) -> str:
     """Name the metric to use: the one stated, or by the data: "vqa" for ten annotators' answers, else "normalized".
 
-    Annotators are told from alternatives by their repeating each other.
+    Most questions decide: more than half have ten answers, some (not blank) the same, as alternatives never are.
 
     Args:
         metric: a name of `METRICS`, or None.
@@ -59,16 +63,14 @@ def choose(metric: str | None, accepted: Sequence[Sequence[str]]) -> str:
     Raises:
         ValueError: there is no such metric, or it cannot be made of these answers.
     """
-    fewest = min(map(len, accepted), default=0)
     if metric is None:
-        ten = sum(len(texts) == ANNOTATORS for texts in accepted)
-        repeat = any(len(set(texts)) < len(texts) for texts in accepted)
-        return "vqa" if repeat and 2 * ten > len(accepted) and fewest >= FEWEST_ANNOTATORS else "normalized"
+        said = [[text for text in texts if text.strip()] for texts in accepted if len(texts) == ANNOTATORS]
+        return "vqa" if 2 * sum(len(set(texts)) < len(texts) for texts in said) > len(accepted) else "normalized"
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r}: must be one of {', '.join(METRICS)}")
-    if metric == "vqa" and accepted and fewest < FEWEST_ANNOTATORS:
+    if metric == "vqa" and accepted and (most := max(map(len, accepted))) < FEWEST_ANNOTATORS:
         raise ValueError(
-            f"metric='vqa': a question has only {fewest} accepted answers, where VQA's soft accuracy is of ten "
+            f"metric='vqa': no question has more accepted answers than {most}, where VQA's soft accuracy is of ten "
             f"annotators, at least {FEWEST_ANNOTATORS}: state normalized or exact"
         )
     return metric

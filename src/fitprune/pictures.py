@@ -6,7 +6,8 @@ The rules. Where nothing else is said, the picture is that of `transformers.imag
 * What is transparent lies on white, in every mode. `load_image` drops alpha: black letters on nothing turn black.
 * Grey of 16 bits is cut to its upper 8, of 12 bits (TIFF) likewise.
 * Other integers and floats go by their range: floats up to 1 are shares of white; up to 255 they are as they are; up to
-  65,535 they are 16 bits. Outside of that, or not finite, they are refused: nobody knows what is black and what white.
+  65,535 they are 16 bits. Floats may lie a little outside (to 5% above white, 0.05 below black), as resizing leaves
+  them, and are cut there. Further out, or not finite, they are refused: nobody knows what is black and what white.
 * A file of several frames is refused, but for a phone's MPO, whose first frame is what is shown.
 """
 
@@ -29,6 +30,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 _URL = re.compile(r"(?!data:)[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # one slash: Path("https://x") has no second
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]+")
 _SHORTEST = 40  # characters of base64; a picture of 2x2 pixels has more
+_STRETCHED = {
+    "L;2": 255 // 3,
+    "L;4": 255 // 15,
+}  # Pillow widens a PNG's pixels of so few bits, and not its clear colour
 _ONE_COLOUR = ("1", "L", "P", "RGB")  # modes in which one colour may be named as transparent, beside I;16
 
 
@@ -93,7 +98,8 @@ def load_picture(source: Any, folder: Path = Path()) -> Image.Image:
     except BadPicture:
         raise
     except UnidentifiedImageError:
-        raise BadPicture(f"{name} is not an image file that Pillow reads") from None
+        what = "does not exist, and as base64 it is not" if _is_base64(source) else "is not"
+        raise BadPicture(f"{name} {what} an image file that Pillow reads") from None
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BadPicture(f"{name} cannot be decoded ({shown(reason, 150)})") from None
@@ -154,8 +160,14 @@ def _require_file(path: Path, name: str) -> None:
         raise BadPicture(f"{name} is a device or a pipe, must be an image file")
 
 
-def _of_text(text: str, name: str) -> bytes:
+def _is_base64(source: Any) -> bool:
+    """Whether it is bare text, which may also be meant as the name of a file that is not there."""
+    return isinstance(source, str) and source[:5].lower() != "data:"
+
+
+def _of_text(source: str, name: str) -> bytes:
     """Decode base64 text, in either alphabet and cut into lines or not, or a `data:` URL."""
+    text = source
     if text[:5].lower() == "data:":
         head, _, text = text.partition(",")
         if not head.lower().endswith(";base64"):
@@ -165,7 +177,8 @@ def _of_text(text: str, name: str) -> bytes:
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise BadPicture(f"{name} is not sound base64 ({error})") from None
+        what = "does not exist, and is not" if _is_base64(source) else "is not"
+        raise BadPicture(f"{name} {what} sound base64 ({error})") from None
 
 
 def _of_array(array: np.ndarray[Any, Any], name: str) -> Image.Image:
@@ -189,6 +202,8 @@ def _as_shown(image: Image.Image, name: str) -> Image.Image:
         raise BadPicture(f"{name} is animated ({frames} frames); save the frame that is meant")
     if min(image.size) < 2:
         raise BadPicture(f"{name} is {'x'.join(map(str, image.size))} pixels: too small to show anything")
+    tile = next(iter(getattr(image, "tile", ())), None)  # gone once the image is read
+    stretch = _STRETCHED.get(str(getattr(tile, "args", "")), 1)
     image.load()
     upright, clear = _upright(image), image.info.get("transparency")
     if image.mode.startswith(("I", "F")):
@@ -199,6 +214,8 @@ def _as_shown(image: Image.Image, name: str) -> Image.Image:
             grey = (values >> (4 if bits == (12,) else 8)).astype(np.uint8)
         else:
             grey = _ranged(values, name)
+        if getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:
+            grey = 255 - grey  # white is zero; Pillow turns those of 8 bits and fewer itself
         found = Image.fromarray(grey)
         if isinstance(clear, int):
             found.paste(255, mask=Image.fromarray(values == clear))
@@ -206,6 +223,8 @@ def _as_shown(image: Image.Image, name: str) -> Image.Image:
     if clear is not None and image.mode in _ONE_COLOUR:
         if isinstance(clear, tuple) and max(clear) > 255:  # Pillow cuts a PNG's 16 bits to 8, and not this
             clear = tuple(value >> 8 for value in clear)
+        elif isinstance(clear, int):
+            clear *= stretch
         upright.info["transparency"] = clear
     palette = getattr(upright.palette, "mode", "")
     if upright.mode.endswith(("A", "a")) or palette.endswith("A") or upright.info:
@@ -238,13 +257,17 @@ def _upright(image: Image.Image) -> Image.Image:
 def _ranged(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     """Bring integers or floats to 8 bits by their range."""
     lowest, highest = float(values.min()), float(values.max())
-    if not (np.isfinite(lowest) and np.isfinite(highest) and lowest >= 0 and highest <= 65_535):
+    floats = values.dtype.kind == "f"
+    whites = (white for white in (1, 255, 65_535)[not floats :] if highest <= white * (1.05 if floats else 1))
+    white = next(whites, None)
+    if white is None or not lowest >= (-0.05 if floats else 0):
         raise BadPicture(
             f"{name} has values from {lowest:g} to {highest:g}, must be in 0..1 (floats), 0..255 or 0..65535: "
             "save it with 8 bits, black as 0 and white as 255"
         )
-    if values.dtype.kind == "f" and highest <= 1:
+    values = np.clip(values, 0, white)
+    if white == 1:
         values = values * 255
-    elif highest > 255:
+    elif white > 255:
         values = values // 256
     return np.asarray(np.rint(values), dtype=np.uint8)
