@@ -9,16 +9,21 @@ INTEGRATIONS := .venv-integrations/bin
 ENGINE := $(addprefix tests/test_,families.py full_sizes.py pruning.py refusals.py conversations.py hub.py llava_hr.py \
 	host.py rotary.py attach.py)
 
+# Two test processes of one thread each: tiny models gain nothing by a second one. The tests of a file stay together, and
+# share what they build.
+PYTEST := -m pytest -n 2 --dist loadfile
+test test-oldest test-newest: export OMP_NUM_THREADS := 1
+
 .PHONY: demo test test-oldest test-newest test-integrations lint train data clean
 
 demo: .venv/installed
 	$(BIN)/fitprune demo
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python $(PYTEST) --durations=10
 
 test-oldest test-newest: test-%: .venv-%/installed
-	.venv-$*/bin/python -m pytest --durations=5 $(ENGINE)
+	.venv-$*/bin/python $(PYTEST) --durations=5 $(ENGINE)
 
 test-integrations: .venv-integrations/installed
 	$(INTEGRATIONS)/python -m pytest tests/integrations --durations=5
@@ -40,7 +45,7 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv-$*
 	sed 's/^transformers==.*/transformers==$(TRANSFORMERS)/' constraints.txt > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-$*/constraints.txt \
-		-e '.[llava-hr]' accelerate hypothesis pytest
+		-e '.[llava-hr]' accelerate hypothesis pytest-xdist
 	touch $@
 
 # Apart from .venv, because lmms-eval needs torchvision, whose torch brings gigabytes of CUDA libraries, and vLLM another
