@@ -519,9 +519,8 @@ def test_a_wrong_scorer_is_refused_with_the_rule(scorer, message, model):
     with pytest.raises(ValueError, match=message), prune(model, recipe_of(model), scorer):
         pass
     if isinstance(scorer, dict) and "name" in scorer:
-        recipe = recipe_of(model, scorer=scorer)
-        with pytest.raises(ValueError, match=message), prune(model, recipe):
-            pass
+        with pytest.raises(ValueError, match=f"{message}|scorer is no JSON"):  # no recipe can hold NaN
+            prune(model, recipe_of(model, scorer=scorer))
 
 
 @pytest.mark.parametrize(
