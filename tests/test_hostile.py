@@ -41,7 +41,7 @@ RESULTS = {
 SIZES = [
     (part, name)
     for part in ("decoder", "vision")
-    for name in (*RECIPE["model"][part], *({"router", "first_prunable", "linear_macs"} if part == "decoder" else {}))
+    for name in (*RECIPE["model"][part], *(("router", "first_prunable", "linear_macs") if part == "decoder" else ()))
 ]
 
 
