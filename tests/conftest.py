@@ -300,3 +300,20 @@ def _positions(mask):
 @pytest.fixture(params=["llava", "llava_next"])
 def family(request):
     return request.param
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine, with a cache of its own."""
+    from huggingface_hub import constants
+
+    from fake_hub import FakeHub
+
+    fake = FakeHub()
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # one that other tests made would ask the real hub
+    yield fake
+    fake.close()

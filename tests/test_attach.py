@@ -280,3 +280,14 @@ def test_a_wrapped_model_is_pruned_and_measured_as_the_model_itself(model, input
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def test_a_model_inside_of_peft_generates_pruned():
+    peft = pytest.importorskip("peft", reason="peft is of make test's environment alone")
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    with fitprune.prune(wrapped, recipe_for(model)) as pruner, torch.no_grad():
+        found = wrapped.generate(**inputs, **GREEDY)
+        assert pruner.last.kept[-1] == [[4]]
+        assert torch.equal(found, model.generate(**inputs, **GREEDY))

@@ -1,6 +1,7 @@
 """Facts about transformers and torch that results rely on, one line each; and what happens when one no longer holds."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,11 @@ def test_what_is_relied_on_holds(fact):
 
 def test_a_compiled_call_is_known_by_its_frame():
     assert "def compile_wrapper" in inspect.getsource(torch._dynamo.eval_frame)
+
+
+def test_the_remedy_names_the_versions_that_are_installed_with_the_package():
+    versions = host._remedy().rpartition(": ")[2]
+    assert f'"{versions}"' in (Path(__file__).parent.parent / "pyproject.toml").read_text()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from conftest import tiny_inputs, tiny_model
-from fake_hub import FakeHub
 from fitprune import PruningRecipe, embedded, load_model, prune
 from fitprune.adapters import adapt
 from fitprune.cli import main
@@ -16,21 +15,6 @@ from fitprune.pruning import kept_positions
 from fitprune.tokens import keep_fractions
 
 FILE = "fitprune_recipe.json"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub on this machine, with a cache of its own."""
-    from huggingface_hub import constants
-
-    fake = FakeHub()
-    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # one that other tests made would ask the real hub
-    yield fake
-    fake.close()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import families as F
 from fitprune import embedded, load_model, load_samples, loading, make_batches
 from fitprune.cli import main
-from test_hub import hub  # noqa: F401  a fixture
 
 TORCHVISION = importlib.util.find_spec("torchvision") is not None
 
@@ -115,7 +114,7 @@ def test_a_hub_out_of_reach_is_asked_once(weights, monkeypatch, tmp_path, caplog
     assert not caplog.records
 
 
-def test_what_the_hub_has_not_is_named(weights, hub):  # noqa: F811
+def test_what_the_hub_has_not_is_named(weights, hub):
     expect_refusal("lab/none", "lab/none: no such folder here and no such repository on the hub", FileNotFoundError)
     hub.create("lab/data")
     expect_refusal("lab/data", "lab/data has no config.json with a model_type", ValueError)
@@ -226,7 +225,7 @@ def test_missing_files_of_the_processor(weights, folder, lost):
     )
 
 
-@pytest.mark.skipif(TORCHVISION, reason="torchvision is there")
+@pytest.mark.skipif(TORCHVISION, reason="is about what happens without torchvision, which is there")
 @pytest.mark.parametrize(
     "name",
     ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "internvl", "llava_onevision", "smolvlm", "llava_next_video"],
@@ -280,7 +279,7 @@ def test_an_adapter_without_peft_is_named_as_what_it_is(weights, tmp_path, monke
     )
 
 
-def test_an_adapter_on_the_hub_is_named_as_what_it_is(weights, hub, monkeypatch):  # noqa: F811
+def test_an_adapter_on_the_hub_is_named_as_what_it_is(weights, hub, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
     hub.create("lab/lora")

@@ -92,6 +92,9 @@ FACTS: dict[str, Callable[[], bool]] = {
     "a layer's reorder_cache": _fact("transformers.cache_utils", f"{_LAYER}.reorder_cache", "beam_idx"),
     "a layer's repeated rows": _fact("transformers.cache_utils", f"{_LAYER}.batch_repeat_interleave", "repeats"),
     "a layer's selected rows": _fact("transformers.cache_utils", f"{_LAYER}.batch_select_indices", "indices"),
+    "generate's positions": _fact(
+        "transformers", "GenerationMixin._prepare_position_ids_for_generation", "inputs_tensor", "model_kwargs"
+    ),
     "a cache of windows": _fact("transformers.cache_utils", "DynamicSlidingWindowLayer"),
     "a cache of layers without keys": _fact("transformers.cache_utils", "LinearAttentionLayer"),
 }  # fmt: skip

@@ -71,9 +71,8 @@ def input_digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
         digest = hashlib.sha256(_bytes(row[keep]))
         for name, parts in dealt.items():
             own = () if parts is None else parts[place]
-            if (
-                not isinstance(own, torch.Tensor) or own.numel()
-            ):  # a sample without image is the same beside one that has
+            # Nothing of an empty part: a sample without image is the same beside one that has some.
+            if not isinstance(own, torch.Tensor) or own.numel():
                 _update(digest, name, own)
         if None in dealt.values():
             _update(digest, "", f"sample {place} of {whole.hexdigest()}")

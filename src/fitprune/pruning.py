@@ -294,7 +294,7 @@ def kept_positions(
         raise ValueError("the inputs have no image: nothing is pruned; pass the processor's pixel_values")
     pruner = prune(model, recipe, scorer, pool_images=pool_images, force=force)
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.ndim == 2 and not bool(mask.all()) and not RotaryOffsets(adapt(pruner.model)).tracked:
+    if mask is not None and mask.ndim == 2 and not bool(mask.all()) and not RotaryOffsets(pruner._adapted).tracked:
         call.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))  # as generate counts them
     with pruner, torch.no_grad():
         pruner.model(**call)
