@@ -282,6 +282,7 @@ def test_a_wrapped_model_is_pruned_and_measured_as_the_model_itself(model, input
             torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 def test_a_model_inside_of_peft_generates_pruned():
     peft = pytest.importorskip("peft", reason="peft is of make test's environment alone")
     model = tiny_model()
