@@ -6,8 +6,8 @@ BIN := .venv/bin
 INTEGRATIONS := .venv-integrations/bin
 
 # What depends on the insides of transformers.
-ENGINE := $(addprefix tests/test_,families.py full_sizes.py pruning.py refusals.py conversations.py hub.py llava_hr.py \
-	host.py rotary.py attach.py)
+ENGINE := $(addprefix tests/,behaviour/test_families.py behaviour/test_full_sizes.py engine behaviour/test_refusals.py \
+	behaviour/test_conversations.py recipes/test_hub.py families/test_llava_hr.py _support/test_host.py behaviour/test_attach.py)
 
 # Two test processes of one thread each: tiny models gain nothing by a second one. The tests of a file stay together, and
 # share what they build.

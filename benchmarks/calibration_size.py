@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from fitprune import PruningRecipe, embedded, evaluate, load_samples, make_batches, measure
-from fitprune.calibration import Sample, recombined
-from fitprune.fitting import checked_budget
-from fitprune.output_fitting import OutputFitter
-from fitprune.summary import Entry
+from fitprune import PruningRecipe, evaluate, load_samples, make_batches, measure
+from fitprune._support import assets
+from fitprune.calibration.samples import Sample, recombined
+from fitprune.evaluation.rows import Entry
+from fitprune.fitting.fit import checked_budget
+from fitprune.output_search.search import OutputFitter
 
 
 def agreement(
@@ -41,11 +42,11 @@ def main() -> None:
     parser.add_argument("--flops-reduction", type=float, default=0.8)
     parser.add_argument("--passes", type=float, default=20)
     args = parser.parse_args()
-    folder = embedded.folder("model")
+    folder = assets.folder("model")
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     pools = [load_samples(data) for data in args.data]
-    test = load_samples(embedded.folder("test"))[::4] + load_samples(embedded.folder("test", "digit-details"))[::4]
+    test = load_samples(assets.folder("test"))[::4] + load_samples(assets.folder("test", "digit-details"))[::4]
     budget = checked_budget("flops_reduction", args.flops_reduction)
     for size in args.sizes:
         for draw in range(args.draws):

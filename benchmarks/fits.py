@@ -14,8 +14,9 @@ import time
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fitprune import embedded, evaluate, fit, fit_sequential, load_samples, make_batches, measure
-from fitprune.results import table
+from fitprune import evaluate, fit, fit_sequential, load_samples, make_batches, measure
+from fitprune._support import assets
+from fitprune.evaluation.results import table
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
 
@@ -24,10 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=64, help="calibration samples")
     args = parser.parse_args()
-    source = embedded.folder("model")
+    source = assets.folder("model")
     model = AutoModelForImageTextToText.from_pretrained(source).eval()
     processor = AutoProcessor.from_pretrained(source)
-    batches = list(make_batches(load_samples(embedded.folder("calibration"), samples=args.samples), processor))
+    batches = list(make_batches(load_samples(assets.folder("calibration"), samples=args.samples), processor))
 
     started = time.perf_counter()
     stats = measure(model, batches)
@@ -47,7 +48,7 @@ def main() -> None:
                 f"tolerance {recipe.provenance['tolerance']:.4f}  {seconds[f'{name} {budget}']:.2f} s",
                 flush=True,
             )
-    results = evaluate(model, processor, load_samples(embedded.folder("test")), recipes, batch_size=32, timed_batches=0)
+    results = evaluate(model, processor, load_samples(assets.folder("test")), recipes, batch_size=32, timed_batches=0)
     print(table(results))
     removed = {name: recipe.counts(144) for name, recipe in recipes.items()}
     accuracy = {row.method: [row.accuracy, row.agreement] for row in results.rows}

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
-from fitprune import PruningRecipe, profile_latency, shapes, time_recipes
-from fitprune.benchmark import as_json, table
-from fitprune.fitting import Fitter, checked_budget
-from fitprune.measurement import measure
-from fitprune.merging import merge_layers
-from fitprune.tokens import keep_fractions
+from fitprune import PruningRecipe, profile_latency, time_recipes
+from fitprune.calibration.measure import measure
+from fitprune.fitting.few_layers import merge_layers
+from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.recipes.rounding import keep_fractions
+from fitprune.speed import random_models
+from fitprune.speed.benchmark import as_json, table
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
 
@@ -58,9 +59,9 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", default=["prefill", "layers", "latency", "decode"])
     parser.add_argument("-o", "--output", required=True)
     args = parser.parse_args()
-    model = shapes.build(args.shape, device=args.device)
-    inputs = shapes.make_inputs(args.shape, model, batch=args.batch_size)
-    fitter = Fitter(measure(model, [shapes.make_inputs(args.shape, model)]))
+    model = random_models.build(args.shape, device=args.device)
+    inputs = random_models.make_inputs(args.shape, model, batch=args.batch_size)
+    fitter = Fitter(measure(model, [random_models.make_inputs(args.shape, model)]))
     found: dict[str, Any] = {}
 
     def flops(value: float, most: int | None) -> PruningRecipe:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fitprune import attention
-from fitprune.attention import Softmax, received_attention, text_after
-from fitprune.selection import images_of
+from fitprune.families.images import images_of
+from fitprune.scoring import received
+from fitprune.scoring.received import Softmax, received_attention, text_after
 
 HEADS, WIDTH, TEXT_BEFORE, TEXT_AFTER = 32, 128, 20, 44
 LENGTHS, BATCHES = (640, 1088, 2944), (1, 8)
@@ -63,11 +63,11 @@ def measured(length: int, batch: int) -> dict[str, float]:
     found: dict[str, float] = {"tokens": length, "batch": batch}
     found["sdpa_ms"] = milliseconds(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True))
     found["kernels_ms"], found["kernels_mb"] = milliseconds(received), peak_mb(received)
-    fused, attention._fused = attention._fused, lambda *_: False
+    fused, received._fused = received._fused, lambda *_: False
     try:
         found["blocks_ms"], found["blocks_mb"] = milliseconds(received), peak_mb(received)
     finally:
-        attention._fused = fused
+        received._fused = fused
     return found
 
 
@@ -76,7 +76,7 @@ def main() -> None:
         print("this needs a GPU: it times CUDA kernels", file=sys.stderr)
         sys.exit(2)
     probe = torch.empty(1, 1, 1, WIDTH, device="cuda", dtype=torch.bfloat16)
-    if not attention._fused(probe, Softmax(1.0)):
+    if not received._fused(probe, Softmax(1.0)):
         print("this needs Triton and a GPU of compute capability 8.0 or more", file=sys.stderr)
         sys.exit(2)
     print("| tokens | batch | sdpa, ms | kernels, ms | blocks, ms | kernels / sdpa | kernels, MB | blocks, MB |")

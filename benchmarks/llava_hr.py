@@ -21,10 +21,10 @@ from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from fitprune import PruningRecipe, prune
-from fitprune.adapters import model_shape
-from fitprune.benchmark import decode_seconds, prefill_seconds
-from fitprune.flops import prefill_flops
-from fitprune.models.llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
+from fitprune.costs.flops import prefill_flops
+from fitprune.families.adapter import model_shape
+from fitprune.families.llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
+from fitprune.speed.benchmark import decode_seconds, prefill_seconds
 
 TEXT_TOKENS = 64
 ROUNDS = 3

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 
-from fitprune import embedded, fit_sequential, load_model, load_samples, make_batches, measure, prune, shapes
-from fitprune.benchmark import Block, decode_seconds, time_ratios
-from fitprune.fitting import Fitter, checked_budget
-from fitprune.profiling import device_name
+from fitprune import fit_sequential, load_model, load_samples, make_batches, measure, prune
+from fitprune._support import assets
+from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.speed import random_models
+from fitprune.speed.benchmark import Block, decode_seconds, time_ratios
+from fitprune.speed.profiling import device_name
 
 ROUNDS = 5
 
@@ -59,11 +61,11 @@ def main() -> None:
     args = parser.parse_args()
     found: dict[str, Any] = {}
     if args.shape:
-        model = shapes.build(args.shape)
-        found[f"{args.shape}, 1 sample"] = beside_dense(model, [shapes.make_inputs(args.shape, model)])
+        model = random_models.build(args.shape)
+        found[f"{args.shape}, 1 sample"] = beside_dense(model, [random_models.make_inputs(args.shape, model)])
     else:
         model, processor = load_model("digit-scenes")
-        samples = load_samples(embedded.folder("calibration"), samples=64)
+        samples = load_samples(assets.folder("calibration"), samples=64)
         for size in (1, 8, 16):
             batches = list(make_batches(samples, processor, batch_size=size))
             found[f"embedded, 64 samples in batches of {size}"] = beside_dense(model, batches)

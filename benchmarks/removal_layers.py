@@ -14,22 +14,23 @@ import time
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fitprune import embedded, evaluate, load_samples, make_batches, measure
-from fitprune.fitting import Fitter, checked_budget
+from fitprune import evaluate, load_samples, make_batches, measure
+from fitprune._support import assets
+from fitprune.fitting.fit import Fitter, checked_budget
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
 AT_MOST = (1, 2, 4, 6, None)
-TASKS = (embedded.MODEL, "digit-details")
+TASKS = (assets.MODEL, "digit-details")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="ask every N-th question")
     args = parser.parse_args()
-    source = embedded.folder("model")
+    source = assets.folder("model")
     model = AutoModelForImageTextToText.from_pretrained(source).eval()
     processor = AutoProcessor.from_pretrained(source)
-    calibration = [sample for task in TASKS for sample in load_samples(embedded.folder("calibration", task))]
+    calibration = [sample for task in TASKS for sample in load_samples(assets.folder("calibration", task))]
     fitter = Fitter(measure(model, make_batches(calibration, processor, batch_size=16)))
 
     recipes, found = {}, {}
@@ -46,7 +47,7 @@ def main() -> None:
                 "extra_loss": recipe.provenance.get("extra_loss", 0.0),
             }
             print(f"{name:8} {found[name]} {seconds:.2f} s", flush=True)
-    tests = {task: load_samples(embedded.folder("test", task))[:: args.every] for task in TASKS}
+    tests = {task: load_samples(assets.folder("test", task))[:: args.every] for task in TASKS}
     results = evaluate(model, processor, tests, recipes, batch_size=40, timed_batches=0, progress=True)
     for row in results.rows:
         print(f"{row.task:14} {row.method:8} accuracy {100 * row.accuracy:5.1f}  agreement {100 * row.agreement:5.1f}")

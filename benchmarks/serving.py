@@ -35,8 +35,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from fitprune import embedded, fit, measure
-from fitprune.profiling import device_name
+from fitprune import fit, measure
+from fitprune._support import assets
+from fitprune.speed.profiling import device_name
 
 QUESTION = "What is the number of digits, and which colour does the largest of them have, row by row?"
 PLAIN = ("--enforce-eager", "--no-enable-prefix-caching", "--no-enable-chunked-prefill")  # the same for all
@@ -58,7 +59,7 @@ def build(folder: Path) -> str:
         image_token_index=3, image_seq_length=576, dtype="bfloat16",
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
-    processor = AutoProcessor.from_pretrained(embedded.folder("model"))
+    processor = AutoProcessor.from_pretrained(assets.folder("model"))
     processor.image_processor.size = {"shortest_edge": 336}
     processor.image_processor.crop_size = {"height": 336, "width": 336}
     processor.patch_size = 14

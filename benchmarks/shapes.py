@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from fitprune import adapters, flops
-from full_sizes import FULL_SIZES, TEXT_TOKENS, FullSize, build, hand_flops, prefill
+from fitprune.costs import flops
+from fitprune.families import adapter
+from helpers.full_sizes import FULL_SIZES, TEXT_TOKENS, FullSize, build, hand_flops, prefill
 
 HEADER = (
     "model",
@@ -33,7 +34,7 @@ def row(entry: FullSize) -> tuple[str, ...]:
     """Measure one model."""
     model = build(entry)
     counted, held = prefill(model, entry.tokens)
-    shape = adapters.model_shape(model.config)
+    shape = adapter.model_shape(model.config)
     decoder, dense = shape.decoder, [0] * shape.decoder.layers
     cost = flops.prefill_flops(shape, entry.visual_tokens, dense, text_after=TEXT_TOKENS)
     kv = flops.kv_bytes(decoder, entry.visual_tokens, dense, text_tokens=TEXT_TOKENS)

@@ -17,8 +17,8 @@ import time
 import torch
 
 from fitprune import AttentionStats
-from fitprune.fitting import Fitter, checked_budget
-from fitprune.flops import DecoderShape, ModelShape
+from fitprune.costs.flops import DecoderShape, ModelShape
+from fitprune.fitting.fit import Fitter, checked_budget
 
 COMMANDS = ([], ["measure"], ["fit"], ["cost"], ["generate"], ["evaluate"], ["demo"])
 
@@ -37,7 +37,7 @@ def main() -> None:
     found = {"python": wall([sys.executable, "-c", "pass"])}
     found["import fitprune"] = wall([sys.executable, "-c", "import fitprune"])
     for command in COMMANDS:
-        run = "import sys; from fitprune.cli import main; main(sys.argv[1:])"
+        run = "import sys; from fitprune.cli.main import main; main(sys.argv[1:])"
         found[" ".join(["fitprune", *command, "--help"])] = wall([sys.executable, "-c", run, *command, "--help"])
 
     shape = ModelShape("llava", DecoderShape(32, 4096, 11008, 32, 32, 128))

@@ -34,7 +34,8 @@ from transformers import (
 )
 
 import scenes
-from fitprune import embedded, evaluate, load_samples
+from fitprune import evaluate, load_samples
+from fitprune._support import assets
 
 PATCH = 8
 SLOT = 15  # tokens of one packed question with its answer
@@ -518,7 +519,7 @@ def main() -> None:
     save(model, processor, args.out)
 
     trained = LlavaForConditionalGeneration.from_pretrained(args.out).eval()
-    tasks = {name: load_samples(embedded.folder("test", name)) for name in ("digit-scenes", "digit-details")}
+    tasks = {name: load_samples(assets.folder("test", name)) for name in ("digit-scenes", "digit-details")}
     dense = evaluate(trained, processor, tasks, {}, batch_size=32, timed_batches=0).rows
     options = {k: v for k, v in vars(args).items() if k != "out"}
     facts = {

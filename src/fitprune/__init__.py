@@ -13,53 +13,53 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fitprune._version import __version__ as __version__
 
 _HOMES = {
-    "AttentionStats": "stats",
-    "LatencyProfile": "profiles",
-    "Pruner": "pruning",
-    "PruningRecipe": "recipe",
-    "Sample": "calibration",
-    "analyze": "analysis",
-    "attach": "pruning",
-    "evaluate": "evaluation",
-    "fit": "fitting",
-    "fit_output": "output_fitting",
-    "fit_sequential": "sequential",
-    "kept_positions": "pruning",
-    "load_model": "loading",
-    "load_samples": "calibration",
-    "make_batches": "batches",
-    "measure": "measurement",
-    "merge": "stats",
-    "profile_latency": "profiling",
-    "prune": "pruning",
-    "time_recipes": "benchmark",
+    "AttentionStats": "fitting.stats",
+    "LatencyProfile": "costs.latency",
+    "Pruner": "engine.prune",
+    "PruningRecipe": "recipes.recipe",
+    "Sample": "calibration.samples",
+    "analyze": "analysis.analyze",
+    "attach": "engine.prune",
+    "evaluate": "evaluation.evaluate",
+    "fit": "fitting.fit",
+    "fit_output": "output_search.search",
+    "fit_sequential": "baselines.authors_fit",
+    "kept_positions": "engine.prune",
+    "load_model": "families.loading",
+    "load_samples": "calibration.samples",
+    "make_batches": "calibration.batches",
+    "measure": "calibration.measure",
+    "merge": "fitting.stats",
+    "profile_latency": "speed.profiling",
+    "prune": "engine.prune",
+    "time_recipes": "speed.benchmark",
 }
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
-    from fitprune.analysis import analyze as analyze
-    from fitprune.batches import make_batches as make_batches
-    from fitprune.benchmark import time_recipes as time_recipes
-    from fitprune.calibration import Sample as Sample
-    from fitprune.calibration import load_samples as load_samples
-    from fitprune.evaluation import evaluate as evaluate
-    from fitprune.fitting import fit as fit
-    from fitprune.loading import load_model as load_model
-    from fitprune.measurement import measure as measure
-    from fitprune.output_fitting import fit_output as fit_output
-    from fitprune.profiles import LatencyProfile as LatencyProfile
-    from fitprune.profiling import profile_latency as profile_latency
-    from fitprune.pruning import Pruner as Pruner
-    from fitprune.pruning import attach as attach
-    from fitprune.pruning import kept_positions as kept_positions
-    from fitprune.pruning import prune as prune
-    from fitprune.recipe import PruningRecipe as PruningRecipe
-    from fitprune.sequential import fit_sequential as fit_sequential
-    from fitprune.stats import AttentionStats as AttentionStats
-    from fitprune.stats import merge as merge
+    from fitprune.analysis.analyze import analyze as analyze
+    from fitprune.baselines.authors_fit import fit_sequential as fit_sequential
+    from fitprune.calibration.batches import make_batches as make_batches
+    from fitprune.calibration.measure import measure as measure
+    from fitprune.calibration.samples import Sample as Sample
+    from fitprune.calibration.samples import load_samples as load_samples
+    from fitprune.costs.latency import LatencyProfile as LatencyProfile
+    from fitprune.engine.prune import Pruner as Pruner
+    from fitprune.engine.prune import attach as attach
+    from fitprune.engine.prune import kept_positions as kept_positions
+    from fitprune.engine.prune import prune as prune
+    from fitprune.evaluation.evaluate import evaluate as evaluate
+    from fitprune.families.loading import load_model as load_model
+    from fitprune.fitting.fit import fit as fit
+    from fitprune.fitting.stats import AttentionStats as AttentionStats
+    from fitprune.fitting.stats import merge as merge
+    from fitprune.output_search.search import fit_output as fit_output
+    from fitprune.recipes.recipe import PruningRecipe as PruningRecipe
+    from fitprune.speed.benchmark import time_recipes as time_recipes
+    from fitprune.speed.profiling import profile_latency as profile_latency
 
 
 def __getattr__(name: str) -> Any:

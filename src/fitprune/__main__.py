@@ -2,7 +2,7 @@
 
 import sys
 
-from fitprune.cli import main
+from fitprune.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,10 +20,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import fitprune
-from fitprune import PruningRecipe, embedded, evaluate, fit, load_samples, make_batches, measure, prune
+from fitprune import PruningRecipe, evaluate, fit, load_samples, make_batches, measure, prune
+from fitprune._support import assets
 from fitprune.integrations.lmms_eval import FitPrune, _generation, _loaded
 from fitprune.integrations.lmms_eval_tasks import folder
-from picture_cases import CASES, require_shown
+from helpers.picture_cases import CASES, require_shown
 
 COUNT = 64  # questions compared
 DATA = Path(fitprune.__file__).parent / "data"
@@ -34,7 +35,7 @@ def made(tmp_path_factory):
     """Statistics and a recipe for 60% of the embedded model."""
     path = tmp_path_factory.mktemp("made")
     model, processor = loaded()
-    samples = load_samples(embedded.folder("calibration"), samples=32)
+    samples = load_samples(assets.folder("calibration"), samples=32)
     stats = measure(model, make_batches(samples, processor, batch_size=16))
     stats.save(path / "stats.safetensors")
     fit(stats, flops_reduction=0.6).save(path / "60.json")
@@ -47,14 +48,14 @@ def plugin(made):
 
 
 def loaded():
-    source = embedded.folder("model")
+    source = assets.folder("model")
     return AutoModelForImageTextToText.from_pretrained(source).eval(), AutoProcessor.from_pretrained(source)
 
 
 @pytest.fixture(scope="module")
 def said_by_evaluate(made):
     """Answers of `fitprune.evaluate`, dense and pruned; the one place that knows its results."""
-    samples = load_samples(embedded.folder("test"))[:COUNT]
+    samples = load_samples(assets.folder("test"))[:COUNT]
     recipe = PruningRecipe.load(made / "60.json")
     results = evaluate(*loaded(), samples, {"60": recipe}, batch_size=16, timed_batches=0)
     return {"dense": [a["said"]["dense"] for a in results.answers], "60": [a["said"]["60"] for a in results.answers]}
@@ -96,7 +97,7 @@ def request(content, number=0, **generation):
 
 
 def picture(number):
-    return {"type": "image", "url": Image.open(embedded.folder("test") / "images" / f"{number:04}.jpg")}
+    return {"type": "image", "url": Image.open(assets.folder("test") / "images" / f"{number:04}.jpg")}
 
 
 def words(text):
@@ -115,7 +116,7 @@ def test_lmms_eval_finds_the_model_by_its_entry_point():
 
 
 def test_dense_answers_are_those_of_evaluate_and_generate(said_by_evaluate, tmp_path):
-    samples = load_samples(embedded.folder("test"))[:COUNT]
+    samples = load_samples(assets.folder("test"))[:COUNT]
     answers, accuracy = lmms_eval("pretrained=digit-scenes", tmp_path, "--limit", str(COUNT))
     assert answers == said_by_evaluate["dense"]
     assert answers == said_by_generate(None, samples)
@@ -123,7 +124,7 @@ def test_dense_answers_are_those_of_evaluate_and_generate(said_by_evaluate, tmp_
 
 
 def test_pruned_answers_are_those_of_evaluate_and_generate(made, said_by_evaluate, tmp_path):
-    recipe, samples = PruningRecipe.load(made / "60.json"), load_samples(embedded.folder("test"))[:COUNT]
+    recipe, samples = PruningRecipe.load(made / "60.json"), load_samples(assets.folder("test"))[:COUNT]
     budget = f"pretrained=digit-scenes,flops_reduction=0.6,stats={made}/stats.safetensors"
     answers, _ = lmms_eval(budget, tmp_path, "--limit", str(COUNT))
     assert answers == said_by_evaluate["60"]
@@ -131,7 +132,7 @@ def test_pruned_answers_are_those_of_evaluate_and_generate(made, said_by_evaluat
 
 
 def test_two_processes_share_the_questions(made, tmp_path):
-    recipe, samples = PruningRecipe.load(made / "60.json"), load_samples(embedded.folder("test"))[:9]
+    recipe, samples = PruningRecipe.load(made / "60.json"), load_samples(assets.folder("test"))[:9]
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lmms_eval")
     answers, _ = lmms_eval(f"pretrained=digit-scenes,recipe={made}/60.json", tmp_path, "--limit", "9", launcher=two)
     assert answers == said_by_generate(recipe, samples)
@@ -165,7 +166,7 @@ def test_a_batch_of_any_images_gives_what_each_request_gives_alone(plugin):
     requests = [request(content, number, max_new_tokens=4 + number % 2) for number, content in enumerate(contents)]
     together = plugin.generate_until(requests)
     assert together == [plugin.generate_until([one])[0] for one in requests]
-    assert together[0] == said_by_generate(plugin.recipe, load_samples(embedded.folder("test"))[:1])[0]
+    assert together[0] == said_by_generate(plugin.recipe, load_samples(assets.folder("test"))[:1])[0]
 
 
 def test_prompts(plugin):
@@ -284,7 +285,7 @@ def test_a_methods_saved_recipe_answers_as_the_method_does(method, made, tmp_pat
     solved.recipe.save(tmp_path / "r.json")
     loaded_again = FitPrune("digit-scenes", recipe=str(tmp_path / "r.json"), device="cpu", batch_size=8)
     assert loaded_again.recipe == solved.recipe
-    samples, said = load_samples(embedded.folder("test"))[:8], []
+    samples, said = load_samples(assets.folder("test"))[:8], []
     for plugin in (solved, loaded_again):
         plugin.task_dict = {"task": {"test": dict.fromkeys(range(8))}}
         asked = [request([picture(n), words(sample.text)], n, max_new_tokens=16) for n, sample in enumerate(samples)]

@@ -29,14 +29,15 @@ pytest.importorskip("vllm", reason="vLLM is not installed: it has wheels for Lin
 
 from vllm import EngineArgs
 
-from fitprune import PruningRecipe, embedded, fit, load_samples, make_batches, measure, prune
-from fitprune.adapters import adapt
-from fitprune.baselines import BASELINES, make_method
-from fitprune.fitting import Fitter, checked_budget
+from fitprune import PruningRecipe, fit, load_samples, make_batches, measure, prune
+from fitprune._support import assets
+from fitprune.baselines.table import BASELINES, make_method
+from fitprune.families.adapter import adapt
+from fitprune.fitting.fit import Fitter, checked_budget
 from fitprune.integrations.vllm import Pruner, configured_recipe, require_supported
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import families
+from helpers import families
 
 QUESTIONS = 200  # of one image each
 BUDGETS = (40, 60, 80)
@@ -60,10 +61,10 @@ ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 def made(tmp_path_factory):
     """The embedded model as vLLM reads it, and its recipes."""
     path = tmp_path_factory.mktemp("vllm")
-    shutil.copytree(embedded.folder("model"), path / "model")
+    shutil.copytree(assets.folder("model"), path / "model")
     with_older_names(path / "model")
     model, processor = loaded()
-    samples = load_samples(embedded.folder("calibration"), samples=64)
+    samples = load_samples(assets.folder("calibration"), samples=64)
     stats = measure(model, make_batches(samples, processor, batch_size=16))
     for budget in BUDGETS:
         fit(stats, flops_reduction=budget / 100).save(path / f"{budget}.json")
@@ -82,7 +83,7 @@ def with_older_names(folder):
 
 @functools.cache
 def loaded():
-    source = embedded.folder("model")
+    source = assets.folder("model")
     return AutoModelForImageTextToText.from_pretrained(source).eval(), AutoProcessor.from_pretrained(source)
 
 
@@ -95,7 +96,7 @@ def chat(text, images):
 @functools.cache
 def prompts():
     """[text, image files]: questions of one image, of several, and of none, in disorder."""
-    samples = load_samples(embedded.folder("test"))
+    samples = load_samples(assets.folder("test"))
     files = [str(sample.image) for sample in samples]
     found = [[chat(sample.text, 1), [str(sample.image)]] for sample in samples[:QUESTIONS]]
     found += [[chat(samples[n].text, 2), files[n : n + 2]] for n in range(12)]
@@ -476,7 +477,7 @@ def test_the_server_loses_no_request(made):
     """500 streamed chats, 24 at a time, every tenth given up after its first token: the others are answered rightly."""
     from openai import AsyncOpenAI
 
-    samples = load_samples(embedded.folder("test"))[:100]
+    samples = load_samples(assets.folder("test"))[:100]
     _, processor = loaded()
     expected = {}
     model, _ = loaded()

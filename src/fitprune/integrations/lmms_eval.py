@@ -23,19 +23,20 @@ from lmms_eval.utils import Collator
 from PIL import Image
 from tqdm import tqdm
 
-from fitprune import adapters, embedded
-from fitprune.baselines import make_method, parse_name
-from fitprune.batches import chat_prompt, encode, make_batches
-from fitprune.calibration import load_samples
-from fitprune.fitting import Fitter, checked_budget
-from fitprune.inputs import to_model
-from fitprune.loading import DTYPES, load_model
-from fitprune.measurement import measure
-from fitprune.pictures import load_picture
-from fitprune.processes import Processes
-from fitprune.pruning import prune
-from fitprune.recipe import PruningRecipe
-from fitprune.stats import AttentionStats
+from fitprune._support import assets
+from fitprune._support.processes import Processes
+from fitprune.baselines.table import make_method, parse_name
+from fitprune.calibration.batches import chat_prompt, encode, make_batches
+from fitprune.calibration.measure import measure
+from fitprune.calibration.pictures import load_picture
+from fitprune.calibration.samples import load_samples
+from fitprune.engine.prune import prune
+from fitprune.families import adapter
+from fitprune.families.inputs import to_model
+from fitprune.families.loading import DTYPES, load_model
+from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.fitting.stats import AttentionStats
+from fitprune.recipes.recipe import PruningRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         measured = AttentionStats.load(stats) if stats is not None else None
         samples = None
         if calibration is not None:
-            samples = load_samples(embedded.resolve(calibration), image_folder, samples=calibration_samples)
+            samples = load_samples(assets.resolve(calibration), image_folder, samples=calibration_samples)
 
         self.accelerator = Accelerator()
         if device_map is not None and (device is not None or self.accelerator.num_processes > 1):
@@ -153,7 +154,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
             assert measured is not None
             used = make_method(method, Fitter(measured), checked_budget("flops_reduction", flops_reduction), seed=seed)
         if used is not None:
-            used.model.require_same(adapters.adapt(self.model).shape, what="recipe")
+            used.model.require_same(adapter.adapt(self.model).shape, what="recipe")
         self.recipe = used
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:

@@ -25,15 +25,15 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from vllm.logger import init_logger
 
-from fitprune import adapters
-from fitprune.attention import Attention, Softmax, text_after
-from fitprune.flops import ModelShape
-from fitprune.lookup import fitted_to
-from fitprune.packing import Choose
-from fitprune.pruning import plan_by
-from fitprune.recipe import PruningRecipe, short
-from fitprune.scoring import get_scorer
-from fitprune.views import LayerView, Prompt
+from fitprune.costs.flops import ModelShape
+from fitprune.engine.prune import plan_by
+from fitprune.engine.rows import Choose
+from fitprune.families import adapter
+from fitprune.recipes.find import fitted_to
+from fitprune.recipes.recipe import PruningRecipe, short
+from fitprune.scoring.received import Attention, Softmax, text_after
+from fitprune.scoring.scorers import get_scorer
+from fitprune.scoring.view import LayerView, Prompt
 
 RECIPE_VARIABLE = "FITPRUNE_RECIPE"
 NORMS = (("input_layernorm", "post_attention_layernorm"), ("attention_norm", "ffn_norm"))  # what layers call their two
@@ -102,7 +102,7 @@ def configured_recipe(vllm_config: Any) -> PruningRecipe | None:
 
 
 def _shape(vllm_config: Any) -> ModelShape:
-    return adapters.model_shape(vllm_config.model_config.hf_config)
+    return adapter.model_shape(vllm_config.model_config.hf_config)
 
 
 def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:

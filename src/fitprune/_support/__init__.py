@@ -1,0 +1,1 @@
+"""What knows nothing of pruning: files, journals, processes, text tables, plots, and the insides of transformers."""

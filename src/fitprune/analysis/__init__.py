@@ -1,0 +1,1 @@
+"""What attention statistics look like, and how firmly they fix a recipe."""

@@ -1,0 +1,1 @@
+"""Published pruning methods and controls, all as recipes of one engine."""

@@ -1,0 +1,185 @@
+"""A latency profile: what the parts of a model's prefill take on one device, against the number of tokens. Data.
+
+It predicts the time of a pruned prefill, and so lets a recipe be fitted to a latency. Source:
+`fitprune.speed.profiling`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fitprune._support import files
+from fitprune.costs.flops import ModelShape
+from fitprune.recipes.rounding import MOST_TOKENS
+
+FORMAT = "fitprune-profile-1"
+MOST_SECONDS = 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyProfile:
+    """Seconds of a prefill's parts, of one model on one device.
+
+    Attributes:
+        model: the model.
+        tokens: tokens of a sample, visual and text, that were measured; ascending.
+        mixer_seconds: for each, one layer's attention with its norms (or what a layer has instead), mean over layers.
+        mlp_seconds: for each, one layer's MLP, mean over layers.
+        removal_seconds: for each, what scoring and removing tokens inside one layer takes.
+        outside_seconds: a prefill's time outside of the layers: vision tower, projector, embeddings, head.
+        visual_tokens: of the prompt that the last was measured with.
+        text_tokens: of that prompt.
+        batch: samples run together.
+        device: its name, and the number of threads of a CPU.
+        dtype: of the weights.
+        provenance: versions, date.
+
+    Raises:
+        ValueError: a list is empty, lengths differ, token counts do not ascend, or a time is not positive and finite.
+    """
+
+    model: ModelShape
+    tokens: tuple[int, ...]
+    mixer_seconds: tuple[float, ...]
+    mlp_seconds: tuple[float, ...]
+    removal_seconds: tuple[float, ...]
+    outside_seconds: float
+    visual_tokens: int
+    text_tokens: int
+    batch: int = 1
+    device: str = ""
+    dtype: str = ""
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        rows = ("tokens", "mixer_seconds", "mlp_seconds", "removal_seconds")
+        for name in rows:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != len(self.tokens) or not self.tokens:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries: must be one for each of the {len(self.tokens)} "
+                    "token counts, and at least one; profile again"
+                )
+        for name in ("visual_tokens", "text_tokens", "batch"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(
+                    f"{name}={reprlib.repr(getattr(self, name))}: must be an integer of at least 1 and at most "
+                    f"{MOST_TOKENS:,}; profile again"
+                )
+        if not all(map(_is_count, self.tokens)) or list(self.tokens) != sorted(set(self.tokens)):
+            raise ValueError(
+                f"tokens={reprlib.repr(list(self.tokens))}: must be ascending integers of at least 1 and at most "
+                f"{MOST_TOKENS:,}; profile again"
+            )
+        for name in (*rows[1:], "outside_seconds"):
+            for value in (self.outside_seconds,) if name == "outside_seconds" else getattr(self, name):
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MOST_SECONDS:
+                    raise ValueError(f"{name} holds {reprlib.repr(value)}: must be seconds above 0; profile again")
+
+    def __repr__(self) -> str:
+        return (
+            f"LatencyProfile({self.model.model_type} on {self.device or 'an unnamed device'}, batches of {self.batch}, "
+            f"{self.visual_tokens} visual and {self.text_tokens} text tokens, measured up to {self.tokens[-1]})"
+        )
+
+    def prefill_seconds(
+        self,
+        visual_tokens: int,
+        kept: Sequence[float],
+        entering: Sequence[float] | None = None,
+        *,
+        text_tokens: int | None = None,
+        scoring: bool = True,
+    ) -> float:
+        """Predict the seconds of one prefill of a batch.
+
+        Args:
+            visual_tokens: visual tokens of each prompt.
+            kept: visual tokens left after each layer.
+            entering: visual tokens that enter each layer; by default those that the one before it kept.
+            text_tokens: text tokens of each prompt; by default those that were measured.
+            scoring: whether scoring and removing take time; without, this is the ideal.
+
+        Raises:
+            ValueError: the prompt is longer than what was measured.
+        """
+        text = self.text_tokens if text_tokens is None else text_tokens
+        entering = [visual_tokens, *kept[:-1]] if entering is None else entering
+        total = self.outside_seconds
+        for enters, left in zip(entering, kept, strict=True):
+            total += self.seconds_at(self.mixer_seconds, enters + text) + self.seconds_at(self.mlp_seconds, left + text)
+            if scoring and left < enters:
+                total += self.seconds_at(self.removal_seconds, enters + text)
+        return total
+
+    def dense_seconds(self, visual_tokens: int, *, text_tokens: int | None = None) -> float:
+        """Predict the seconds of the dense prefill; as for `prefill_seconds`."""
+        return self.prefill_seconds(visual_tokens, [visual_tokens] * self.model.decoder.layers, text_tokens=text_tokens)
+
+    def seconds_at(self, seconds: Sequence[float], tokens: float) -> float:
+        """Interpolate one of the lists; below the first count its time, for the weights must be read anyway.
+
+        Raises:
+            ValueError: `tokens` is above the last count.
+        """
+        if tokens > self.tokens[-1]:
+            raise ValueError(
+                f"a prompt of {tokens:g} tokens: the profile was measured up to {self.tokens[-1]}; profile longer ones"
+            )
+        right = bisect.bisect_left(self.tokens, tokens)
+        if right == 0:
+            return seconds[0]
+        low, high = self.tokens[right - 1], self.tokens[right]
+        share = (tokens - low) / (high - low)
+        return seconds[right - 1] + share * (seconds[right] - seconds[right - 1])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON, whole or not at all.
+
+        Raises:
+            OSError: `path` cannot be written.
+        """
+        data = {"format": FORMAT, **dataclasses.asdict(self), "model": self.model.to_dict()}
+        with files.replacing(path) as temporary:
+            temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyProfile:
+        """Read `save`'s file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is truncated, or no profile of this format.
+        """
+        files.require_path(path)
+        if not Path(path).exists():
+            raise files.missing(path, files.PROFILE)
+        try:
+            data = files.parse_json(files.read_text(path))
+            if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            return cls(**{**data, "model": ModelShape.from_dict(data["model"])})
+        except (ValueError, TypeError, KeyError) as error:
+            reason = str(error).removesuffix("; profile again")
+            why = ValueError(f"not readable as a latency profile ({reason}); profile again")
+            raise ValueError(files.explained(path, files.PROFILE, why)) from None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST_TOKENS
+
+
+def token_grid(longest: int) -> list[int]:
+    """Choose token counts to measure up to `longest`.
+
+    In pairs around multiples of 32, since matrix units take rows by the dozen: one more token may cost a tenth more.
+    """
+    steps = [*range(32, 512, 32), *range(512, 1024, 128), *range(1024, 10**6, 256)]
+    return sorted({16, longest, *(n + more for n in steps for more in (0, 1))} & set(range(1, longest + 1)))

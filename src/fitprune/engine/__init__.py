@@ -1,0 +1,1 @@
+"""How tokens leave: a recipe at work inside a model."""

@@ -1,1 +1,0 @@
-"""Models of the paper that transformers does not have. Importing them registers nothing: call their `register`."""

@@ -1,0 +1,92 @@
+"""Which recipe a call means, and whether it may be used on the model at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from fitprune._support import assets
+from fitprune.costs.flops import ModelShape
+from fitprune.recipes import hub
+from fitprune.recipes.recipe import PruningRecipe
+
+_REMEDY = (
+    "pass a recipe: one fitted by 'fitprune measure' and 'fitprune fit', or a published one such as 'llava-1.5-7b:60'; "
+    "recipe.save_pretrained(folder) puts it beside the weights"
+)
+
+
+def find_recipe(model: Any, recipe: PruningRecipe | str | os.PathLike[str] | None) -> PruningRecipe:
+    """Take the recipe that is given, by name or whole, or the one beside the model's weights.
+
+    Args:
+        model: what it is for.
+        recipe: a recipe, a name as `PruningRecipe.named` takes it, or None for the one beside the model.
+
+    Raises:
+        OSError: as `PruningRecipe.named`; or the model is from the hub, which is out of reach.
+        ValueError: it is something else, there is none beside the model, or a file is no recipe.
+    """
+    if isinstance(recipe, PruningRecipe):
+        return recipe
+    if recipe is None:
+        return recipe_beside(model)
+    if not isinstance(recipe, (str, os.PathLike)):
+        raise ValueError(f"recipe is a {type(recipe).__name__}: must be a PruningRecipe, its name, or None")
+    return PruningRecipe.named(recipe)
+
+
+def recipe_beside(model: Any) -> PruningRecipe:
+    """Read fitprune_recipe.json of the folder or hub repository that the model was loaded from.
+
+    The revision is the one of the weights where it is known, as after `load_model`: transformers does not keep it.
+
+    Raises:
+        OSError: the hub is out of reach, or refuses.
+        ValueError: there is no recipe, the model was not loaded from a place, or the file is no recipe.
+    """
+    config = getattr(model, "config", None)
+    place = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
+    if not place:
+        raise ValueError(f"recipe=None: this model knows no folder or hub name that it was loaded from; {_REMEDY}")
+    place = assets.resolve(place)
+    looked = f"recipe=None: looked for {hub.RECIPE_FILE} beside the model, but"
+    revision = None if os.path.isdir(place) else getattr(config, "_commit_hash", None)
+    try:
+        return PruningRecipe.from_pretrained(place, revision=revision)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"recipe=None: looked for {hub.RECIPE_FILE} beside the model, but {error}; {_REMEDY}"
+        ) from None
+    except ConnectionError as error:
+        raise ConnectionError(f"{looked} {error}") from error
+
+
+def fitted_to(recipe: PruningRecipe, shape: ModelShape, *, force: bool, what: str = "recipe") -> PruningRecipe:
+    """Let a recipe pass for a model of this shape.
+
+    Args:
+        recipe: what is to be used.
+        shape: the model's.
+        force: use it on another model too, if that has as many layers.
+        what: the recipe's name in errors.
+
+    Returns:
+        The recipe; of another model, under this one's shape, so that costs are those of what runs.
+
+    Raises:
+        ValueError: it is of another model, or, with `force`, of one with another number of layers.
+    """
+    if not isinstance(recipe, PruningRecipe):
+        raise ValueError(f"{what} is a {type(recipe).__name__}: must be a PruningRecipe, as of PruningRecipe.named")
+    if not force:
+        recipe.model.require_same(shape, what=what)
+        return recipe
+    there, here = len(recipe.keep), shape.decoder.layers
+    if there != here:
+        raise ValueError(f"{what} has {there} layers, the model {here}: force=True cannot help; fit one for this model")
+    if recipe.model == shape:
+        return recipe
+    provenance = {**recipe.provenance, "forced_from": recipe.model.to_dict()}
+    return dataclasses.replace(recipe, model=shape, provenance=provenance)

@@ -1,0 +1,1 @@
+"""What a visual token receives, and the scorers that rank tokens by it."""

@@ -1,0 +1,1 @@
+"""Seconds: benchmarks against dense, latency profiles, full-size models of random weights."""
