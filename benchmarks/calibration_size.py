@@ -21,7 +21,7 @@ from fitprune import PruningRecipe, evaluate, load_samples, make_batches, measur
 from fitprune._support import assets
 from fitprune.calibration.samples import Sample, recombined
 from fitprune.evaluation.rows import Entry
-from fitprune.fitting.fit import checked_budget
+from fitprune.fitting.budget import checked_budget
 from fitprune.output_search.search import OutputFitter
 
 

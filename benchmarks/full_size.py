@@ -22,8 +22,9 @@ import torch
 
 from fitprune import PruningRecipe, profile_latency, time_recipes
 from fitprune.calibration.measure import measure
+from fitprune.fitting.budget import checked_budget
 from fitprune.fitting.few_layers import merge_layers
-from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.recipes.rounding import keep_fractions
 from fitprune.speed import random_models
 from fitprune.speed.benchmark import as_json, table

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from fitprune.families.images import images_of
 from fitprune.scoring import received
-from fitprune.scoring.received import Softmax, received_attention, text_after
+from fitprune.scoring.received import received_attention, text_after
+from fitprune.scoring.softmax import Softmax
 
 HEADS, WIDTH, TEXT_BEFORE, TEXT_AFTER = 32, 128, 20, 44
 LENGTHS, BATCHES = (640, 1088, 2944), (1, 8)

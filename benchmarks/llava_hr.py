@@ -22,7 +22,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from fitprune import PruningRecipe, prune
 from fitprune.costs.flops import prefill_flops
-from fitprune.families.adapter import model_shape
+from fitprune.families.config import fingerprint_of
 from fitprune.families.llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
 from fitprune.speed.benchmark import decode_seconds, prefill_seconds
 
@@ -56,10 +56,10 @@ def main() -> None:
     blocks = [contextlib.nullcontext, lambda: prune(model, recipe)]
     dense, pruned = (statistics.median(s) for s in prefill_seconds(model, inputs, blocks, repeats=ROUNDS))
     steps = [statistics.median(s) for s in decode_seconds(model, inputs, blocks, steps=8, repeats=2)]
-    shape, visual = model_shape(config), config.image_seq_length
+    fingerprint, visual = fingerprint_of(config), config.image_seq_length
     ideal = [
-        prefill_flops(shape, visual, removed, text_before=35, text_after=TEXT_TOKENS - 35).total
-        for removed in ([0] * shape.decoder.layers, recipe.counts(visual))
+        prefill_flops(fingerprint, visual, removed, text_before=35, text_after=TEXT_TOKENS - 35).total
+        for removed in ([0] * fingerprint.decoder.layers, recipe.counts(visual))
     ]
     found = {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -24,7 +24,8 @@ import torch
 
 from fitprune import fit_sequential, load_model, load_samples, make_batches, measure, prune
 from fitprune._support import assets
-from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.speed import random_models
 from fitprune.speed.benchmark import Block, decode_seconds, time_ratios
 from fitprune.speed.profiling import device_name

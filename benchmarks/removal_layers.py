@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fitprune import evaluate, load_samples, make_batches, measure
 from fitprune._support import assets
-from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import Fitter
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
 AT_MOST = (1, 2, 4, 6, None)

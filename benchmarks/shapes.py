@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from fitprune.costs import flops
-from fitprune.families import adapter
+from fitprune.families.config import fingerprint_of
 from helpers.full_sizes import FULL_SIZES, TEXT_TOKENS, FullSize, build, hand_flops, prefill
 
 HEADER = (
@@ -34,9 +34,9 @@ def row(entry: FullSize) -> tuple[str, ...]:
     """Measure one model."""
     model = build(entry)
     counted, held = prefill(model, entry.tokens)
-    shape = adapter.model_shape(model.config)
-    decoder, dense = shape.decoder, [0] * shape.decoder.layers
-    cost = flops.prefill_flops(shape, entry.visual_tokens, dense, text_after=TEXT_TOKENS)
+    fingerprint = fingerprint_of(model.config)
+    decoder, dense = fingerprint.decoder, [0] * fingerprint.decoder.layers
+    cost = flops.prefill_flops(fingerprint, entry.visual_tokens, dense, text_after=TEXT_TOKENS)
     kv = flops.kv_bytes(decoder, entry.visual_tokens, dense, text_tokens=TEXT_TOKENS)
     products = (counted, cost.decoder + cost.head, hand_flops(entry.decoder, entry.tokens))
     return (

@@ -17,8 +17,9 @@ import time
 import torch
 
 from fitprune import AttentionStats
-from fitprune.costs.flops import DecoderShape, ModelShape
-from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.costs.sizes import DecoderSizes, ModelFingerprint
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import Fitter
 
 COMMANDS = ([], ["measure"], ["fit"], ["cost"], ["generate"], ["evaluate"], ["demo"])
 
@@ -40,7 +41,7 @@ def main() -> None:
         run = "import sys; from fitprune.cli.main import main; main(sys.argv[1:])"
         found[" ".join(["fitprune", *command, "--help"])] = wall([sys.executable, "-c", run, *command, "--help"])
 
-    shape = ModelShape("llava", DecoderShape(32, 4096, 11008, 32, 32, 128))
+    shape = ModelFingerprint("llava", DecoderSizes(32, 4096, 11008, 32, 32, 128))
     draws = torch.randn(2, 32, 655 * 576, generator=torch.Generator().manual_seed(0)).mul_(1.5).exp_()
     names = tuple(map(str, range(655)))
     stats = AttentionStats(draws[0], draws[1], (576,) * 655, (60,) * 655, names, shape)

@@ -38,7 +38,7 @@ def model():
 def test_a_renamed_argument_is_refused_before_anything_runs(model, monkeypatch):
     monkeypatch.setattr(host, "CACHE_NAMES", ("kv_cache", "past"))
     host._cache_names.cache_clear()
-    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.5, 0.5), adapt(model).shape, 16)
+    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.5, 0.5), adapt(model).fingerprint, 16)
     monkeypatch.setattr(type(model), "forward", lambda self, input_ids, attention_mask, position_ids, memory=None: None)
     for use in (lambda: prune(model, recipe).__enter__(), lambda: measure(model, [tiny_inputs(model)])):
         with pytest.raises(ValueError, match=r"argument kv_cache or past is not as fitprune knows it"):
@@ -55,6 +55,6 @@ def test_a_cache_under_a_name_that_is_not_known_is_refused(model):
 def test_a_missing_fact_is_refused(model, monkeypatch):
     monkeypatch.setitem(host.FACTS, "a door", lambda: False)
     host._broken.cache_clear()
-    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.5, 0.5), adapt(model).shape, 16)
+    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.5, 0.5), adapt(model).fingerprint, 16)
     with pytest.raises(ValueError, match=r"a door is not as fitprune knows it"), prune(model, recipe):
         pass

@@ -15,8 +15,9 @@ from fitprune.analysis import analyze as parts
 from fitprune.analysis.figures import draw_analysis
 from fitprune.analysis.save import findings, save, to_dict
 from fitprune.cli.main import main
-from fitprune.costs.flops import DecoderShape, ModelShape
-from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.costs.sizes import DecoderSizes, ModelFingerprint
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.fitting.rules import keep_highest
 
 LAYERS = 3
@@ -27,7 +28,7 @@ def made(own, cross=None, counts=None, model=None):
     own = torch.as_tensor(own, dtype=torch.float32)
     cross = own if cross is None else torch.as_tensor(cross, dtype=torch.float32)
     counts = counts or (own.shape[1],)
-    shape = model or ModelShape("llava", DecoderShape(len(own), 8, 16, 2, 2, 4))
+    shape = model or ModelFingerprint("llava", DecoderSizes(len(own), 8, 16, 2, 2, 4))
     return AttentionStats(own, cross, counts, (5,) * len(counts), tuple(map(str, range(len(counts)))), shape)
 
 
@@ -369,7 +370,7 @@ def test_statistics_of_full_size_are_analysed_in_bounded_memory(record_property)
     import resource
     import time
 
-    shape = ModelShape("llava", DecoderShape(32, 4096, 11008, 32, 32, 128))
+    shape = ModelFingerprint("llava", DecoderSizes(32, 4096, 11008, 32, 32, 128))
     one = torch.randn(2, 32, 655 * 576, generator=torch.Generator().manual_seed(0)).mul_(1.5).exp_()
     stats = AttentionStats(one[0], one[1], (576,) * 655, (60,) * 655, tuple(map(str, range(655))), shape)
     started = time.perf_counter()

@@ -13,7 +13,8 @@ from fitprune import PruningRecipe, measure, prune
 from fitprune.baselines.table import BASELINES, Sizes, make_method
 from fitprune.engine.prune import kept_positions
 from fitprune.families.adapter import adapt
-from fitprune.fitting.fit import Fitter, OutOfReach, checked_budget
+from fitprune.fitting.budget import OutOfReach, checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.recipes.model_card import card_of
 from fitprune.scoring import scorers
 from fitprune.scoring.diversity import dpp_order, least_similar_order, max_min_order
@@ -287,7 +288,7 @@ PLAIN = {
 @pytest.mark.parametrize("name", EVERY)
 def test_a_recipe_from_its_file_keeps_what_its_methods_scores_keep(name, fitter, family, tmp_path):
     model, file = tiny_model(family, layers=LAYERS), tmp_path / "r.json"
-    made = dataclasses.replace(method(name, fitter, 0.5, seed=7), model=adapt(model).shape)
+    made = dataclasses.replace(method(name, fitter, 0.5, seed=7), model=adapt(model).fingerprint)
     made.save(file)
     assert PruningRecipe.load(file) == made
     counts, plain = dataclasses.replace(made, scorer={"name": "cross"}), PLAIN[name.partition(":")[0]]
@@ -369,7 +370,7 @@ def masked_dense(model, inputs, entered):
 @pytest.mark.parametrize("name", EVERY)
 def test_a_row_equals_its_sample_alone_and_the_masked_dense_model(name, side, attention, fitter, family):
     model = tiny_model(family, layers=LAYERS, attention=attention)
-    shape = adapt(model).shape
+    shape = adapt(model).fingerprint
     samples = prompts(model, [[3, 6], [5, 2, 4], [2, 9]])
     batch = batch_of(samples, side)
     used = method(name, fitter, 0.5)

@@ -20,7 +20,7 @@ GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
 
 def recipe_for(model, last=0.25):
-    return PruningRecipe((1.0, 0.75, 0.5, 0.5, last), adapt(model).shape, 16)
+    return PruningRecipe((1.0, 0.75, 0.5, 0.5, last), adapt(model).fingerprint, 16)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ HOW = {
 
 
 def recipe_of(model, keep=KEEP):
-    return PruningRecipe(keep, adapt(model).shape, 16)
+    return PruningRecipe(keep, adapt(model).fingerprint, 16)
 
 
 def generate(model, inputs, **options):

@@ -16,10 +16,12 @@ from fitprune.costs import flops
 from fitprune.engine.prune import kept_positions
 from fitprune.evaluation.evaluate import readable
 from fitprune.evaluation.rows import Entry
-from fitprune.families.adapter import adapt, model_shape, say_generic
+from fitprune.families.adapter import adapt
+from fitprune.families.config import fingerprint_of, say_generic
 from fitprune.families.images import read_images
 from fitprune.families.table import Family
-from fitprune.fitting.fit import Fitter, OutOfReach, checked_budget
+from fitprune.fitting.budget import OutOfReach, checked_budget
+from fitprune.fitting.fit import Fitter
 from helpers.families import PADDING, ROWS, picture
 from helpers.models import COUNTED, cache_in
 
@@ -42,12 +44,12 @@ def built(name):
 
 def recipe_for(model):
     """Tokens leave at every second layer, or where the family lets them."""
-    shape = adapt(model).shape
+    fingerprint = adapt(model).fingerprint
     keep, left = [], 1.0
     for layer, fraction in enumerate(FRACTIONS):
-        left = min(left, fraction) if layer in shape.decoder.prunable else left
+        left = min(left, fraction) if layer in fingerprint.decoder.prunable else left
         keep.append(left)
-    return PruningRecipe(tuple(keep), shape, 16)
+    return PruningRecipe(tuple(keep), fingerprint, 16)
 
 
 def greedy(model, inputs, steps=STEPS):
@@ -70,7 +72,7 @@ def relative(a, b):
 def test_a_recipe_that_removes_nothing_is_bit_identical_to_dense(row):
     model, samples = built(row.name)
     batch = row.collate(samples)
-    recipe = PruningRecipe.dense(adapt(model).shape, 16)
+    recipe = PruningRecipe.dense(adapt(model).fingerprint, 16)
     with torch.no_grad():
         dense = model(**batch).logits
         answers = greedy(model, batch)
@@ -193,9 +195,9 @@ def test_pruned_logits_and_greedy_steps_equal_the_dense_oracle(row):
         assert relative(logits[0], expected) < 1e-4
         expected[:, [*adapted.token_ids.values()]] = -torch.inf
         assert torch.equal(expected.argmax(-1), answer[0])
-        held = [cache.layers[layer].keys.shape[-2] for layer in adapted.shape.decoder.attention_layers]
-        windows = [adapted.windows[layer] for layer in adapted.shape.decoder.attention_layers]
-        expected_held = [entered[layer] for layer in adapted.shape.decoder.attention_layers]
+        held = [cache.layers[layer].keys.shape[-2] for layer in adapted.fingerprint.decoder.attention_layers]
+        windows = [adapted.windows[layer] for layer in adapted.fingerprint.decoder.attention_layers]
+        expected_held = [entered[layer] for layer in adapted.fingerprint.decoder.attention_layers]
         for there, predicted, window in zip(held, expected_held, windows, strict=True):
             assert there == predicted or (window and there <= min(predicted, 2 * window))
 
@@ -230,7 +232,7 @@ def test_executed_flops_and_kv_bytes_equal_the_cost_model(row, monkeypatch):
         seen = read_images(adapted, sample)
         call = {**sample, **seen.changed, "use_cache": False, "logits_to_keep": 1}
         counts = []
-        for recipe_used in (PruningRecipe.dense(adapted.shape, 16), recipe):
+        for recipe_used in (PruningRecipe.dense(adapted.fingerprint, 16), recipe):
             with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, prune(model, recipe_used):
                 model(**call)
             counts.append(counter.get_total_flops())
@@ -239,17 +241,19 @@ def test_executed_flops_and_kv_bytes_equal_the_cost_model(row, monkeypatch):
     length = sample["input_ids"].shape[1]
     after = length - 1 - int(where[-1])
     sizes = torch.unique(seen.image[seen.image >= 0], return_counts=True)[1].tolist()
-    for executed, used in zip(counts, (PruningRecipe.dense(adapted.shape, 16), recipe), strict=True):
+    for executed, used in zip(counts, (PruningRecipe.dense(adapted.fingerprint, 16), recipe), strict=True):
         removed = [sum(layer) for layer in zip(*(used.counts(size) for size in sizes), strict=True)]
         cost = flops.prefill_flops(
-            adapted.shape, visual, removed, text_before=length - visual - after, text_after=after, value_bytes=4
+            adapted.fingerprint, visual, removed, text_before=length - visual - after, text_after=after, value_bytes=4
         )
         assert executed == pytest.approx(cost.decoder + cost.scoring + cost.head, rel=0.01)
         with torch.no_grad(), prune(model, used):
             cache = cache_in(model(**{**call, "use_cache": True}))
-        layers = [cache.layers[layer] for layer in adapted.shape.decoder.attention_layers]
+        layers = [cache.layers[layer] for layer in adapted.fingerprint.decoder.attention_layers]
         held = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in layers)
-        priced = flops.kv_bytes(adapted.shape.decoder, visual, removed, text_tokens=length - visual, value_bytes=4)
+        priced = flops.kv_bytes(
+            adapted.fingerprint.decoder, visual, removed, text_tokens=length - visual, value_bytes=4
+        )
         assert held == priced or (any(adapted.windows) and held < priced)
 
 
@@ -323,10 +327,10 @@ def test_an_image_of_one_or_two_tokens_keeps_one_as_the_cost_says():
         "image_grid_thw": torch.tensor([(1, *grid) for grid in grids]),
         "mm_token_type_ids": torch.tensor([[*(int(i == pad) for i in ids), 0, 0]]),
     }
-    shape = adapt(model).shape
+    fingerprint = adapt(model).fingerprint
     for left in (0.4, 0.1, 0.0):
-        keep = (1.0, 0.5, *[left] * (shape.decoder.layers - 2))
-        recipe = PruningRecipe(keep, shape, 64)
+        keep = (1.0, 0.5, *[left] * (fingerprint.decoder.layers - 2))
+        recipe = PruningRecipe(keep, fingerprint, 64)
         entered = kept_positions(model, recipe, inputs)
         visual = (inputs["input_ids"] == pad)[0].nonzero()[:, 0]
         owner = torch.tensor([0, 1, 1, 2, 2, 2, 2])
@@ -393,16 +397,16 @@ def test_the_generic_adapter_says_that_it_was_used(caplog):
 )
 def test_families_that_are_refused_say_why(config, message):
     with pytest.raises(ValueError, match=message):
-        model_shape(config)
+        fingerprint_of(config)
 
 
 def test_tokens_leave_only_where_the_family_lets_them():
     for name, layers in {"qwen3_vl": [0, 1], "qwen3_5": [0, 1, 3, 4], "lfm2_vl": None}.items():
         model, _ = built(name)
-        shape = adapt(model).shape
-        forbidden = [layer for layer in range(6) if layer not in shape.decoder.prunable]
+        fingerprint = adapt(model).fingerprint
+        forbidden = [layer for layer in range(6) if layer not in fingerprint.decoder.prunable]
         assert layers in (None, forbidden)
-        early = PruningRecipe((0.5,) * 6, shape, 16)
+        early = PruningRecipe((0.5,) * 6, fingerprint, 16)
         with pytest.raises(ValueError, match=r"recipe removes tokens at layers \[0\]"), prune(model, early):
             pass
 
@@ -410,25 +414,28 @@ def test_tokens_leave_only_where_the_family_lets_them():
 def test_a_fingerprint_tells_models_of_one_shape_apart():
     """Another image token or architecture is refused; fine-tunes, other vocabularies and force pass."""
     model, samples = built("llava_next")
-    shape = adapt(model).shape
+    fingerprint = adapt(model).fingerprint
     for changed, message in [
         ({"image_token_id": 9}, "image_token_id 9 there"),
         ({"config_hash": "other"}, "config_hash other there"),
         ({"model_type": "llava"}, "model_type llava there"),
     ]:
-        recipe = PruningRecipe((0.5,) * 6, dataclasses.replace(shape, **changed), 16)
+        recipe = PruningRecipe((0.5,) * 6, dataclasses.replace(fingerprint, **changed), 16)
         with pytest.raises(ValueError, match=message), prune(model, recipe):
             pass
         with torch.no_grad(), prune(model, recipe, force=True):
             model(**samples[0])
     config = copy.deepcopy(model.config)
-    assert model_shape(config).config_hash == shape.config_hash
+    assert fingerprint_of(config).config_hash == fingerprint.config_hash
     config.text_config.vocab_size += 64
     config.text_config.attention_dropout = 0.5
-    assert model_shape(config).config_hash == shape.config_hash
+    assert fingerprint_of(config).config_hash == fingerprint.config_hash
     config.text_config.head_dim = 32
-    assert model_shape(config).config_hash != shape.config_hash
-    assert PruningRecipe.from_json(PruningRecipe.dense(shape, 16).to_json()).model.config_hash == shape.config_hash
+    assert fingerprint_of(config).config_hash != fingerprint.config_hash
+    assert (
+        PruningRecipe.from_json(PruningRecipe.dense(fingerprint, 16).to_json()).model.config_hash
+        == fingerprint.config_hash
+    )
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of some processors, with numpy 2
@@ -475,14 +482,14 @@ def test_right_padding_is_exact_or_refused(row):
 def test_a_layer_looked_at_ahead_ranks_as_it_does_from_inside(row):
     """Tokens that leave before a layer are those that would have left inside it."""
     model, samples = built(row.name)
-    shape = adapt(model).shape
-    layer = shape.decoder.prunable[0]
+    fingerprint = adapt(model).fingerprint
+    layer = fingerprint.decoder.prunable[0]
     inside = (1.0,) * layer + (0.5,) * (6 - layer)
-    enter = PruningRecipe(inside, shape, 16, enter=inside)
+    enter = PruningRecipe(inside, fingerprint, 16, enter=inside)
     batch = row.collate(samples[:3])
     with torch.no_grad():
         before = kept_positions(model, enter, batch)
-        after = kept_positions(model, PruningRecipe(inside, shape, 16), batch)
+        after = kept_positions(model, PruningRecipe(inside, fingerprint, 16), batch)
     assert torch.equal(before[layer], after[layer + 1])
 
 
@@ -532,7 +539,7 @@ CONFIG_HASHES = {
 
 
 def test_the_config_hash_is_that_of_other_versions_of_transformers(row):
-    assert model_shape(row.make_model().config).config_hash == CONFIG_HASHES.get(row.name)
+    assert fingerprint_of(row.make_model().config).config_hash == CONFIG_HASHES.get(row.name)
 
 
 @pytest.mark.parametrize(
@@ -650,7 +657,7 @@ def test_statistics_do_not_depend_on_how_a_mask_is_shown():
 @pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "gemma3", "llava_onevision", "llava_next"])
 def test_a_static_cache_is_named_in_every_family(name):
     model, samples = built(name)
-    recipe = PruningRecipe.dense(adapt(model).shape, 16)
+    recipe = PruningRecipe.dense(adapt(model).fingerprint, 16)
     given = {key: value for key, value in samples[0].items() if key != "labels"}
     with prune(model, recipe), pytest.raises(ValueError, match=r"the KV cache is a StaticCache .* drop cache_implem"):
         model.generate(**given, cache_implementation="static", max_new_tokens=2)
@@ -660,7 +667,7 @@ def test_a_video_token_without_a_video_is_called_a_video():
     model, _ = built("llava_onevision-video")
     video = adapt(model).token_ids["video"]
     tokens = torch.tensor([[7, video, video, 8, 9]])
-    with prune(model, PruningRecipe.dense(adapt(model).shape, 16)):
+    with prune(model, PruningRecipe.dense(adapt(model).fingerprint, 16)):
         with pytest.raises(ValueError, match=r"no video is given: pass the processor's pixel_values_videos"):
             model(input_ids=tokens)
         image = built("llava_onevision")[1][0]

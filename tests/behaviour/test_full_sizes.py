@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fitprune.costs import flops
-from fitprune.families import adapter
+from fitprune.families.config import fingerprint_of
 from helpers.full_sizes import FULL_SIZES, TEXT_TOKENS, build, hand_flops, prefill
 
 ENTRIES = pytest.mark.parametrize("entry", FULL_SIZES, ids=lambda entry: entry.name.replace(" ", "-"))
@@ -34,7 +34,7 @@ def test_the_model_has_the_published_number_of_parameters(entry, built):
 @ENTRIES
 def test_the_decoder_has_the_published_shape_in_config_and_weights(entry, built):
     model, shape = built(entry), entry.decoder
-    found = adapter.model_shape(model.config).decoder
+    found = fingerprint_of(model.config).decoder
     assert found == shape
     assert found.vocab == shape.vocab  # which equality leaves out
     layers = model.model.language_model.layers
@@ -54,12 +54,12 @@ def test_the_decoder_has_the_published_shape_in_config_and_weights(entry, built)
 def test_dense_prefill_flops_and_kv_bytes_are_those_that_run(entry, built):
     model = built(entry)
     counted, held = prefill(model, entry.tokens)
-    shape = adapter.model_shape(model.config)
-    dense = [0] * shape.decoder.layers
-    cost = flops.prefill_flops(shape, entry.visual_tokens, dense, text_after=TEXT_TOKENS)
+    fingerprint = fingerprint_of(model.config)
+    dense = [0] * fingerprint.decoder.layers
+    cost = flops.prefill_flops(fingerprint, entry.visual_tokens, dense, text_after=TEXT_TOKENS)
     assert cost.scoring == 0
     assert counted == cost.decoder + cost.head == hand_flops(entry.decoder, entry.tokens)
-    assert held == flops.kv_bytes(shape.decoder, entry.visual_tokens, dense, text_tokens=TEXT_TOKENS)
+    assert held == flops.kv_bytes(fingerprint.decoder, entry.visual_tokens, dense, text_tokens=TEXT_TOKENS)
     # Keys and values, two bytes each.
     assert held == 2 * 2 * entry.tokens * entry.decoder.layers * entry.decoder.kv_heads * entry.decoder.head_dim
 

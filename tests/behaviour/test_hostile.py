@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from fitprune import AttentionStats, LatencyProfile, PruningRecipe
-from fitprune.costs.flops import DecoderShape, ModelShape, VisionShape
+from fitprune.costs.sizes import DecoderSizes, ModelFingerprint, VisionSizes
 from fitprune.evaluation.results import SCHEMA
 
 LONG = 10**4000
-SHAPE = ModelShape("llava", DecoderShape(4, 32, 48, 4, 2, 8, 97), VisionShape(2, 16, 24, 32, 8), 5, "a")
+SHAPE = ModelFingerprint("llava", DecoderSizes(4, 32, 48, 4, 2, 8, 97), VisionSizes(2, 16, 24, 32, 8), 5, "a")
 RECIPE = json.loads(PruningRecipe((1.0, 0.5, 0.5, 0.25), SHAPE, 16).to_json())
 PROFILE = {
     "format": "fitprune-profile-1", "model": SHAPE.to_dict(), "tokens": [16, 64], "mixer_seconds": [1.0, 2.0],

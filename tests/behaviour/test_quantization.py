@@ -38,14 +38,14 @@ def test_an_all_keep_recipe_is_bit_identical_to_the_quantized_model(quantized):
     inputs = next(make_batches(samples, processor, batch_size=4))
     with torch.no_grad():
         dense = model(**inputs).logits
-        with prune(model, PruningRecipe.dense(adapt(model).shape, 144)):
+        with prune(model, PruningRecipe.dense(adapt(model).fingerprint, 144)):
             assert torch.equal(model(**inputs).logits, dense)
 
 
 def test_a_row_gives_what_its_sample_gives_alone(quantized, quantization):
     model, processor, samples = quantized
-    shape = adapt(model).shape
-    recipe = PruningRecipe(tuple(1 - 0.1 * layer for layer in range(shape.decoder.layers)), shape, 144)
+    fingerprint = adapt(model).fingerprint
+    recipe = PruningRecipe(tuple(1 - 0.1 * layer for layer in range(fingerprint.decoder.layers)), fingerprint, 144)
     with prune(model, recipe), torch.no_grad():
         together = model(**next(make_batches(samples, processor, batch_size=4)), logits_to_keep=1).logits[:, -1]
         for row, sample in zip(together, make_batches(samples, processor), strict=True):
@@ -85,7 +85,7 @@ def test_pruning_equals_masking_in_the_quantized_model(family, tmp_path):
         models.append(model)
     model, reference = models
     inputs = tiny_inputs(model, batch=2, pad=(2, 0))
-    with prune(model, PruningRecipe(KEEP, adapt(model).shape, 16)):
+    with prune(model, PruningRecipe(KEEP, adapt(model).fingerprint, 16)):
         pruned, _ = greedy_logits(model, inputs, 4)
     expected, _ = greedy_logits(reference, inputs, 4, oracle=Oracle(reference, KEEP))
     assert torch.allclose(pruned, expected, atol=1e-4)

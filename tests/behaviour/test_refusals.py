@@ -26,7 +26,7 @@ def inputs(model):
 
 def recipe_for(model):
     layers = model.config.text_config.num_hidden_layers
-    return PruningRecipe(keep_fractions([4, 0, 4, 0, 0][:layers], 16), adapt(model).shape, 16)
+    return PruningRecipe(keep_fractions([4, 0, 4, 0, 0][:layers], 16), adapt(model).fingerprint, 16)
 
 
 def unchanged(model):

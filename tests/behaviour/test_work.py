@@ -11,7 +11,8 @@ from fitprune.costs.flops import kv_bytes
 from fitprune.families.adapter import adapt
 from fitprune.families.images import images_of
 from fitprune.scoring import received
-from fitprune.scoring.received import Softmax, received_attention, text_after
+from fitprune.scoring.received import received_attention, text_after
+from fitprune.scoring.softmax import Softmax
 from helpers.models import CACHE, cache_in, tiny_inputs, tiny_model
 
 
@@ -34,7 +35,7 @@ class Work(TorchDispatchMode):
 
 
 def recipe_of(model, tokens):
-    shape = adapt(model).shape
+    shape = adapt(model).fingerprint
     return PruningRecipe((1.0, 0.6, 0.6, 0.3, 0.3), shape, tokens)
 
 
@@ -91,7 +92,7 @@ def test_scores_come_from_the_kernels_log_sum_exp(family, mode, monkeypatch):
     def refuse(*_):
         raise AssertionError("a softmax was made")
 
-    monkeypatch.setattr(received, "_strongest_by_softmax", refuse)
+    monkeypatch.setattr(received, "strongest_by_softmax", refuse)
     model = tiny_model(family)
     inputs = tiny_inputs(model, batch=2)
     tokens = int((inputs["input_ids"][0] == model.config.image_token_id).sum())

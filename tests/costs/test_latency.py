@@ -117,7 +117,7 @@ def test_profile_and_benchmark_of_a_tiny_model(family, batch):
     inputs = tiny_inputs(model, batch=batch)
     profile = profile_latency(model, inputs, repeats=1)
     assert profile.tokens[-1] == inputs["input_ids"].shape[1] == profile.visual_tokens + profile.text_tokens
-    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.2, 0.2), adapt(model).shape, profile.visual_tokens)
+    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.2, 0.2), adapt(model).fingerprint, profile.visual_tokens)
     dense, pruned = time_recipes(model, inputs, {"half": recipe}, new_tokens=[3], rounds=2, profile=profile)
     assert (dense.name, pruned.name) == ("dense", "half")
     assert len(pruned.prefill_seconds) == 2
@@ -143,7 +143,7 @@ def test_a_profile_of_something_else_is_refused_before_any_round(changes, messag
     model = tiny_model()
     inputs = tiny_inputs(model)
     profile = profile_latency(model, inputs, tokens=[inputs["input_ids"].shape[1]], repeats=1)
-    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.2, 0.2), adapt(model).shape, profile.visual_tokens)
+    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.2, 0.2), adapt(model).fingerprint, profile.visual_tokens)
     profile = dataclasses.replace(profile, **changes)
     monkeypatch.setattr(model, "forward", None)
     with pytest.raises(ValueError, match=message):

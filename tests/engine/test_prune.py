@@ -33,7 +33,7 @@ COUNTS = {"llava": [3, 0, 5, 4, 0], "llava_next": [7, 0, 11, 9, 3]}
 def recipe_for(model, inputs, counts=None):
     visual = int((inputs["input_ids"][0] == IMAGE).sum())
     counts = counts or COUNTS[model.config.model_type]
-    return PruningRecipe(keep_fractions(counts, visual), adapt(model).shape, visual)
+    return PruningRecipe(keep_fractions(counts, visual), adapt(model).fingerprint, visual)
 
 
 def relative(a, b):
@@ -142,7 +142,7 @@ def test_a_given_answer_does_not_decide_what_leaves():
 def test_two_images_keep_their_own_shares_and_text_stays():
     model = tiny_model()
     inputs = tiny_inputs(model, images=2)
-    recipe = PruningRecipe(keep_fractions([4, 0, 4, 4, 0], 16), adapt(model).shape, 16)
+    recipe = PruningRecipe(keep_fractions([4, 0, 4, 4, 0], 16), adapt(model).fingerprint, 16)
     entered = kept_positions(model, recipe, inputs)
     ids = inputs["input_ids"][0]
     first = torch.arange(len(ids)) < 3 + 16
@@ -157,7 +157,7 @@ def test_a_sample_whose_visual_tokens_have_all_left_does_not_stop_the_others():
     """Its question is still there, in rows that come before every visual token of the batch."""
     model = tiny_model("llava_next")
     samples = prompts(model, [[340, 20], [5, 450]])
-    recipe = PruningRecipe((0.5, 0.011, 0.004, 0.004, 0.004), adapt(model).shape, 60)
+    recipe = PruningRecipe((0.5, 0.011, 0.004, 0.004, 0.004), adapt(model).fingerprint, 60)
     with prune(model, recipe), torch.no_grad():
         together = model(**batch_of(samples)).logits[:, -1]
         for row, sample in zip(together, samples, strict=True):
@@ -178,7 +178,7 @@ def test_executed_flops_equal_the_cost_model_within_one_percent(family, attentio
         used = recipe_for(model, inputs, counts)
         with prune(model, used), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.no_grad():
             model(**inputs, logits_to_keep=1)
-        shape = adapt(model).shape
+        shape = adapt(model).fingerprint
         predicted = prefill_flops(
             shape, recipe.visual_tokens, counts, text_before=4, text_after=9, crops=crops, value_bytes=4
         ).total

@@ -65,11 +65,11 @@ class Case:
 def case(request):
     row = next(r for r in ROWS if r.name == request.param)
     model = row.make_model()
-    decoder = adapt(model).shape.decoder
+    decoder = adapt(model).fingerprint.decoder
     keep = [1.0] * decoder.layers
     for layer in decoder.prunable:
         keep[layer:] = [0.5] * (decoder.layers - layer)
-    return Case(model, row.processor(), PruningRecipe(tuple(keep), adapt(model).shape, 16), row.image)
+    return Case(model, row.processor(), PruningRecipe(tuple(keep), adapt(model).fingerprint, 16), row.image)
 
 
 @pytest.mark.parametrize("how", ["generate", "call", "no mask"])
@@ -101,7 +101,7 @@ def test_rows_of_a_batch_keep_their_offsets_when_they_are_moved(case):
         case.start([3])
         assert torch.allclose(case.go_on(both, [0, 5], "call"), alone, atol=1e-5)
         assert torch.allclose(case.go_on(moved, [5, 0], "call").flip(0), alone, atol=1e-4)
-        if not adapt(case.model).shape.decoder.linear_layers:  # transformers cannot select rows of those
+        if not adapt(case.model).fingerprint.decoder.linear_layers:  # transformers cannot select rows of those
             both.batch_select_indices(torch.tensor([1]))
             assert torch.allclose(
                 case.go_on(both, [5], "no mask"), case.go_on(case.start([5]), [5], "no mask"), atol=1e-4
@@ -157,7 +157,7 @@ def test_an_image_after_a_cached_prefix_of_text_is_generated_from_as_without_a_c
 
 @pytest.mark.parametrize("how", ["generate", "no mask"])
 def test_a_cache_cropped_to_before_an_image_goes_on_without_its_offset(case, how):
-    if adapt(case.model).shape.decoder.linear_layers:
+    if adapt(case.model).fingerprint.decoder.linear_layers:
         pytest.skip("transformers keeps no past of layers without attention that could be cropped")
     whole = case.inputs([0], "\n what?")
     with prune(case.model, case.recipe, scorer="self"), torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_cache_cropped_to_before_an_image_goes_on_without_its_offset(case, how
 
 
 def test_beams_go_on_from_a_cache_that_was_repeated_for_them(case):
-    if adapt(case.model).shape.decoder.linear_layers:
+    if adapt(case.model).fingerprint.decoder.linear_layers:
         pytest.skip("transformers cannot repeat rows of layers without attention")
     both = case.inputs([0, 5], "\n what is it?")
     call = {name: both[name] for name in TEXT if name in both}

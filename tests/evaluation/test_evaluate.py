@@ -23,7 +23,8 @@ from fitprune.evaluation.results import Bootstrap, Results, beside, interval, ta
 from fitprune.evaluation.rows import Entry
 from fitprune.families.adapter import adapt
 from fitprune.families.clip_tower import crops_of
-from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import Fitter
 from helpers.models import batch_of, prompts, tiny_model
 
 OPTIONS = ["--methods", "fitprune", "random", "dart", "--flops-reduction", "0.6", "0.9", "--seeds", "0", "1"]
@@ -164,7 +165,7 @@ def test_damaged_records_are_made_again(done, stats, tmp_path):
 def test_answers_belong_to_their_images_and_scorers(tmp_path):
     model, processor = loaded()
     samples = load_samples(assets.folder("test"), samples=2)
-    keeps = PruningRecipe((0.3,) * 8, adapt(model).shape, 144)
+    keeps = PruningRecipe((0.3,) * 8, adapt(model).fingerprint, 144)
     options = {"journal": tmp_path / "j", "timed_batches": 0}
     evaluate(model, processor, samples, [Entry("a", keeps)], **options)
     with pytest.raises(ValueError, match="other entries"):
@@ -214,7 +215,7 @@ def test_recipes_from_their_files_give_what_the_methods_give(stats, tmp_path):
 def test_random_draws_anew_for_each_sample_of_one_question():
     model, processor = loaded()
     samples = [load_samples(assets.folder("test"))[0]] * 4
-    sizes, budget = Sizes(adapt(model).shape, 144), checked_budget("flops_reduction", 0.5)
+    sizes, budget = Sizes(adapt(model).fingerprint, 144), checked_budget("flops_reduction", 0.5)
     drawn = [make_method("random-input", sizes, budget, seed=seed) for seed in (0, 1)]
     entries = [Entry("r", recipe, 0.5, seed) for seed, recipe in enumerate(drawn)]
     results = evaluate(model, processor, samples, entries, timed_batches=0, examples=4)
@@ -340,7 +341,7 @@ def test_evaluate_refuses_what_makes_no_sense():
     model, processor = loaded()
     samples = load_samples(assets.folder("test"), samples=2)
 
-    keeps = PruningRecipe.dense(adapt(model).shape, 144)
+    keeps = PruningRecipe.dense(adapt(model).fingerprint, 144)
     with pytest.raises(ValueError, match="'dense' twice"):
         evaluate(model, processor, samples, {"dense": keeps})
     with pytest.raises(ValueError, match="'a' twice"):
@@ -361,7 +362,7 @@ def test_data_without_answers_has_agreement_and_no_accuracy(tmp_path):
 
     model, processor = loaded()
     samples = [dataclasses.replace(s, answers=()) for s in load_samples(assets.folder("test"), samples=3)]
-    recipe = PruningRecipe((0.3,) * 8, adapt(model).shape, 144)
+    recipe = PruningRecipe((0.3,) * 8, adapt(model).fingerprint, 144)
     results = evaluate(model, processor, samples, {"a": recipe}, timed_batches=0)
     row = results.row("a")
     assert (row.accuracy, row.accuracy_interval, row.relative_accuracy, row.accuracy_by_kind) == (None, None, None, {})

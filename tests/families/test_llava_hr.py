@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from fitprune import PruningRecipe, load_model
 from fitprune.cli.main import main
 from fitprune.families import llava_hr
-from fitprune.families.adapter import model_shape
+from fitprune.families.config import fingerprint_of
 from fitprune.families.llava_hr.conversion import convert
 from helpers import llava_hr_reference as reference
 
@@ -601,17 +601,17 @@ XXLARGE = {"convnext_depths": [3, 4, 30, 3], "convnext_hidden_sizes": [384, 768,
 )
 def test_at_full_size_the_cost_model_prices_both_towers(full_size, vision):
     model = on_meta(**vision) if vision else full_size
-    size, shape = model.config.vision_config.input_image_size, model_shape(model.config)
+    size, fingerprint = model.config.vision_config.input_image_size, fingerprint_of(model.config)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.model.get_image_features(torch.empty(1, 3, size, size, device="meta", dtype=model.dtype))
-    assert counter.get_total_flops() == shape.vision.flops(shape.decoder.hidden)
+    assert counter.get_total_flops() == fingerprint.vision.flops(fingerprint.decoder.hidden)
 
 
 def test_the_published_recipes_are_of_the_full_size_model(full_size):
     recipe = PruningRecipe.published("llava-hr-7b", 60)
-    shape = model_shape(full_size.config)
-    recipe.model.require_same(shape, what="recipe")
-    assert recipe.model.vision == shape.vision
+    fingerprint = fingerprint_of(full_size.config)
+    recipe.model.require_same(fingerprint, what="recipe")
+    assert recipe.model.vision == fingerprint.vision
     assert full_size.config.image_seq_length == recipe.visual_tokens == 1024
 
 

@@ -11,9 +11,11 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from fitprune import AttentionStats, PruningRecipe, fit
-from fitprune.costs.flops import DecoderShape, ModelShape, visual_flops_reduction
+from fitprune.costs.flops import visual_flops_reduction
+from fitprune.costs.sizes import DecoderSizes, ModelFingerprint
+from fitprune.fitting.budget import Budget, checked_budget
 from fitprune.fitting.few_layers import lost_attention, merge_layers
-from fitprune.fitting.fit import Budget, Fitter, checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.fitting.rules import keep_highest
 from fitprune.recipes.rounding import kept_counts
 
@@ -28,7 +30,7 @@ def synthetic(layers=8, counts=(144,), samples=20, number=0, **decoder):
     for layer in range(1, layers):
         values[:, layer] = 0.8 * values[:, layer - 1] + 0.6 * values[:, layer]
     values.mul_(torch.linspace(0.5, 2.5, layers)[:, None]).exp_()
-    shape = ModelShape("llava", DecoderShape(layers, 64, 128, 4, 4, 16, **decoder))
+    shape = ModelFingerprint("llava", DecoderSizes(layers, 64, 128, 4, 4, 16, **decoder))
     values[:, list(shape.decoder.linear_layers)] = 0
     return AttentionStats(values[0], values[1], visual, (20,) * samples, tuple(map(str, range(samples))), shape)
 
@@ -197,7 +199,7 @@ def test_a_budget_out_of_reach_raises_as_without_merging():
 
 @pytest.mark.slow
 def test_merging_statistics_of_full_size(record_property):
-    shape = ModelShape("llava", DecoderShape(32, 4096, 11008, 32, 32, 128))
+    shape = ModelFingerprint("llava", DecoderSizes(32, 4096, 11008, 32, 32, 128))
     drift = synthetic(layers=32, counts=(576,), samples=64)
     fitter = Fitter(dataclasses.replace(drift, model=shape))
     budget = checked_budget("flops_reduction", 0.6)

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from fitprune import AttentionStats, fit, fit_sequential, measure
-from fitprune.costs.flops import DecoderShape, ModelShape, visual_flops_reduction
+from fitprune.costs.flops import visual_flops_reduction
+from fitprune.costs.sizes import DecoderSizes, ModelFingerprint
 from fitprune.families.images import images_of
-from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.fitting.rules import keep_highest, lowest_in_both
 from helpers.models import tiny_inputs, tiny_model
 
-SHAPE = ModelShape("llava", DecoderShape(8, 64, 128, 4, 4, 16))
+SHAPE = ModelFingerprint("llava", DecoderSizes(8, 64, 128, 4, 4, 16))
 
 
 def synthetic(samples=20, counts=(144,), layers=8, seed=0):
@@ -133,7 +135,7 @@ def test_the_least_tolerance_that_meets_the_budget_is_kept():
 
 @pytest.mark.slow
 def test_ten_budgets_on_statistics_of_full_size(record_property):
-    shape = ModelShape("llava", DecoderShape(32, 4096, 11008, 32, 32, 128))
+    shape = ModelFingerprint("llava", DecoderSizes(32, 4096, 11008, 32, 32, 128))
     one = torch.randn(2, 32, 655 * 576, generator=torch.Generator().manual_seed(0)).mul_(1.5).exp_()
     stats = AttentionStats(one[0], one[1], (576,) * 655, (60,) * 655, tuple(map(str, range(655))), shape)
     started = time.perf_counter()

@@ -185,7 +185,9 @@ def test_inconsistent_or_non_finite_statistics_are_refused():
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, kind):
     model = tiny_model()
     path = tmp_path / "out"
-    thing = PruningRecipe.dense(adapt(model).shape, 16) if kind == "recipe" else measure(model, [tiny_inputs(model)])
+    thing = (
+        PruningRecipe.dense(adapt(model).fingerprint, 16) if kind == "recipe" else measure(model, [tiny_inputs(model)])
+    )
     thing.save(path)
     old = path.read_bytes()
 

@@ -15,7 +15,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from fitprune.costs.flops import DecoderShape
+from fitprune.costs.sizes import DecoderSizes
 from fitprune.speed.random_models import SHAPES, Shape
 from helpers.models import CACHE
 
@@ -41,7 +41,7 @@ class FullSize:
     name: str
     shape: Shape
     config_source: str
-    decoder: DecoderShape
+    decoder: DecoderSizes
     parameters: int
     exact: bool
     parameters_source: str
@@ -78,7 +78,7 @@ def prefill(model: Any, tokens: int) -> tuple[int, int]:
     return counter.get_total_flops(), sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def hand_flops(shape: DecoderShape, tokens: int) -> int:
+def hand_flops(shape: DecoderSizes, tokens: int) -> int:
     """Count a dense prefill by hand: two per multiply-accumulate, attention over all pairs, head on one position."""
     n, d, q = tokens, shape.hidden, shape.heads * shape.head_dim
     kv, m = shape.kv_heads * shape.head_dim, shape.intermediate
@@ -88,10 +88,10 @@ def hand_flops(shape: DecoderShape, tokens: int) -> int:
     return shape.layers * (projections + products + gate_up_down) + 2 * d * shape.vocab
 
 
-_VICUNA_7B = DecoderShape(layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128, vocab=32064)
-_VICUNA_13B = DecoderShape(layers=40, hidden=5120, intermediate=13824, heads=40, kv_heads=40, head_dim=128, vocab=32064)
-_MISTRAL_7B = DecoderShape(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=32064)
-_QWEN2_7B = DecoderShape(layers=28, hidden=3584, intermediate=18944, heads=28, kv_heads=4, head_dim=128, vocab=152064)
+_VICUNA_7B = DecoderSizes(layers=32, hidden=4096, intermediate=11008, heads=32, kv_heads=32, head_dim=128, vocab=32064)
+_VICUNA_13B = DecoderSizes(layers=40, hidden=5120, intermediate=13824, heads=40, kv_heads=40, head_dim=128, vocab=32064)
+_MISTRAL_7B = DecoderSizes(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=32064)
+_QWEN2_7B = DecoderSizes(layers=28, hidden=3584, intermediate=18944, heads=28, kv_heads=4, head_dim=128, vocab=152064)
 
 _NEXT_TOKENS = "24 x 24 of the whole image, and 48 rows of 48 and a newline"
 
@@ -173,7 +173,7 @@ FULL_SIZES = (
         shape=SHAPES["qwen3-vl-8b"],
         config_source="config.json of a fine-tune, huggingface.co/Steinate/Cortex; tower: that of the 32B in "
         "huggingface.co/quanliang/F1, but 4,096 wide at its end",
-        decoder=DecoderShape(
+        decoder=DecoderSizes(
             layers=36,
             hidden=4096,
             intermediate=12288,
@@ -205,7 +205,7 @@ FULL_SIZES = (
         shape=SHAPES["gemma3-4b"],
         config_source="transformers' convert_gemma3_weights.py (0d7e95d): variant gemma3_4b; vocabulary 262,144 + 64 "
         "for the image token, the default of Gemma3TextConfig",
-        decoder=DecoderShape(
+        decoder=DecoderSizes(
             layers=34,
             hidden=2560,
             intermediate=10240,

@@ -23,7 +23,8 @@ import torch
 
 from fitprune.families.images import images_of
 from fitprune.scoring import received as attention
-from fitprune.scoring.received import Softmax, received_attention, text_after
+from fitprune.scoring.received import received_attention, text_after
+from fitprune.scoring.softmax import Softmax
 
 
 @dataclasses.dataclass(frozen=True)

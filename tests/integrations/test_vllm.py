@@ -33,7 +33,8 @@ from fitprune import PruningRecipe, fit, load_samples, make_batches, measure, pr
 from fitprune._support import assets
 from fitprune.baselines.table import BASELINES, make_method
 from fitprune.families.adapter import adapt
-from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.integrations.vllm import Pruner, configured_recipe, require_supported
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -406,9 +407,9 @@ def test_families_answer_as_in_transformers(name, tmp_path, monkeypatch):
     model.save_pretrained(folder)
     whole_processor(row).save_pretrained(folder)
     with_older_names(folder)
-    decoder = adapt(model).shape.decoder
+    decoder = adapt(model).fingerprint.decoder
     keep = [0.7 ** sum(each <= layer for each in decoder.prunable) for layer in range(decoder.layers)]
-    recipe = PruningRecipe(tuple(keep), adapt(model).shape, 16)
+    recipe = PruningRecipe(tuple(keep), adapt(model).fingerprint, 16)
     recipe.save(tmp_path / "recipe.json")
     texts = families.IMAGE_PROMPTS
     if name == "llava_onevision":  # of several images vLLM makes other tokens than transformers, without any recipe

@@ -36,7 +36,7 @@ def batch(model, seed=1):
 
 
 def recipe_of(model, keep, enter=(), scorer=None):
-    return PruningRecipe(keep, adapt(model).shape, 16, enter=enter, **({"scorer": scorer} if scorer else {}))
+    return PruningRecipe(keep, adapt(model).fingerprint, 16, enter=enter, **({"scorer": scorer} if scorer else {}))
 
 
 # --- the dense model's answers

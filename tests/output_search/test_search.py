@@ -11,7 +11,7 @@ from fitprune import AttentionStats, PruningRecipe, fit, fit_output, load_sample
 from fitprune._support import assets
 from fitprune.calibration.samples import recombined
 from fitprune.cli.main import main
-from fitprune.fitting.fit import checked_budget
+from fitprune.fitting.budget import checked_budget
 from fitprune.output_search.divergence import Judge
 from fitprune.output_search.search import OutputFitter, Stage, _clearly_less, _scaled, _smoothed
 from helpers.models import batch_of, prompts, tiny_model

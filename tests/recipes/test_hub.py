@@ -33,7 +33,7 @@ def recipe_for(model, name="lab/tiny"):
         "samples": 64,
         "measured": {"model": name, "dtype": "bfloat16", "weights": "abc"},
     }
-    return PruningRecipe(keep_fractions([4, 0, 4, 0, 0], 16), adapt(model).shape, 16, provenance)
+    return PruningRecipe(keep_fractions([4, 0, 4, 0, 0], 16), adapt(model).fingerprint, 16, provenance)
 
 
 @pytest.fixture(scope="module")
@@ -295,8 +295,8 @@ def test_model_processor_and_recipe_come_from_one_commit(hub, monkeypatch):
     source = assets.folder("model")
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     model, _ = load_model("digit-scenes")
-    shape = adapt(model).shape
-    first = PruningRecipe((1.0,) + (0.5,) * (shape.decoder.layers - 1), shape, 144)
+    fingerprint = adapt(model).fingerprint
+    first = PruningRecipe((1.0,) + (0.5,) * (fingerprint.decoder.layers - 1), fingerprint, 144)
     commit = hub.put("lab/digits", {**files, FILE: first.to_json().encode()})
     loaded, processor = load_model("lab/digits", revision="main", dtype="bfloat16", attn_implementation="eager")
     assert loaded.config._commit_hash == commit
@@ -338,8 +338,12 @@ def test_the_command_line_finds_the_recipe_beside_the_model(tmp_path, capsys):
     command = ["generate", str(folder), "--image", image, "--question", "How many digits are there?"]
     assert main(command) == 2
     assert f"has no {FILE}" in capsys.readouterr().err
-    shape = adapt(load_model(folder)[0]).shape
-    other = PruningRecipe((0.9,) * shape.decoder.layers, type(shape)("llava_next", shape.decoder, shape.vision), 144)
+    fingerprint = adapt(load_model(folder)[0]).fingerprint
+    other = PruningRecipe(
+        (0.9,) * fingerprint.decoder.layers,
+        type(fingerprint)("llava_next", fingerprint.decoder, fingerprint.vision),
+        144,
+    )
     other.save_pretrained(folder)
     assert sorted(os.listdir(folder)) == sorted([*os.listdir(assets.folder("model")), FILE])
     assert main(command) == 2

@@ -14,14 +14,15 @@ import torch
 
 import fitprune
 from fitprune import AttentionStats, LatencyProfile, PruningRecipe
-from fitprune.costs.flops import DecoderShape, ModelShape, VisionShape, prefill_flops, visual_macs
+from fitprune.costs.flops import prefill_flops, visual_macs
+from fitprune.costs.sizes import DecoderSizes, ModelFingerprint, VisionSizes
 from fitprune.recipes.rounding import keep_fractions, kept_counts, rounded_counts
 
 PUBLISHED = json.loads(importlib.resources.files("fitprune").joinpath("data/published_recipes.json").read_text())[
     "models"
 ]
 CASES = [(name, int(p)) for name, entry in PUBLISHED.items() for p in entry["removals"]]
-SHAPE = ModelShape("llava", DecoderShape(4, 32, 48, 4, 2, 8, 97), VisionShape(2, 16, 24, 32, 8))
+SHAPE = ModelFingerprint("llava", DecoderSizes(4, 32, 48, 4, 2, 8, 97), VisionSizes(2, 16, 24, 32, 8))
 
 
 def recipe(keep=(1.0, 0.5, 0.5, 0.25), **more):
@@ -39,7 +40,7 @@ def test_published_counts_and_reductions_come_back(name, percent):
 
 
 def test_the_paper_formula_by_hand():
-    shape = DecoderShape(layers=1, hidden=3, intermediate=5, heads=1, kv_heads=1, head_dim=3)
+    shape = DecoderSizes(layers=1, hidden=3, intermediate=5, heads=1, kv_heads=1, head_dim=3)
     n, k, d, m = 7, 2, 3, 5
     expected = 3 * n * d * d + 2 * n * n * d + (n - k) * d * d + 3 * (n - k) * d * m
     assert visual_macs(shape, n, [k]) == expected
@@ -270,7 +271,7 @@ def test_a_notebook_draws_a_bar_for_each_layer_and_runs_nothing(value):
         (lambda: fitprune.profile_latency(None, "inputs"), "inputs is a str: must be a processor's output"),
         (lambda: fitprune.time_recipes(None, [], {}), "inputs is a list: must be a processor's output"),
         (lambda: fitprune.time_recipes(None, {"input_ids": 1}, [recipe()]), "recipes is a list: must be a mapping"),
-        (lambda: PruningRecipe((1.0,), "llava", 16), "model is a str: must be a ModelShape"),
+        (lambda: PruningRecipe((1.0,), "llava", 16), "model is a str: must be a ModelFingerprint"),
         (lambda: PruningRecipe(0.5, SHAPE, 16), "keep is a float: must be a list of numbers"),
         (lambda: recipe().kept("16"), "visual_tokens='16': must be an integer from 0"),
         (

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fitprune.families.images import images_of
-from fitprune.scoring.received import Softmax, received_attention, text_after
+from fitprune.scoring.received import received_attention, text_after
+from fitprune.scoring.softmax import Softmax
 from helpers.models import IMAGE, tiny_inputs, tiny_model
 
 
@@ -103,7 +104,8 @@ def test_a_log_sum_exp_in_fp32_serves_any_dtype(dtype):
 PEAK = """
 import sys
 import torch
-from fitprune.scoring.received import Softmax, received_attention, text_after
+from fitprune.scoring.received import received_attention, text_after
+from fitprune.scoring.softmax import Softmax
 from fitprune.families.images import images_of
 torch.set_num_threads(1)
 query, key = torch.randn(2, 1, 32, 3000, 128, dtype=getattr(torch, sys.argv[1]))

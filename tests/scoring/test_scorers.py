@@ -14,8 +14,9 @@ from fitprune.families.images import images_of
 from fitprune.fitting.rules import keep_highest
 from fitprune.scoring import received
 from fitprune.scoring.diversity import relevant_and_different
-from fitprune.scoring.received import HEAD_KINDS, Softmax, head_attention, text_after
+from fitprune.scoring.received import HEAD_KINDS, head_attention, text_after
 from fitprune.scoring.scorers import SCORERS, Scorer, get_scorer
+from fitprune.scoring.softmax import Softmax
 from helpers.models import IMAGE, batch_of, prompts, tiny_model
 
 TERMS = [["mean", 0, 1.0], ["max", 1, 0.5], ["last", 2, 2.0], ["self", 3, 0.25], ["mean", 3, 0.7]]
@@ -46,7 +47,7 @@ def of_stage(scorer):
 
 
 def recipe_of(model, keep=(1.0, 0.6, 0.6, 0.3, 0.3), enter=(1.0, 0.8, 0.6, 0.6, 0.3), scorer=None, visual=16):
-    return PruningRecipe(keep, adapt(model).shape, visual, enter=enter, **({"scorer": scorer} if scorer else {}))
+    return PruningRecipe(keep, adapt(model).fingerprint, visual, enter=enter, **({"scorer": scorer} if scorer else {}))
 
 
 def kept(model, recipe, inputs, scorer=None):
@@ -129,7 +130,7 @@ def test_a_long_batch_may_hold_a_sample_without_an_image(monkeypatch):
     batch = batch_of(samples)
     expected = {name: kept(model, recipe, batch, spec(name)) for name in INSIDE}
     monkeypatch.setattr(received, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(received, "_TILE_BYTES", 1)
+    monkeypatch.setattr(received, "TILE_BYTES", 1)
     for name in INSIDE:
         found = kept(model, recipe, batch, spec(name))
         assert found == expected[name]

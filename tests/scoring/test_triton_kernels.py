@@ -13,7 +13,8 @@ import torch
 
 from fitprune.families.images import images_of
 from fitprune.scoring import received
-from fitprune.scoring.received import Softmax, received_attention, text_after
+from fitprune.scoring.received import received_attention, text_after
+from fitprune.scoring.softmax import Softmax
 from helpers.kernel_cases import CASES, COMPILED, FINDINGS
 
 triton_needed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

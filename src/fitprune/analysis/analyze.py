@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from fitprune.fitting.fit import Budget, Fitter, checked_budget
+from fitprune.fitting.budget import Budget, checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.fitting.stats import AttentionStats, merge
 from fitprune.recipes.recipe import PruningRecipe
 

@@ -20,7 +20,8 @@ from fitprune.engine.remover import removing
 from fitprune.engine.rows import Choose
 from fitprune.families.adapter import adapt
 from fitprune.families.inputs import input_digests, to_model
-from fitprune.fitting.fit import TOLERANCE_STEP, checked_budget
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import TOLERANCE_STEP
 from fitprune.fitting.rules import lowest_in_both
 from fitprune.fitting.stats import AttentionStats
 from fitprune.recipes import rounding
@@ -69,14 +70,14 @@ def fit_sequential(
     if any(len(batch["input_ids"]) != 1 for batch in held):
         raise ValueError("batches hold several samples: fit_sequential takes one sample at a time, as the authors do")
     stats = stats if stats is not None else measure(model, held, progress=progress)
-    stats.model.require_same(adapted.shape, what="stats")
+    stats.model.require_same(adapted.fingerprint, what="stats")
     if stats.digests != tuple(input_digests(adapted, batch)[0] for batch in held):
         raise ValueError(
             f"stats ({len(stats)} samples) are not of batches ({len(held)} samples): "
             "must be the same samples in the same order; measure these batches"
         )
     n = stats.usual_visual_tokens
-    decoder = adapted.shape.decoder
+    decoder = adapted.fingerprint.decoder
     dense = sum(flops.visual_macs(decoder, own, [0] * decoder.layers) for own in stats.visual_tokens)
     totals = _totals(stats)
 
@@ -129,7 +130,7 @@ def fit_sequential(
         "reached": flops.visual_flops_reduction(decoder, n, best),
         "samples": len(held),
     }
-    return PruningRecipe(rounding.keep_fractions(best, n), adapted.shape, n, provenance)
+    return PruningRecipe(rounding.keep_fractions(best, n), adapted.fingerprint, n, provenance)
 
 
 def _totals(stats: AttentionStats) -> list[torch.Tensor]:

@@ -12,9 +12,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-
-from fitprune.costs.flops import ModelShape
-from fitprune.fitting.fit import Budget, Fitter, OutOfReach, give_back
+from fitprune.costs.sizes import ModelFingerprint
+from fitprune.fitting.budget import Budget, OutOfReach
+from fitprune.fitting.fit import Fitter, give_back
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.scorers import get_scorer
 
@@ -30,7 +30,7 @@ class Sizes:
         visual_tokens: image size that the budget is met for.
     """
 
-    model: ModelShape
+    model: ModelFingerprint
     visual_tokens: int
 
 
@@ -127,7 +127,7 @@ def parse_name(name: str) -> tuple[str, dict[str, int]]:
     return base, given
 
 
-def _without_from(k: int, model: ModelShape) -> PruningRecipe:
+def _without_from(k: int, model: ModelFingerprint) -> PruningRecipe:
     """No visual token from layer k on: they leave inside the layer before, after its attention."""
     keep = (1.0,) * (k - 1) + (0.0,) * (model.decoder.layers - k + 1)
     provenance = {"source": BASELINES["vtw"].source, "method": "vtw", "k": k}

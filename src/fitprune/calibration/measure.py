@@ -174,7 +174,7 @@ def _are_parts(adapted: AdaptedModel, files: Sequence[Path], provenance: dict[st
         logger.warning("measured again: %s", error)
         return False
     for part in found:
-        part.model.require_same(adapted.shape, what=f"a part in {files[0].parent}")
+        part.model.require_same(adapted.fingerprint, what=f"a part in {files[0].parent}")
     # Other weights, dtype or versions: not what this run would measure.
     return all(part.provenance == provenance for part in found)
 
@@ -223,7 +223,7 @@ def _measure_batch(
             (int(visual[row].sum()),),
             (int((valid[row] & ~visual[row]).sum()),),
             (digest,),
-            adapted.shape,
+            adapted.fingerprint,
             provenance,
         )
         for row, digest in enumerate(digests)

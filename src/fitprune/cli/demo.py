@@ -18,7 +18,8 @@ from fitprune.evaluation.figures import draw_keep_curves, draw_kept_tokens
 from fitprune.evaluation.results import kind_table, table
 from fitprune.families.adapter import adapt
 from fitprune.families.images import visual_mask
-from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.recipes.recipe import PruningRecipe
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
@@ -60,7 +61,7 @@ def demo(output: Path, *, quick: bool = False, overwrite: bool = False) -> None:
     model = AutoModelForImageTextToText.from_pretrained(source).eval()
     model.name_or_path = assets.MODEL
     processor = AutoProcessor.from_pretrained(source)
-    shape = adapt(model).shape.decoder
+    shape = adapt(model).fingerprint.decoder
     say(f"model: {model.config.model_type}, {shape.layers} decoder layers of width {shape.hidden}")
 
     calibration = load_samples(assets.folder("calibration"), samples=16 if quick else None)
@@ -102,5 +103,5 @@ def _draw(
         entered = kept_positions(model, recipes["60%"], inputs)
         present = [torch.isin(visual, positions[0]) for positions in entered]
         examples.append((sample.load_image(), f"{sample.text} {sample.answers[0]}", present))
-    layers = range(1, adapted.shape.decoder.layers)
+    layers = range(1, adapted.fingerprint.decoder.layers)
     draw_kept_tokens(examples, layers, output / "kept_tokens.png")

@@ -103,7 +103,8 @@ def _measure(args: argparse.Namespace) -> None:
 
 def _fit(args: argparse.Namespace) -> None:
     from fitprune.costs.latency import LatencyProfile
-    from fitprune.fitting.fit import Fitter, checked_budget
+    from fitprune.fitting.budget import checked_budget
+    from fitprune.fitting.fit import Fitter
     from fitprune.fitting.stats import AttentionStats
 
     kind = next(
@@ -315,7 +316,8 @@ def _benchmark(args: argparse.Namespace) -> None:
 
     from fitprune.calibration.measure import measure
     from fitprune.costs.latency import LatencyProfile
-    from fitprune.fitting.fit import Fitter, checked_budget
+    from fitprune.fitting.budget import checked_budget
+    from fitprune.fitting.fit import Fitter
     from fitprune.speed.benchmark import as_json, table, time_recipes
 
     if args.output is not None:
@@ -411,7 +413,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     tasks = _samples(args)
     model, processor = _load(args)
     tasks = {name: _usable(args, samples, processor, model) for name, samples in tasks.items()}
-    shape = adapt(model).shape
+    shape = adapt(model).fingerprint
     entries = []
     for name, recipe in recipes.items():
         recipe = fitted_to(recipe, shape, force=args.force, what=f"recipe {name!r}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fitprune._support import files
-from fitprune.costs.flops import ModelShape
+from fitprune.costs.sizes import ModelFingerprint
 from fitprune.recipes.rounding import MOST_TOKENS
 
 FORMAT = "fitprune-profile-1"
@@ -45,7 +45,7 @@ class LatencyProfile:
         ValueError: a list is empty, lengths differ, token counts do not ascend, or a time is not positive and finite.
     """
 
-    model: ModelShape
+    model: ModelFingerprint
     tokens: tuple[int, ...]
     mixer_seconds: tuple[float, ...]
     mlp_seconds: tuple[float, ...]
@@ -165,7 +165,7 @@ class LatencyProfile:
             data = files.parse_json(files.read_text(path))
             if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
-            return cls(**{**data, "model": ModelShape.from_dict(data["model"])})
+            return cls(**{**data, "model": ModelFingerprint.from_dict(data["model"])})
         except (ValueError, TypeError, KeyError) as error:
             reason = str(error).removesuffix("; profile again")
             why = ValueError(f"not readable as a latency profile ({reason}); profile again")

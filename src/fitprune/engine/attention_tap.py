@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitprune._support.host import require_known
 from fitprune.families.adapter import AdaptedModel
-from fitprune.scoring.received import Attention, Softmax
+from fitprune.scoring.received import Attention
+from fitprune.scoring.softmax import Softmax
 
 # Hears of an attention call before it runs: its layer's number, and what gives its queries, keys and values. Returns
 # what is to see the call once it has run, its log-sum-exp with it; None if nothing is.
@@ -57,7 +58,7 @@ class AttentionTap:
     """
 
     def __init__(self, adapted: AdaptedModel, tap: Tap) -> None:
-        config, bidirectional = adapted.decoder.config, adapted.shape.decoder.bidirectional
+        config, bidirectional = adapted.decoder.config, adapted.fingerprint.decoder.bidirectional
         self._tapped = {
             attention: _Tapped(tap, number, config, bidirectional, adapted.windows[number])
             for number, attention in enumerate(adapted.attentions)

@@ -201,7 +201,7 @@ def is_pruned(cache: Any) -> bool:
 
 def first_layer(cache: Any, adapted: AdaptedModel) -> Any:
     """Give a cache's first layer with keys, whose length stands for that of the sequence; None if it has none yet."""
-    number = adapted.shape.decoder.attention_layers[0]
+    number = adapted.fingerprint.decoder.attention_layers[0]
     return next(iter(getattr(cache, "layers", ())[number : number + 1]), None)
 
 
@@ -209,7 +209,7 @@ def adopt(cache: Any, adapted: AdaptedModel) -> None:
     """Make every layer of a cache with keys a PrunedLayer, with what it holds."""
     require_plain(cache, adapted)
     held = [*cache.layers, *(DynamicLayer() for _ in range(len(adapted.layers) - len(cache.layers)))]
-    first = adapted.shape.decoder.attention_layers[0]
+    first = adapted.fingerprint.decoder.attention_layers[0]
     for number, layer in enumerate(held):
         if not isinstance(layer, DynamicLayer) or isinstance(layer, PrunedLayer):
             continue
@@ -244,7 +244,7 @@ def require_plain(cache: Any, adapted: AdaptedModel) -> None:
             the model's.
     """
     plain = type(cache) is DynamicCache and not cache.offloading
-    if plain and not cache.layers and adapted.shape.decoder.linear_layers:
+    if plain and not cache.layers and adapted.fingerprint.decoder.linear_layers:
         raise ValueError(
             "the KV cache is a DynamicCache that knows no layers, and some of this model's have no keys: make it "
             "with DynamicCache(config=model.config)"

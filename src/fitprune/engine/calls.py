@@ -78,8 +78,8 @@ def require_left_padding(adapted: AdaptedModel, valid: torch.Tensor | None) -> N
     if bool(between.any()):
         raise ValueError(
             f"attention_mask: sample {int(between.int().argmax())} has padding between tokens, and from a "
-            f"{adapted.shape.model_type} model such a row is not what its sample is alone, since {why}: pad on the "
-            "left (tokenizer.padding_side = 'left')"
+            f"{adapted.fingerprint.model_type} model such a row is not what its sample is alone, since {why}: pad "
+            "on the left (tokenizer.padding_side = 'left')"
         )
 
 

@@ -64,7 +64,7 @@ class Pruner(contextlib.ContextDecorator):
         """Arguments as for `prune`."""
         self._adapted = adapt(model)
         self.model = self._adapted.model
-        self.recipe = fitted_to(find_recipe(self.model, recipe), self._adapted.shape, force=force)
+        self.recipe = fitted_to(find_recipe(self.model, recipe), self._adapted.fingerprint, force=force)
         _require_prunable(self.recipe, self._adapted)
         scorer = self.recipe.scorer if scorer is None else scorer
         self.scorer = get_scorer(scorer)
@@ -305,10 +305,10 @@ def kept_positions(
 
 def _require_prunable(recipe: PruningRecipe, adapted: AdaptedModel) -> None:
     """Refuse a recipe by which tokens leave where the model's family does not let them."""
-    allowed = adapted.shape.decoder.prunable
+    allowed = adapted.fingerprint.decoder.prunable
     if wrong := [layer for layer in recipe.removing if layer not in allowed]:
         raise ValueError(
-            f"recipe removes tokens at layers {wrong}: from model_type={adapted.shape.model_type!r} tokens leave "
+            f"recipe removes tokens at layers {wrong}: from model_type={adapted.fingerprint.model_type!r} tokens leave "
             f"{adapted.family.removal}, which are {list(allowed)}; fit a recipe from this model's statistics"
         )
 

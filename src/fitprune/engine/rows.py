@@ -375,7 +375,9 @@ def _require_plain_mask(adapted: AdaptedModel, number: int, mask: Any, length: i
     """Refuse a layer that hides more than later keys, where its attention implementation shows no mask to cut."""
     window = adapted.windows[number]
     windowed = window is not None and length > window
-    if windowed or (adapted.shape.decoder.bidirectional and mask is not None and not isinstance(mask, torch.Tensor)):
+    if windowed or (
+        adapted.fingerprint.decoder.bidirectional and mask is not None and not isinstance(mask, torch.Tensor)
+    ):
         what = f"looks back {window} of {length} tokens" if windowed else "attends to later tokens of an image"
         raise ValueError(
             f"layer {number} {what}, and attn_implementation={adapted.decoder.config._attn_implementation!r} has no "

@@ -27,7 +27,7 @@ from fitprune._support.processes import Processes
 from fitprune.baselines.table import BASELINES, make_method, parse_name
 from fitprune.calibration.batches import make_batches
 from fitprune.calibration.samples import Sample
-from fitprune.costs.flops import ModelShape
+from fitprune.costs.sizes import ModelFingerprint
 from fitprune.engine.prune import kept_positions, prune
 from fitprune.evaluation import results
 from fitprune.evaluation.results import DENSE, Results
@@ -37,7 +37,8 @@ from fitprune.families.clip_tower import crops_of, watching
 from fitprune.families.images import visual_mask
 from fitprune.families.inputs import to_model
 from fitprune.families.provenance import provenance_of
-from fitprune.fitting.fit import Fitter, OutOfReach, checked_budget
+from fitprune.fitting.budget import OutOfReach, checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.output_search.divergence import kl
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.recipes.rounding import require_tokens
@@ -108,7 +109,7 @@ def evaluate(
     model = adapted.model
     entries, blind = readable(adapted, entries_of(methods))
     skipped = [*skipped, *blind]
-    _require_sound(tasks, entries, adapted.shape)
+    _require_sound(tasks, entries, adapted.fingerprint)
     names = chosen_metrics(tasks, metric)
     processes = Processes()
     if processes.count > 1 and journal is None:
@@ -145,7 +146,7 @@ def evaluate(
     timings = _timings(model, processor, tasks, entries, batch_size, prompt_template, timed_batches)
     parts = list(judge(names, metric is None, entries, ordered))
     return Results(
-        rows=tuple(rows_of(adapted.shape, parts, entries, model.dtype.itemsize)),
+        rows=tuple(rows_of(adapted.fingerprint, parts, entries, model.dtype.itemsize)),
         best=tuple(best_of(parts, entries)),
         skipped=tuple(dict(entry) for entry in skipped),
         recipes={
@@ -192,7 +193,7 @@ def entries_for(
     return entries, skipped
 
 
-def _require_sound(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entry], shape: ModelShape) -> None:
+def _require_sound(tasks: Mapping[str, Sequence[Sample]], entries: Sequence[Entry], shape: ModelFingerprint) -> None:
     """Refuse what would be found out late."""
     for name, samples in tasks.items():
         wrong = [s for s in samples if not isinstance(s, Sample)] if isinstance(samples, Sequence) else [samples]

@@ -11,7 +11,7 @@ import numpy as np
 
 from fitprune._support.journal import Record
 from fitprune.calibration.samples import Sample
-from fitprune.costs.flops import ModelShape
+from fitprune.costs.sizes import ModelFingerprint
 from fitprune.evaluation import metrics, results
 from fitprune.evaluation.results import DENSE, Best, Bootstrap, Row, Task, interval
 from fitprune.recipes.recipe import Cost, PruningRecipe
@@ -167,7 +167,9 @@ def _always(records: Sequence[Record]) -> str | None:
     return said.pop() if len(said) == 1 and len(questions) >= SEVERAL and not accepts else None
 
 
-def rows_of(shape: ModelShape, parts: Sequence[Judged], entries: Sequence[Entry], value_bytes: int) -> Iterator[Row]:
+def rows_of(
+    shape: ModelFingerprint, parts: Sequence[Judged], entries: Sequence[Entry], value_bytes: int
+) -> Iterator[Row]:
     """Make the figures of each task: dense, then every method at every budget."""
     for part in parts:
         own, dense = part.records, part.scores[DENSE]

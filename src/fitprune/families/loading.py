@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fitprune._support import assets
-from fitprune.families import adapter
+from fitprune.families.config import fingerprint_of
 from fitprune.recipes import hub
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -248,7 +248,7 @@ def _config(name: str, folder: str, source: dict[str, Any]) -> Any:
             f"{name}: model_type={model_type!r}: not supported, because it does not answer in text about images; "
             "'fitprune families' lists what is"
         )
-    adapter.model_shape(config)
+    fingerprint_of(config)
     return config
 
 

@@ -4,7 +4,7 @@ A fitted recipe removes a few tokens at nearly every layer, and each such layer 
 gathered. `merge_layers` chooses the layers that go on removing and how many tokens are left after each, exactly up to
 the rounding of costs, by dynamic programming over saved statistics.
 
-Symbols: P layers that tokens may leave (`DecoderShape.prunable`), L layers, n visual tokens, S samples.
+Symbols: P layers that tokens may leave (`DecoderSizes.prunable`), L layers, n visual tokens, S samples.
 """
 
 from __future__ import annotations

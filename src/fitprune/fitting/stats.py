@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fitprune._support import files, text_tables
-from fitprune.costs.flops import ModelShape
+from fitprune.costs.sizes import ModelFingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class AttentionStats:
     visual_tokens: tuple[int, ...]
     text_tokens: tuple[int, ...]
     digests: tuple[str, ...]
-    model: ModelShape
+    model: ModelFingerprint
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,7 +162,7 @@ class AttentionStats:
                 metadata = opened.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"format {metadata.get('format')!r}, must be {FORMAT!r}; not of this version")
-                model = ModelShape.from_dict(files.parse_json(metadata["model"]))
+                model = ModelFingerprint.from_dict(files.parse_json(metadata["model"]))
                 digests = tuple(files.parse_json(metadata["digests"]))
                 _require_shapes(opened, model.decoder.layers, len(digests))
                 tensors = {name: opened.get_tensor(name) for name in _TENSORS}

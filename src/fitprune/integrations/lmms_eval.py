@@ -34,7 +34,8 @@ from fitprune.engine.prune import prune
 from fitprune.families import adapter
 from fitprune.families.inputs import to_model
 from fitprune.families.loading import DTYPES, load_model
-from fitprune.fitting.fit import Fitter, checked_budget
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.fitting.stats import AttentionStats
 from fitprune.recipes.recipe import PruningRecipe
 
@@ -154,7 +155,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
             assert measured is not None
             used = make_method(method, Fitter(measured), checked_budget("flops_reduction", flops_reduction), seed=seed)
         if used is not None:
-            used.model.require_same(adapter.adapt(self.model).shape, what="recipe")
+            used.model.require_same(adapter.adapt(self.model).fingerprint, what="recipe")
         self.recipe = used
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:

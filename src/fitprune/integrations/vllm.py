@@ -25,14 +25,15 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from vllm.logger import init_logger
 
-from fitprune.costs.flops import ModelShape
+from fitprune.costs.sizes import ModelFingerprint
 from fitprune.engine.prune import plan_by
 from fitprune.engine.rows import Choose
-from fitprune.families import adapter
+from fitprune.families.config import fingerprint_of
 from fitprune.recipes.find import fitted_to
 from fitprune.recipes.recipe import PruningRecipe, short
-from fitprune.scoring.received import Attention, Softmax, text_after
+from fitprune.scoring.received import Attention, text_after
 from fitprune.scoring.scorers import get_scorer
+from fitprune.scoring.softmax import Softmax
 from fitprune.scoring.view import LayerView, Prompt
 
 RECIPE_VARIABLE = "FITPRUNE_RECIPE"
@@ -101,8 +102,8 @@ def configured_recipe(vllm_config: Any) -> PruningRecipe | None:
     return fitted_to(recipe, _shape(vllm_config), force=False)
 
 
-def _shape(vllm_config: Any) -> ModelShape:
-    return adapter.model_shape(vllm_config.model_config.hf_config)
+def _shape(vllm_config: Any) -> ModelFingerprint:
+    return fingerprint_of(vllm_config.model_config.hf_config)
 
 
 def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:

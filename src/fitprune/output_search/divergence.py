@@ -169,7 +169,7 @@ class Judge:
         """Price `divergences` in dense prefills of `unit` samples: the decoder layers that run, and scoring."""
         batch, layers = self.references[number], len(self.adapted.layers)
         n, text = batch.visual_tokens, batch.text_tokens
-        dense = flops.prefill_flops(self.adapted.shape, n, [0] * layers, text_after=text).decoder
+        dense = flops.prefill_flops(self.adapted.fingerprint, n, [0] * layers, text_after=text).decoder
         total = max((first for first in map(self._first, recipes) if first < layers), default=0) / layers
         for recipe in recipes:
             if (first := self._first(recipe)) < layers:

@@ -26,11 +26,13 @@ from tqdm import tqdm
 
 from fitprune._support.journal import Journal, Record
 from fitprune.calibration.measure import checked
-from fitprune.costs.flops import DecoderShape, ahead_macs, visual_macs
+from fitprune.costs.flops import ahead_macs, visual_macs
+from fitprune.costs.sizes import DecoderSizes
 from fitprune.families.adapter import adapt
 from fitprune.families.inputs import input_digests
 from fitprune.families.provenance import provenance_of
-from fitprune.fitting.fit import Budget, Fitter, OutOfReach, one_budget
+from fitprune.fitting.budget import Budget, OutOfReach, one_budget
+from fitprune.fitting.fit import Fitter
 from fitprune.fitting.stats import AttentionStats
 from fitprune.output_search.divergence import Judge, reference
 from fitprune.output_search.head_weights import HeadChoice, specs
@@ -171,7 +173,7 @@ class OutputFitter:
         seed = _whole_number("seed", seed, 0)
         adapted = adapt(model)
         model = adapted.model
-        stats.model.require_same(adapted.shape, what="stats")  # before the model answers
+        stats.model.require_same(adapted.fingerprint, what="stats")  # before the model answers
         self.fitter = Fitter(stats, visual_tokens=visual_tokens)
         self.visual_tokens, self.layers = self.fitter.visual_tokens, stats.model.decoder.layers
         self.prunable = stats.model.decoder.prunable
@@ -221,7 +223,7 @@ class OutputFitter:
         """Fit budgets; see `fit_output`.
 
         Args:
-            budgets: as `fitprune.fitting.fit.checked_budget` makes them.
+            budgets: as `fitprune.fitting.budget.checked_budget` makes them.
             passes: for all budgets together; by default 36 for one and 76 for several.
             minutes: for all budgets together, from the first dense answer on.
         """
@@ -567,7 +569,7 @@ def _rescored(plan: Plan, scorer: str, diversity: float) -> Plan:
     return tuple(dataclasses.replace(stage, scorer=scorer, diversity=diversity) for stage in plan)
 
 
-def _scaled(plan: Plan, budget: Budget, decoder: DecoderShape, n: int) -> list[int] | None:
+def _scaled(plan: Plan, budget: Budget, decoder: DecoderSizes, n: int) -> list[int] | None:
     """The most tokens that each stage may keep, in the plan's proportions; None if not even none at all fits."""
 
     def counts(scale: float) -> list[int]:
@@ -598,7 +600,7 @@ def _scaled(plan: Plan, budget: Budget, decoder: DecoderShape, n: int) -> list[i
     return made
 
 
-def _measured(plan: Plan, counts: Sequence[int], budget: Budget, decoder: DecoderShape, n: int) -> float:
+def _measured(plan: Plan, counts: Sequence[int], budget: Budget, decoder: DecoderSizes, n: int) -> float:
     """What a plan reaches, less what its scorers compute ahead of the layers that they stand before."""
     entering, kept = _by_layer(plan, counts, n, decoder.layers)
     reached = budget.measured(decoder, n, kept, entering)

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from fitprune._support import assets
-from fitprune.costs.flops import ModelShape
+from fitprune.costs.sizes import ModelFingerprint
 from fitprune.recipes import hub
 from fitprune.recipes.recipe import PruningRecipe
 
@@ -63,17 +63,19 @@ def recipe_beside(model: Any) -> PruningRecipe:
         raise ConnectionError(f"{looked} {error}") from error
 
 
-def fitted_to(recipe: PruningRecipe, shape: ModelShape, *, force: bool, what: str = "recipe") -> PruningRecipe:
-    """Let a recipe pass for a model of this shape.
+def fitted_to(
+    recipe: PruningRecipe, fingerprint: ModelFingerprint, *, force: bool, what: str = "recipe"
+) -> PruningRecipe:
+    """Let a recipe pass for a model of this fingerprint.
 
     Args:
         recipe: what is to be used.
-        shape: the model's.
+        fingerprint: the model's.
         force: use it on another model too, if that has as many layers.
         what: the recipe's name in errors.
 
     Returns:
-        The recipe; of another model, under this one's shape, so that costs are those of what runs.
+        The recipe; of another model, under this one's fingerprint, so that costs are those of what runs.
 
     Raises:
         ValueError: it is of another model, or, with `force`, of one with another number of layers.
@@ -81,12 +83,12 @@ def fitted_to(recipe: PruningRecipe, shape: ModelShape, *, force: bool, what: st
     if not isinstance(recipe, PruningRecipe):
         raise ValueError(f"{what} is a {type(recipe).__name__}: must be a PruningRecipe, as of PruningRecipe.named")
     if not force:
-        recipe.model.require_same(shape, what=what)
+        recipe.model.require_same(fingerprint, what=what)
         return recipe
-    there, here = len(recipe.keep), shape.decoder.layers
+    there, here = len(recipe.keep), fingerprint.decoder.layers
     if there != here:
         raise ValueError(f"{what} has {there} layers, the model {here}: force=True cannot help; fit one for this model")
-    if recipe.model == shape:
+    if recipe.model == fingerprint:
         return recipe
     provenance = {**recipe.provenance, "forced_from": recipe.model.to_dict()}
-    return dataclasses.replace(recipe, model=shape, provenance=provenance)
+    return dataclasses.replace(recipe, model=fingerprint, provenance=provenance)

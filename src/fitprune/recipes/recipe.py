@@ -19,7 +19,7 @@ from typing import Any
 
 from fitprune._support import files, text_tables
 from fitprune.costs import flops
-from fitprune.costs.flops import DecoderShape, ModelShape, VisionShape
+from fitprune.costs.sizes import DecoderSizes, ModelFingerprint, VisionSizes
 from fitprune.recipes import hub, model_card, rounding
 
 SCHEMA = 1
@@ -27,9 +27,9 @@ MOST_PARAMETERS = 64  # of a scorer, one in another counted alone; the richest h
 
 # The published shapes: Llama-7B decoders with CLIP ViT-L/14, in LLaVA-HR without its class token and with a ConvNeXt-L.
 _LLAMA_7B = (32, 32, 128, 32064)  # heads, kv_heads, head_dim, vocab
-_CLIP_L_336 = VisionShape(layers=24, hidden=1024, intermediate=4096, image_size=336, patch_size=14)
+_CLIP_L_336 = VisionSizes(layers=24, hidden=1024, intermediate=4096, image_size=336, patch_size=14)
 _HIGH_RESOLUTION = dataclasses.replace(_CLIP_L_336, image_size=448, class_tokens=0, beside_macs=736_194_201_088)
-_PUBLISHED_TYPES: dict[str, tuple[str, VisionShape]] = {
+_PUBLISHED_TYPES: dict[str, tuple[str, VisionSizes]] = {
     "llava-1.5-7b": ("llava", _CLIP_L_336),
     "llava-next-7b": ("llava_next", _CLIP_L_336),
     "llava-hr-7b": ("llava_hr", _HIGH_RESOLUTION),
@@ -85,15 +85,15 @@ class PruningRecipe:
     """
 
     keep: tuple[float, ...]
-    model: ModelShape
+    model: ModelFingerprint
     visual_tokens: int
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     enter: tuple[float, ...] = ()
     scorer: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "fitprune"}, hash=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, ModelShape):
-            raise ValueError(f"model is a {type(self.model).__name__}: must be a ModelShape, as stats.model is")
+        if not isinstance(self.model, ModelFingerprint):
+            raise ValueError(f"model is a {type(self.model).__name__}: must be a ModelFingerprint, as stats.model is")
         for name in ("keep", "enter"):
             if not isinstance(getattr(self, name), Iterable):
                 raise ValueError(f"{name} is a {type(getattr(self, name)).__name__}: must be a list of numbers")
@@ -247,7 +247,7 @@ class PruningRecipe:
         )
 
     @classmethod
-    def dense(cls, model: ModelShape, visual_tokens: int) -> PruningRecipe:
+    def dense(cls, model: ModelFingerprint, visual_tokens: int) -> PruningRecipe:
         """Make the recipe that keeps everything."""
         return cls((1.0,) * model.decoder.layers, model, visual_tokens, {"source": "keeps all"})
 
@@ -272,14 +272,14 @@ class PruningRecipe:
             there = sorted(int(p) for p in entry["removals"])
             raise ValueError(f"percent={reprlib.repr(percent)}: no published recipe of {name}; must be one of {there}")
         model_type, vision = _PUBLISHED_TYPES[name]
-        decoder = DecoderShape(entry["layers"], entry["hidden"], entry["intermediate"], *_LLAMA_7B)
+        decoder = DecoderSizes(entry["layers"], entry["hidden"], entry["intermediate"], *_LLAMA_7B)
         provenance = {
             "source": "arXiv:2409.10197, recipe published by the authors",
             "name": name,
             "nominal_percent": int(percent),
         }
         keep = rounding.keep_fractions(entry["removals"][str(percent)], entry["visual_tokens"])
-        return cls(keep, ModelShape(model_type, decoder, vision), entry["visual_tokens"], provenance)
+        return cls(keep, ModelFingerprint(model_type, decoder, vision), entry["visual_tokens"], provenance)
 
     @classmethod
     def named(cls, name: str | os.PathLike[str]) -> PruningRecipe:
@@ -518,7 +518,7 @@ class PruningRecipe:
             or not isinstance(data["provenance"], dict)
         ):
             raise ValueError("recipe's 'keep' (and 'enter') must be a list and 'provenance' an object; fit it again")
-        model = ModelShape.from_dict(data["model"])
+        model = ModelFingerprint.from_dict(data["model"])
         if "scorer" not in data and (name := _left_out(data["provenance"])):
             spec = {"name": name, **({"parameters": {"seed": 0}} if name == "random" else {})}
             raise ValueError(

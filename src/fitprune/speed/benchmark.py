@@ -195,7 +195,8 @@ def time_recipes(
     adapted = adapt(model)
     model = adapted.model
     recipes = {
-        name: fitted_to(recipe, adapted.shape, force=False, what=f"recipe {name!r}") for name, recipe in recipes.items()
+        name: fitted_to(recipe, adapted.fingerprint, force=False, what=f"recipe {name!r}")
+        for name, recipe in recipes.items()
     }
     if rounds < 1 or not new_tokens or min(new_tokens) < 1:
         raise ValueError(f"rounds={rounds}, new_tokens={list(new_tokens)}: must be at least 1 each")
@@ -234,7 +235,7 @@ def time_recipes(
 
 def _require_profile(profile: LatencyProfile, model: Any, adapted: Any, batch: int, length: int) -> None:
     """Refuse a profile of anything else than what is timed."""
-    profile.model.require_same(adapted.shape, what="profile")
+    profile.model.require_same(adapted.fingerprint, what="profile")
     timed = {"batch": batch, "dtype": str(model.dtype).removeprefix("torch."), "device": device_name(model)}
     for what, value in timed.items():
         if getattr(profile, what) != value:

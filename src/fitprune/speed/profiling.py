@@ -179,7 +179,7 @@ class Profiler:
         text = ids[~visual].view(len(ids), -1)
         self._text = text.repeat(1, -(-self.grid[-1] // text.shape[1]))
         # Layers that are all alike are timed by some of them; their weights are far more than a cache holds.
-        shape, layers = self._adapted.shape.decoder, len(self._adapted.layers)
+        shape, layers = self._adapted.fingerprint.decoder, len(self._adapted.layers)
         alike = not (shape.linear_layers or shape.mlps) and len(set(self._adapted.windows)) == 1
         self._timed = min(LAYERS_TIMED, layers) if alike else layers
         self._rounds: list[_Round] = []
@@ -218,7 +218,7 @@ class Profiler:
         removal = _medians([r.removal for r in chosen if r.removal] or [r.removal for r in self._rounds if r.removal])
         batch, longest = self._inputs["input_ids"].shape
         return LatencyProfile(
-            model=self._adapted.shape,
+            model=self._adapted.fingerprint,
             tokens=tuple(self.grid),
             mixer_seconds=tuple(layers[n] - mlps[n] for n in self.grid),
             mlp_seconds=tuple(mlps[n] for n in self.grid),
@@ -234,7 +234,7 @@ class Profiler:
 
     def _removal_seconds(self) -> dict[int, float]:
         """Tokens of the prompt -> seconds that removal takes in a layer that so many enter."""
-        decoder, text = self._adapted.shape.decoder, self._inputs["input_ids"].shape[1] - self._visual
+        decoder, text = self._adapted.fingerprint.decoder, self._inputs["input_ids"].shape[1] - self._visual
         found = {}
         for share in (1, 2, 4, 8):
             # All but a share leave in the first layer that lets them, then one in each.
@@ -244,7 +244,7 @@ class Profiler:
                 if layer in decoder.prunable:
                     left = most if left > most else max(left - 1, 0)
                 kept.append(left / self._visual)
-            recipe = PruningRecipe(tuple(kept), self._adapted.shape, self._visual)
+            recipe = PruningRecipe(tuple(kept), self._adapted.fingerprint, self._visual)
             watches = {name: Stopwatch(self._model) for name in REMOVING}
             with prune(self._model, recipe) as pruner:
                 remover = pruner.remover
