@@ -87,8 +87,7 @@ def fit_sequential(
         for index, batch in enumerate(tqdm(held, desc=f"tolerance {tolerance:.3f}", disable=not progress or None)):
             left[index] = stats.visual_tokens[index]  # of layers where none leave before the first removal
             choose = _within(totals[index], tolerance, left[index], decoder.prunable)
-            # The default binds this sample's function; mypy cannot infer a lambda's default.
-            with torch.no_grad(), removing(adapted, lambda _, same=choose: same):  # type: ignore[misc]
+            with torch.no_grad(), removing(adapted, choose):
                 model(**to_model(batch, model), use_cache=False, logits_to_keep=1)
         return left
 

@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from fitprune.engine.remover import Prefill, Remover, paused, removing
 from fitprune.engine.rotary import RotaryOffsets
-from fitprune.engine.rows import Choose, Plan
+from fitprune.engine.rows import Choose
 from fitprune.families.adapter import AdaptedModel, adapt
 from fitprune.families.images import given_images, tokens_of
 from fitprune.fitting.rules import keep_highest
@@ -24,7 +24,7 @@ from fitprune.recipes.find import find_recipe, fitted_to
 from fitprune.recipes.recipe import PruningRecipe, scorer_parts
 from fitprune.recipes.rounding import kept_counts
 from fitprune.scoring.scorers import Score, Scorer, checked_scores, get_scorer
-from fitprune.scoring.view import LayerView
+from fitprune.scoring.view import LayerView, Quotas
 
 # Decoders that are pruned now. The model's own hooks hold what is attached, so that only `detach` undoes it.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[_Attached]] = weakref.WeakKeyDictionary()
@@ -101,7 +101,8 @@ class Pruner(contextlib.ContextDecorator):
                     self._key,
                     removing(
                         self._adapted,
-                        plan_by(self.recipe, self.scorer, self._pool_images),
+                        choose_by(self.scorer),
+                        quotas_by(self.recipe, self._pool_images),
                         needs_question=self.scorer.query_aware,
                         reads_vision=self.scorer.reads_vision,
                     ),
@@ -313,33 +314,29 @@ def _require_prunable(recipe: PruningRecipe, adapted: AdaptedModel) -> None:
         )
 
 
-def plan_by(recipe: PruningRecipe, scorer: Scorer, pool_images: bool = False) -> Plan:
-    """Make the function that plans a prefill: how many tokens of each image are left at each layer."""
+def quotas_by(recipe: PruningRecipe, pool_images: bool = False) -> Callable[[torch.Tensor], Quotas]:
+    """Make the function from a prefill's images, [B, Q] as `Prompt.images`, to the tokens that each may keep."""
+    # In the prompt, then before and inside each layer.
+    fractions = [f for pair in zip(recipe.entering, recipe.keep, strict=True) for f in pair]
 
-    def plan(image: torch.Tensor) -> Choose:
-        original = tokens_of(_pooled(image) if pool_images else image)
-        if not original[0]:  # the mask hides every visual token
-            return lambda _: None
-        # [2 * layers + 1, B, images]: in the prompt, then into and after each layer.
-        fractions = [f for pair in zip(recipe.entering, recipe.keep, strict=True) for f in pair]
-        left = torch.tensor([[[n, *kept_counts(fractions, n)] for n in row] for row in original]).permute(2, 0, 1)
-        last = max((step for step in range(len(fractions)) if not torch.equal(left[step], left[step + 1])), default=-1)
+    def quotas(image: torch.Tensor) -> Quotas:
+        tokens = tokens_of(image.clamp(max=0) if pool_images else image)
+        counts = [[[n, *kept_counts(fractions, n)] for n in row] for row in tokens]
+        size = len(tokens), len(tokens[0]), len(fractions) + 1  # no images where the mask hides every visual token
+        return Quotas(torch.tensor(counts, dtype=torch.long).view(size).permute(2, 0, 1), pool_images)
 
-        def choose(view: LayerView) -> torch.Tensor | None:
-            step = 2 * view.layer + (0 if view.before else 1)
-            if scorer.accumulates and not view.before and step <= last:
-                view.prompt.accumulate(view)
-            if torch.equal(left[step], left[step + 1]):
-                return None
-            view.group = _pooled(view.image) if pool_images else view.image
-            view.left = left[step + 1].to(view.image.device)
-            return keep_highest(checked_scores(scorer.score(view), view.image), view.group, view.left)
-
-        return choose
-
-    return plan
+    return quotas
 
 
-def _pooled(image: torch.Tensor) -> torch.Tensor:
-    """All images of a sample as one."""
-    return image.clamp(max=0)
+def choose_by(scorer: Scorer) -> Choose:
+    """Make the function that keeps each image's tokens with the highest scores, as many as its quota."""
+
+    def choose(view: LayerView) -> torch.Tensor | None:
+        quotas, place = view.quotas, view.number
+        if scorer.accumulates and not view.before and place <= quotas.last:
+            view.prompt.accumulate(view)
+        if torch.equal(quotas.counts[place], quotas.counts[place + 1]):
+            return None
+        return keep_highest(checked_scores(scorer.score(view), view.image), view.group, view.left)
+
+    return choose

@@ -30,12 +30,12 @@ from fitprune.engine import calls
 from fitprune.engine.attention_tap import COPIED, AttentionTap, tap_attention
 from fitprune.engine.cache import PrunedLayer, adopt, is_pruned, require_plain, require_whole
 from fitprune.engine.rotary import RotaryOffsets
-from fitprune.engine.rows import Forward, Plan, cut_mask, rows_at
+from fitprune.engine.rows import Choose, Forward, cut_mask, rows_at
 from fitprune.families.adapter import AdaptedModel
 from fitprune.families.clip_tower import Tower, watching
 from fitprune.families.images import PIXELS, given_images, read_images, tokens_of
 from fitprune.scoring.received import Attention, text_after
-from fitprune.scoring.view import Prompt
+from fitprune.scoring.view import Prompt, Quotas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +112,17 @@ class Remover:
         attached: what is to live as long as the hooks that are on the model.
     """
 
-    def __init__(self, adapted: AdaptedModel, plan: Plan, needs_question: bool, tower: Tower | None) -> None:
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        choose: Choose,
+        quotas: Callable[[torch.Tensor], Quotas] | None,
+        needs_question: bool,
+        tower: Tower | None,
+    ) -> None:
         self.adapted = adapted
-        self.plan = plan
+        self._choose = choose
+        self._quotas = quotas
         self.needs_question = needs_question
         self.tower = tower
         self._latest: Prefill | None = None
@@ -241,8 +249,9 @@ class Remover:
             lambda: self._cls_attention(seen.features, seen.visual),
             image,
             self.adapted.norm,
+            None if self._quotas is None else self._quotas(image),
         )
-        return Forward(past, length, valid, self.plan(image), whole, kept=kept, image=image, question=question), changed
+        return Forward(past, length, valid, self._choose, whole, kept=kept, image=image, question=question), changed
 
     def _uncached_prompt(self, given: dict[str, Any], cache: Any, length: int) -> int:
         """The length of the prompt, also where the call repeats the last one with one more token.
@@ -473,13 +482,19 @@ class LayerHooks:
 
 @contextlib.contextmanager
 def removing(
-    adapted: AdaptedModel, plan: Plan, *, needs_question: bool = True, reads_vision: bool = False
+    adapted: AdaptedModel,
+    choose: Choose,
+    quotas: Callable[[torch.Tensor], Quotas] | None = None,
+    *,
+    needs_question: bool = True,
+    reads_vision: bool = False,
 ) -> Iterator[Remover]:
-    """Let `plan` remove visual tokens from every prefill of the model, until the block ends.
+    """Let `choose` remove visual tokens from every prefill of the model, until the block ends.
 
     Args:
         adapted: the model.
-        plan: makes, for each prefill, the function that chooses in it.
+        choose: says, of a view, which rows stay.
+        quotas: makes of each prefill's images what scorers see as `LayerView.quotas`.
         needs_question: whether it reads cross attention, so that a prompt without a question is refused.
         reads_vision: whether it reads the attention of the vision tower's [CLS] token.
 
@@ -490,7 +505,7 @@ def removing(
     calls.require_uncompiled(adapted)
     with contextlib.ExitStack() as stack:
         tower = stack.enter_context(watching(adapted)) if reads_vision else None
-        remover = Remover(adapted, plan, needs_question, tower)
+        remover = Remover(adapted, choose, quotas, needs_question, tower)
         stack.enter_context(remover.rotary.in_generate())
         stack.callback(remover.require_idle)
         tap = stack.enter_context(tap_attention(adapted, remover.at_attention))

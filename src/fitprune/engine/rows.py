@@ -24,8 +24,6 @@ from fitprune.scoring.view import LayerView, Prompt
 
 # What a scorer may look at -> stays [B, m] bool, or None where nothing leaves.
 Choose = Callable[[LayerView], "torch.Tensor | None"]
-# image [B, Q] of a prefill -> the function that chooses in it.
-Plan = Callable[[torch.Tensor], Choose]
 
 
 @dataclasses.dataclass
