@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fitprune.calibration.measure import checked, measure
 from fitprune.costs import flops
 from fitprune.engine.remover import removing
-from fitprune.engine.rows import Choose
+from fitprune.engine.running import Choose
 from fitprune.families.adapter import adapt
 from fitprune.families.inputs import input_digests, to_model
 from fitprune.fitting.budget import checked_budget

@@ -1,4 +1,4 @@
-"""`prune` and `attach`: a recipe at work on a model."""
+"""`prune` and `attach`: switch a recipe on and off on a model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from fitprune.engine.remover import Prefill, Remover, paused, removing
+from fitprune.engine.calls import paused
+from fitprune.engine.choose import choose_by, quotas_by
+from fitprune.engine.kept import Prefill
+from fitprune.engine.remover import Remover, removing
 from fitprune.engine.rotary import RotaryOffsets
-from fitprune.engine.rows import Choose
 from fitprune.families.adapter import AdaptedModel, adapt
-from fitprune.families.images import given_images, tokens_of
-from fitprune.fitting.rules import keep_highest
+from fitprune.families.images import given_images
 from fitprune.recipes.find import find_recipe, fitted_to
 from fitprune.recipes.recipe import PruningRecipe, scorer_parts
-from fitprune.recipes.rounding import kept_counts
-from fitprune.scoring.scorers import Score, Scorer, checked_scores, get_scorer
-from fitprune.scoring.view import LayerView, Quotas
+from fitprune.scoring.scorers import Score, Scorer, get_scorer
 
 # Decoders that are pruned now. The model's own hooks hold what is attached, so that only `detach` undoes it.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[_Attached]] = weakref.WeakKeyDictionary()
@@ -36,7 +35,7 @@ class _Attached:
 
     def __init__(self, key: tuple[Any, ...], removal: contextlib.AbstractContextManager[Remover]) -> None:
         self.key = key
-        self.count = 0  # how often it was attached
+        self.count = 0  # pruners that are attached
         self.stack = contextlib.ExitStack()
         self.remover = self.stack.enter_context(removal)
         self.remover.attached = self  # the model's hooks hold the remover, and so this
@@ -49,7 +48,7 @@ class Pruner(contextlib.ContextDecorator):
         model: the model that is pruned, without what wraps it (PEFT, a pipeline, DataParallel).
         recipe: the recipe at work.
         scorer: what ranks the tokens.
-        remover: what takes them out; None until it was attached.
+        remover: removes them; None until it was attached.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Pruner(contextlib.ContextDecorator):
         self._pool_images = pool_images
         self.remover: Remover | None = None  # the last one at work
         self._entered = 0
-        self._before: Prefill | None = None  # what another pruner's prefill kept
+        self._before: Prefill | None = None  # the last record of another pruner
         self._unused = True
 
     def __call__(self, function: Any) -> Any:
@@ -95,9 +94,9 @@ class Pruner(contextlib.ContextDecorator):
     def __enter__(self) -> Pruner:
         with _LOCK:
             self._unused = False
-            found = _ATTACHED.get(self._adapted.decoder, lambda: None)()
-            if found is None:
-                found = _Attached(
+            attached = _ATTACHED.get(self._adapted.decoder, lambda: None)()
+            if attached is None:
+                attached = _Attached(
                     self._key,
                     removing(
                         self._adapted,
@@ -107,27 +106,27 @@ class Pruner(contextlib.ContextDecorator):
                         reads_vision=self.scorer.reads_vision,
                     ),
                 )
-                _ATTACHED[self._adapted.decoder] = weakref.ref(found)
-            elif found.key != self._key:
+                _ATTACHED[self._adapted.decoder] = weakref.ref(attached)
+            elif attached.key != self._key:
                 raise ValueError(
                     "the model is in use by fitprune, pruned by another recipe or scorer: leave that block or detach() "
                     "that pruner first; for two recipes at once load the model twice, for a dense call use "
                     "`with pruner.paused():`"
                 )
-            found.count += 1
+            attached.count += 1
             if not self._entered:
-                self._before = found.remover.last
+                self._before = attached.remover.calls.last
             self._entered += 1
-            self.remover = found.remover
+            self.remover = attached.remover
         return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
 
     def detach(self) -> None:
-        """Stop pruning: the model is as it was found, unless another pruner of the same recipe is still attached.
+        """Stop pruning: the model is as before, unless another pruner of the same recipe is still attached.
 
-        Once detached, calling it again does nothing.
+        Calling it again does nothing.
 
         Raises:
             ValueError: another thread is still inside a call of the model.
@@ -149,8 +148,8 @@ class Pruner(contextlib.ContextDecorator):
 
     @property
     def last(self) -> Prefill | None:
-        """What the last prefill with images kept: of this thread, or of any where this one had none; None before it."""
-        last = None if self.remover is None else self.remover.last
+        """What the last prefill with images kept: this thread's, or any thread's where it had none; None before one."""
+        last = None if self.remover is None else self.remover.calls.last
         return None if last is self._before else last
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
@@ -198,7 +197,7 @@ def prune(
 
     For a server or a notebook, which has no block to stay in, see `attach`. Threads may enter the same recipe at once.
 
-    Inside the block, use the model as ever: any batch, any number of images, any decoding. At each layer that the
+    Inside the block, use the model as before: any batch, any number of images, any decoding. At each layer that the
     recipe names, the tokens with the lowest score leave after the attention: the layer's KV cache keeps them, its MLP
     and later layers never see them. The number that leaves comes from the recipe, for each image by its own token
     count; which ones, from this input's own attention, by the recipe's scorer. Kept tokens stay in order and at their
@@ -210,15 +209,15 @@ def prune(
     do not decide what leaves. Text between images is kept, and is no question (see
     `fitprune.scoring.received.text_after`).
 
-    A turn that continues a pruned cache prunes its own images by its own question; what left in earlier turns stays
-    away. With scorer "self" what is kept depends on no question, so that one cache can serve many.
+    A turn that continues a pruned cache prunes its own images by its own question; what left in earlier turns does not
+    come back. With scorer "self" what is kept depends on no question, so that one cache can serve many.
 
     `labels` must be -100 wherever a visual token would make the prediction; the loss over the other positions is that
     of a dense model in which the removed tokens are masked. Gradients flow through what is kept.
 
     Args:
         model: a supported `...ForConditionalGeneration` model; also inside PEFT, a pipeline or DataParallel.
-        recipe: fitted for this model; whole, or what `PruningRecipe.named` finds it by: a file, a folder, a hub name, a
+        recipe: one fitted for this model, or what `PruningRecipe.named` finds it by: a file, a folder, a hub name, a
             published name. None for the one beside the model's weights, in its folder or hub repository.
         scorer: instead of the recipe's own: a name in `fitprune.scoring.scorers.SCORERS`, name and parameters as a
             recipe holds them, a Scorer, or a function from LayerView to scores [B, m].
@@ -226,7 +225,7 @@ def prune(
         force: use a recipe of another model, if that has as many layers.
 
     Returns:
-        The pruner, to be entered by `with`. On exit, also after an exception, the model is as it was found.
+        The pruner, to be entered by `with`. On exit, also after an exception, the model is as before.
 
     Raises:
         OSError: a recipe's file cannot be read, nothing has its name, or the hub is out of reach.
@@ -280,7 +279,7 @@ def kept_positions(
     pool_images: bool = False,
     force: bool = False,
 ) -> list[torch.Tensor]:
-    """Run one prefill and tell which positions of the prompt enter each layer; arguments as for `prune`.
+    """Run one prefill, and return which positions of the prompt enter each layer; arguments as for `prune`.
 
     Returns:
         For each layer, [B, m] int64: ascending columns of `input_ids`; -1 at padding, and on the left of rows that hold
@@ -312,31 +311,3 @@ def _require_prunable(recipe: PruningRecipe, adapted: AdaptedModel) -> None:
             f"recipe removes tokens at layers {wrong}: from model_type={adapted.fingerprint.model_type!r} tokens leave "
             f"{adapted.family.removal}, which are {list(allowed)}; fit a recipe from this model's statistics"
         )
-
-
-def quotas_by(recipe: PruningRecipe, pool_images: bool = False) -> Callable[[torch.Tensor], Quotas]:
-    """Make the function from a prefill's images, [B, Q] as `Prompt.images`, to the tokens that each may keep."""
-    # In the prompt, then before and inside each layer.
-    fractions = [f for pair in zip(recipe.entering, recipe.keep, strict=True) for f in pair]
-
-    def quotas(image: torch.Tensor) -> Quotas:
-        tokens = tokens_of(image.clamp(max=0) if pool_images else image)
-        counts = [[[n, *kept_counts(fractions, n)] for n in row] for row in tokens]
-        size = len(tokens), len(tokens[0]), len(fractions) + 1  # no images where the mask hides every visual token
-        return Quotas(torch.tensor(counts, dtype=torch.long).view(size).permute(2, 0, 1), pool_images)
-
-    return quotas
-
-
-def choose_by(scorer: Scorer) -> Choose:
-    """Make the function that keeps each image's tokens with the highest scores, as many as its quota."""
-
-    def choose(view: LayerView) -> torch.Tensor | None:
-        quotas, place = view.quotas, view.number
-        if scorer.accumulates and not view.before and place <= quotas.last:
-            view.prompt.accumulate(view)
-        if torch.equal(quotas.counts[place], quotas.counts[place + 1]):
-            return None
-        return keep_highest(checked_scores(scorer.score(view), view.image), view.group, view.left)
-
-    return choose

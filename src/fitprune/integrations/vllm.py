@@ -26,7 +26,7 @@ from huggingface_hub.errors import HFValidationError
 from vllm.logger import init_logger
 
 from fitprune.costs.sizes import ModelFingerprint
-from fitprune.engine.prune import choose_by, quotas_by
+from fitprune.engine.choose import choose_by, quotas_by
 from fitprune.families.config import fingerprint_of
 from fitprune.recipes.find import fitted_to
 from fitprune.recipes.recipe import PruningRecipe, short
