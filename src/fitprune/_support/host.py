@@ -119,31 +119,30 @@ def attention_function(name: str, module: Any) -> Any:
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-def makes_masks(name: str) -> bool:
-    """Whether transformers can make masks for an attention implementation."""
+def causal_mask(present: torch.Tensor, hidden: torch.Tensor, config: Any) -> Any:
+    """Make a causal mask in the form that the attention implementation takes.
+
+    Args:
+        present: [B, keys] bool, False at padding; the last m keys are the rows' own.
+        hidden: [B, m, d], the layer's input.
+        config: the decoder's.
+
+    Raises:
+        ValueError: transformers has no function that makes masks for the implementation.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    return name in ALL_MASK_ATTENTION_FUNCTIONS
-
-
-def make_mask(name: str, present: torch.Tensor, hidden: torch.Tensor, config: Any) -> Any:
-    """Make a causal mask for the last of the keys `present`, [B, keys] bool; arguments as for `engine.masks`."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    batch, keys = present.shape
-    rows = hidden.shape[1]
-    return ALL_MASK_ATTENTION_FUNCTIONS[name](
-        batch_size=batch,
-        q_length=rows,
-        kv_length=keys,
-        q_offset=keys - rows,
-        kv_offset=0,
-        attention_mask=present,
-        allow_is_causal_skip=True,
-        dtype=hidden.dtype,
-        config=config,
-        device=hidden.device,
-    )
+    implementation = attention_implementation(config)
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"attn_implementation={implementation!r} has no entry in transformers' mask registry: a mask for the "
+            "kept tokens cannot be made; register one, or load the model with 'sdpa' or 'eager'"
+        )
+    (batch, keys), rows = present.shape, hidden.shape[1]
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+        batch_size=batch, q_length=rows, kv_length=keys, q_offset=keys - rows, kv_offset=0, attention_mask=present,
+        allow_is_causal_skip=True, dtype=hidden.dtype, config=config, device=hidden.device,
+    )  # fmt: skip
 
 
 class WatchedKernel(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -6,6 +6,7 @@ Shapes: B batch, P columns of the past (as many as before pruning), Q columns of
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -37,10 +38,15 @@ class Call:
     valid: torch.Tensor | None
     past: int
 
-    @property
+    @functools.cached_property
     def length(self) -> int:
         """Q."""
         return call_length(self.arguments)
+
+    @property
+    def total(self) -> int:
+        """N."""
+        return self.past + self.length
 
     @property
     def own_valid(self) -> torch.Tensor | None:

@@ -6,7 +6,6 @@ The model's own attention implementation goes on computing the output. Nothing i
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fitprune._support import host
+from fitprune.engine.masks import mask_of_rows
 from fitprune.families.adapter import AdaptedModel
 from fitprune.scoring.received import Attention
 from fitprune.scoring.softmax import Softmax
@@ -30,17 +30,6 @@ COPIED = (
 NAME = "fitprune"  # in transformers' attention registry; only tapped attention modules name it
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tapped:
-    """What a tapped attention module calls, and whose implementation computes its output."""
-
-    tap: Tap
-    number: int
-    decoder_config: Any
-    bidirectional: bool
-    window: int | None
-
-
 # transformers calls one function for all models, which finds the tap by the module that calls it. Weak on both sides: a
 # tap holds its model, which would never be collected.
 _TAPPED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionTap]] = weakref.WeakKeyDictionary()
@@ -52,15 +41,17 @@ class AttentionTap:
 
     Each attention module gets a copy of its config that names our function. The model's own config, and with it masks
     and all else that depends on the attention implementation, stays the user's.
+
+    Attributes:
+        adapted: the model.
+        tap: the function.
+        numbers: of the layers, by their attention modules.
     """
 
     def __init__(self, adapted: AdaptedModel, tap: Tap) -> None:
-        config, bidirectional = adapted.decoder.config, adapted.fingerprint.decoder.bidirectional
-        self._tapped = {
-            attention: _Tapped(tap, number, config, bidirectional, adapted.windows[number])
-            for number, attention in enumerate(adapted.attentions)
-            if attention is not None
-        }
+        self.adapted = adapted
+        self.tap = tap
+        self.numbers = {attention: n for n, attention in enumerate(adapted.attentions) if attention is not None}
         self._own_configs: dict[nn.Module, Any] = {}  # of each module, while the tap is on
 
     def on(self) -> None:
@@ -68,16 +59,12 @@ class AttentionTap:
         if self._own_configs:
             return
         copies: dict[int, Any] = {}  # layers mostly share one config
-        for attention in self._tapped:
+        for attention in self.numbers:
             _TAPPED[attention] = weakref.ref(self)  # first: another thread may be about to call the module
             self._own_configs[attention] = own = attention.config
             if id(own) not in copies:
                 copies[id(own)] = host.with_attention(own, NAME)
             attention.config = copies[id(own)]
-
-    def at(self, attention: nn.Module) -> _Tapped:
-        """What a module calls."""
-        return self._tapped[attention]
 
     def off(self) -> None:
         """Take it off, if it is on."""
@@ -129,18 +116,19 @@ def _attend(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     """Show an attention call to the module's tap, and run the model's own implementation."""
-    tap = _TAPPED.get(module, lambda: None)()
-    if tap is None:
+    tapped = _TAPPED.get(module, lambda: None)()
+    if tapped is None:
         raise ValueError(COPIED)
-    tapped = tap.at(module)
+    number, config = tapped.numbers[module], tapped.adapted.decoder.config
+    mask = args[0] if args else kwargs.get("attention_mask")
 
     def attention(lse: torch.Tensor | None = None) -> Attention:
-        return Attention(query, key, value, _softmax(query, tapped, args, kwargs), lse)
+        return Attention(query, key, value, _softmax(query, tapped.adapted, number, mask, kwargs), lse)
 
-    callback = tapped.tap(tapped.number, attention)
-    implementation = host.attention_implementation(tapped.decoder_config)  # now: it may change inside the block
+    callback = tapped.tap(number, attention)
+    implementation = host.attention_implementation(config)  # now: it may change inside the block
     attend = host.attention_function(implementation, module)
-    caller = _Untapped(module, tapped.decoder_config) if "flash" in implementation else module
+    caller = _Untapped(module, config) if "flash" in implementation else module
     if callback is None:
         return attend(caller, query, key, value, *args, **kwargs)
     # Another implementation may call torch's kernel too, but for other rows, as with packed sequences.
@@ -151,21 +139,21 @@ def _attend(
     return output
 
 
-def _softmax(query: torch.Tensor, tapped: _Tapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Softmax:
+def _softmax(query: torch.Tensor, adapted: AdaptedModel, number: int, mask: Any, kwargs: dict[str, Any]) -> Softmax:
     """Read how a layer makes its weights from what it passes to its attention function."""
     if kwargs.get("position_bias") is not None:
         raise ValueError("the decoder's attention adds a position_bias, which scores do not know: not supported")
-    mask, scaling = args[0] if args else kwargs.get("attention_mask"), kwargs.get("scaling")
-    if tapped.bidirectional and mask is not None and not isinstance(mask, torch.Tensor):
+    scaling = kwargs.get("scaling")
+    if adapted.fingerprint.decoder.bidirectional and mask is not None and not isinstance(mask, torch.Tensor):
         raise ValueError(
-            f"layer {tapped.number} attends to later tokens of an image, which its mask ({type(mask).__name__}) does "
+            f"layer {number} attends to later tokens of an image, which its mask ({type(mask).__name__}) does "
             "not show to scores: load the model with 'sdpa' or 'eager'"
         )
     return Softmax(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         # FlashAttention takes padding [batch, keys], flex_attention a mask of blocks: neither is one of rows and keys.
-        mask=mask if isinstance(mask, torch.Tensor) and mask.ndim == 4 else None,
-        window=tapped.window,
+        mask=mask_of_rows(mask),
+        window=adapted.windows[number],
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )

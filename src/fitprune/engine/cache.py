@@ -10,6 +10,7 @@ and belong to the columns from `covered` on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -157,26 +158,23 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let row b become what row `beam_idx[b]` was."""
         super().reorder_cache(beam_idx)
-        if self.columns is not None:
-            self.columns = self.columns.index_select(0, beam_idx.to(self.columns.device))
-        if self.rope_offset is not None and len(self.rope_offset) > 1:
-            self.rope_offset = self.rope_offset.index_select(0, beam_idx.to(self.rope_offset.device))
+        self._move_rows(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         super().batch_repeat_interleave(repeats)
-        if self.columns is not None:
-            self.columns = self.columns.repeat_interleave(repeats, dim=0)
-        if self.rope_offset is not None and len(self.rope_offset) > 1:
-            self.rope_offset = self.rope_offset.repeat_interleave(repeats, dim=0)
+        self._move_rows(lambda part: part.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these rows."""
         super().batch_select_indices(indices)
+        self._move_rows(lambda part: part[indices.to(part.device)])
+
+    def _move_rows(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.columns is not None:
-            self.columns = self.columns[indices.to(self.columns.device), ...]
+            self.columns = move(self.columns)
         if self.rope_offset is not None and len(self.rope_offset) > 1:
-            self.rope_offset = self.rope_offset[indices.to(self.rope_offset.device)]
+            self.rope_offset = move(self.rope_offset)
 
 
 def is_pruned(cache: Any) -> bool:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from fitprune._support import host
+from fitprune.engine.arguments import Call
 from fitprune.engine.cache import PrunedLayer
-from fitprune.engine.masks import causal_mask, cut_mask, mask_of_rows, require_plain_mask
+from fitprune.engine.masks import cut_mask, mask_of_rows, require_plain_mask
 from fitprune.engine.rows import take_positions
 from fitprune.families.adapter import AdaptedModel
 
@@ -40,26 +41,18 @@ class LayerInputs:
     """Makes the arguments of each layer in one call of the model.
 
     Attributes:
-        past: P.
-        length: Q.
-        valid: [B, P + Q] bool, False at padding; None where there is none.
+        adapted: the model.
+        call: the call.
         keys_valid: [B, keys] bool, False at keys of the present layer that are padding; None where there is none.
     """
 
-    def __init__(self, adapted: AdaptedModel, past: int, length: int, valid: torch.Tensor | None) -> None:
-        self.past = past
-        self.length = length
-        self.valid = valid
+    def __init__(self, adapted: AdaptedModel, call: Call) -> None:
+        self.adapted = adapted
+        self.call = call
         self.keys_valid: torch.Tensor | None = None
-        self._adapted = adapted
         self._config = adapted.decoder.config
         # By the identity of what they are made of, which is kept beside them so that no other tensor gets its id.
         self._made: dict[tuple[int, ...], tuple[Any, _Inputs]] = {}
-
-    @property
-    def own_valid(self) -> torch.Tensor | None:
-        """`valid` of this call's columns, [B, Q]."""
-        return None if self.valid is None else self.valid[:, self.past :]
 
     def rows_have_left(self) -> None:
         """Make the inputs of later layers again, for the rows that are still present."""
@@ -82,15 +75,15 @@ class LayerInputs:
         Raises:
             ValueError: no mask can be made for the attention implementation.
         """
-        cache = host.cache_of(self._adapted.layers[number], kwargs)
+        cache = host.cache_of(self.adapted.layers[number], kwargs)
         layer = None if cache is None else cache.layers[number]
         layer = layer if isinstance(layer, PrunedLayer) else None
         columns = None if layer is None else layer.columns
         if kept is None and columns is None:
-            self.keys_valid = self.valid
+            self.keys_valid = self.call.valid
             return kwargs
         mask, embeddings = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        sources = (columns, mask, embeddings, self._adapted.attentions[number] is None)
+        sources = (columns, mask, embeddings, self.adapted.attentions[number] is None)
         key = tuple(id(source) for source in sources)
         if key not in self._made:
             self._made[key] = (sources, self._make(number, layer or PrunedLayer(), hidden, kwargs, kept))
@@ -101,22 +94,17 @@ class LayerInputs:
         return {**kwargs, **inputs.replaced}
 
     def _make(
-        self,
-        number: int,
-        layer: PrunedLayer,
-        hidden: torch.Tensor,
-        kwargs: dict[str, Any],
-        kept: torch.Tensor | None,
+        self, number: int, layer: PrunedLayer, hidden: torch.Tensor, kwargs: dict[str, Any], kept: torch.Tensor | None
     ) -> _Inputs:
         """Choose the case, by the layer's attention and mask, and by the rows present."""
         kept = None if kept is None else kept.to(hidden.device)
-        if self._adapted.attentions[number] is None:
+        if self.adapted.attentions[number] is None:
             assert kept is not None
             return self._without_attention(kwargs, kept)
         own = mask_of_rows(kwargs.get("attention_mask"))
         if own is None:
-            require_plain_mask(self._adapted, number, kwargs.get("attention_mask"), self.past + self.length)
-        if kept is None and hidden.shape[1] == 1 and self._adapted.windows[number] is None:
+            require_plain_mask(self.adapted, number, kwargs.get("attention_mask"), self.call.total)
+        if kept is None and hidden.shape[1] == 1 and self.adapted.windows[number] is None:
             return self._one_token(layer, hidden)
         columns, expected = self._columns(layer, hidden, kept)
         positions = {} if kept is None else self._positions(kwargs, kept)
@@ -136,51 +124,53 @@ class LayerInputs:
         """A step of decoding that sees all keys but padding, with as few operations as possible."""
         assert layer.columns is not None
         expected = (layer.columns, layer.covered, layer.padded)
-        if self.valid is None and not layer.padded:  # nothing is hidden
+        if self.call.valid is None and not layer.padded:  # nothing is hidden
             return _Inputs({"attention_mask": None}, None, expected)
         recorded = layer.columns >= 0
-        if self.valid is None:
-            tail = recorded.new_ones(len(recorded), self.past + self.length - layer.covered)
+        if self.call.valid is None:
+            tail = recorded.new_ones(len(recorded), self.call.total - layer.covered)
         else:
-            valid = self.valid.to(recorded.device)
+            valid = self.call.valid.to(recorded.device)
             recorded = recorded & valid.gather(1, layer.columns.clamp(min=0))
             tail = valid[:, layer.covered :]
         present = torch.cat([recorded, tail], 1)
         if host.attention_implementation(self._config) == "sdpa":
             return _Inputs({"attention_mask": present[:, None, None]}, present, expected)
-        return _Inputs({"attention_mask": causal_mask(present, hidden, self._config)}, present, expected)
+        return _Inputs({"attention_mask": host.causal_mask(present, hidden, self._config)}, present, expected)
 
     def _columns(
         self, layer: PrunedLayer, hidden: torch.Tensor, kept: torch.Tensor | None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, int, bool]]:
         """The columns of all keys that a layer will hold, [B, keys], and what its cache is to expect."""
-        batch, total = len(hidden), self.past + self.length
+        batch, past, total = len(hidden), self.call.past, self.call.total
         if kept is not None:
-            new = torch.where(kept < 0, -1, kept + self.past)
+            new = torch.where(kept < 0, -1, kept + past)
         else:
-            new = torch.arange(self.past, total, device=hidden.device).expand(batch, -1)
-        columns = torch.cat([layer.all_columns(self.past, batch, hidden.device), new], 1)
+            new = torch.arange(past, total, device=hidden.device).expand(batch, -1)
+        columns = torch.cat([layer.all_columns(past, batch, hidden.device), new], 1)
         if kept is None and layer.columns is not None:
             return columns, (layer.columns, layer.covered, layer.padded)
         return columns, (columns, total, not bool((columns >= 0).all()))
 
     def _require_whole_mask(self, number: int, mask: torch.Tensor) -> None:
-        if mask.shape[-1] != self.past + self.length:
+        if mask.shape[-1] != self.call.total:
             raise ValueError(
                 f"layer {number}'s attention mask covers {mask.shape[-1]} keys: must cover the sequence's "
-                f"{self.past + self.length}; use a DynamicCache"
+                f"{self.call.total}; use a DynamicCache"
             )
 
     def _new_mask(self, columns: torch.Tensor, hidden: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
         """A causal mask for keys of these columns [B, keys], and `keys_valid`."""
         present = columns >= 0
-        if self.valid is not None:
-            present = present & self.valid.to(present.device).expand(len(hidden), -1).gather(1, columns.clamp(min=0))
+        if self.call.valid is not None:
+            present = present & self.call.valid.to(present.device).expand(len(hidden), -1).gather(
+                1, columns.clamp(min=0)
+            )
         everything = bool(present.all())
         square = present.shape[1] == hidden.shape[1]
         if everything and square and host.attention_implementation(self._config) == "sdpa":
             return None, None  # what transformers' function returns too, after many small operations
-        return causal_mask(present, hidden, self._config), None if everything else present
+        return host.causal_mask(present, hidden, self._config), None if everything else present
 
     def _positions(self, kwargs: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
         """Cut position embeddings and position ids to the rows [B, m].
@@ -215,14 +205,14 @@ class LayerInputs:
             the mask hides it.
         """
         own = mask_of_rows(kwargs.get("attention_mask"))
-        cut = host.without_cache(self._adapted.layers[number], kwargs)
+        cut = host.without_cache(self.adapted.layers[number], kwargs)
         if packed:
             cut |= self._positions(cut, kept)
         if own is not None:
-            cut["attention_mask"] = cut_mask(own, kept, torch.where(kept < 0, -1, kept + self.past))
+            cut["attention_mask"] = cut_mask(own, kept, torch.where(kept < 0, -1, kept + self.call.past))
             return cut, None
         cut["attention_mask"] = None
         present = kept >= 0
-        if self.own_valid is not None:
-            present = present & self.own_valid.to(kept.device).gather(1, kept.clamp(min=0))
+        if self.call.own_valid is not None:
+            present = present & self.call.own_valid.to(kept.device).gather(1, kept.clamp(min=0))
         return cut, None if bool(present.all()) else present

@@ -1,4 +1,4 @@
-"""Attention masks for the tokens that are present: cut from the dense model's mask, or made as transformers makes them.
+"""The dense model's attention masks, cut to the tokens that are present; `host.causal_mask` makes those it has not.
 
 Shapes: B batch, h heads or 1, Q rows and K keys of the unpruned sequence, m rows and `keys` keys that are present.
 """
@@ -34,26 +34,6 @@ def cut_mask(mask: torch.Tensor, kept: torch.Tensor | None, columns: torch.Tenso
     mask = mask.gather(3, index.expand(-1, mask.shape[1], mask.shape[2], -1))
     padding = (columns < 0)[:, None, None]
     return mask & ~padding if mask.dtype == torch.bool else mask.masked_fill(padding, torch.finfo(mask.dtype).min)
-
-
-def causal_mask(present: torch.Tensor, hidden: torch.Tensor, config: Any) -> Any:
-    """Make a causal mask in the form that the attention implementation takes.
-
-    Args:
-        present: [B, keys] bool, False at padding; the last m keys are the rows' own.
-        hidden: [B, m, d], the layer's input.
-        config: the decoder's.
-
-    Raises:
-        ValueError: transformers has no function that makes masks for the implementation.
-    """
-    implementation = host.attention_implementation(config)
-    if not host.makes_masks(implementation):
-        raise ValueError(
-            f"attn_implementation={implementation!r} has no entry in transformers' mask registry: a mask for the "
-            "kept tokens cannot be made; register one, or load the model with 'sdpa' or 'eager'"
-        )
-    return host.make_mask(implementation, present, hidden, config)
 
 
 def require_plain_mask(adapted: AdaptedModel, number: int, mask: Any, length: int) -> None:

@@ -99,8 +99,8 @@ def begin_prefill(removal: Removal, call: Call, calls: Calls) -> tuple[RunningPr
         norm=adapted.norm,
         quotas=None if removal.quotas is None else removal.quotas(image),
     )
-    inputs = LayerInputs(adapted, call.past, call.length, call.valid)
-    return RunningPrefill(adapted, inputs, removal.choose, prompt, kept, image, question), images.changed
+    running = RunningPrefill(LayerInputs(adapted, call), removal.choose, prompt, kept, image, question)
+    return running, images.changed
 
 
 def _require_layers_run_once(adapted: AdaptedModel) -> None:

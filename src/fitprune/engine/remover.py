@@ -83,8 +83,7 @@ class Remover:
         if has_images:
             running, changed = begin_prefill(self._removal, call, self.calls)
         else:
-            inputs = LayerInputs(self._adapted, call.past, call.length, call.valid)
-            running, changed = RunningStep(self._adapted, inputs), {}
+            running, changed = RunningStep(LayerInputs(self._adapted, call)), {}
         rotary, offset = self.rotary.positions(call)
         if isinstance(running, RunningPrefill):
             running.rope_offset = offset

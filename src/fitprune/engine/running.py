@@ -17,7 +17,6 @@ from fitprune.engine.cache import PrunedLayer
 from fitprune.engine.kept import Prefill
 from fitprune.engine.layer_inputs import LayerInputs
 from fitprune.engine.rows import pack, take, to_columns, untake
-from fitprune.families.adapter import AdaptedModel
 from fitprune.scoring.received import Attention
 from fitprune.scoring.view import LayerView, Prompt
 
@@ -30,16 +29,15 @@ class RunningStep:
     """A call that goes on with a pruned cache and has no images: nothing leaves.
 
     Attributes:
-        adapted: the model.
         inputs: what its layers get.
     """
 
-    adapted: AdaptedModel
     inputs: LayerInputs
 
     def sees_every_key(self, cache: Any, mask: Any) -> bool:
         """Whether one token is decoded that sees every key in the cache, so that layers run as in the dense model."""
-        plain = self.inputs.length == 1 and self.inputs.valid is None and mask is None and cache is not None
+        call = self.inputs.call
+        plain = call.length == 1 and call.valid is None and mask is None and cache is not None
         return plain and all(layer.shows_all for layer in cache.layers if isinstance(layer, PrunedLayer))
 
     def before_layer(
@@ -50,9 +48,9 @@ class RunningStep:
 
     def after_layer(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """After the last layer, let padding repeat the token before it; see `to_columns`."""
-        if number < len(self.adapted.layers) - 1:
+        if number < len(self.inputs.adapted.layers) - 1:
             return hidden
-        return to_columns(hidden, None, self.inputs.own_valid, self.inputs.length)
+        return to_columns(hidden, None, self.inputs.call.own_valid, self.inputs.call.length)
 
 
 @dataclasses.dataclass
@@ -60,7 +58,6 @@ class RunningPrefill:
     """A call with images: tokens leave before a layer, or inside it after its attention.
 
     Attributes:
-        adapted: the model.
         inputs: what its layers get.
         choose: says which rows stay.
         prompt: the whole prefill, for scorers.
@@ -72,7 +69,6 @@ class RunningPrefill:
         stop: ends the forward that computes a layer's queries and keys ahead, while one runs.
     """
 
-    adapted: AdaptedModel
     inputs: LayerInputs
     choose: Choose
     prompt: Prompt
@@ -100,7 +96,7 @@ class RunningPrefill:
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Let tokens leave before a layer, and cut its arguments to those that are present."""
         self._hidden = hidden
-        if self.adapted.attentions[number] is not None:
+        if self.inputs.adapted.attentions[number] is not None:
             self._choose(number, True, hidden.device, lambda: self._attention_ahead(number, hidden, kwargs))
             self._hidden = hidden = self._drop(hidden)
             self._previous = None
@@ -115,7 +111,7 @@ class RunningPrefill:
             self.stop = stop
             try:
                 with torch.no_grad():  # the layer's own forward, without the hooks around it: it knows its norms
-                    self.adapted.layers[number].forward(hidden, **arguments)
+                    self.inputs.adapted.layers[number].forward(hidden, **arguments)
             finally:
                 self.stop = None
 
@@ -190,9 +186,10 @@ class RunningPrefill:
         hidden = self._drop(hidden)
         self._hidden = None
         self._after.append(self.kept)
-        if number < len(self.adapted.layers) - 1:
+        if number < len(self.inputs.adapted.layers) - 1:
             return hidden
-        return to_columns(hidden, self.kept if self._packed else None, self.inputs.own_valid, self.inputs.length)
+        call = self.inputs.call
+        return to_columns(hidden, self.kept if self._packed else None, call.own_valid, call.length)
 
     def _drop(self, hidden: torch.Tensor) -> torch.Tensor:
         """Drop the rows that leave, if any: [B, m, d] -> [B, m', d]."""
