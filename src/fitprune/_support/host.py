@@ -1,4 +1,4 @@
-"""What fitprune relies on inside transformers and torch: the one file that names it, and facts that must hold.
+"""What fitprune uses inside transformers and torch: the one file that names it. `facts` has what must hold of it.
 
 transformers 5.24 renames the argument `past_key_values` to `cache`, in models and layers alike; the old name is taken
 until 5.40. The rename after that must end in an error here, never in wrong tokens.
@@ -53,7 +53,7 @@ def cache_of(module: Any, arguments: Mapping[str, Any]) -> Any:
     if unknown := [n for n, value in arguments.items() if isinstance(value, Cache) and n not in CACHE_NAMES]:
         raise ValueError(
             f"{type(module).__name__} is given its KV cache as {unknown[0]!r}: this version of fitprune knows "
-            f"{' and '.join(CACHE_NAMES)}; {_remedy()}"
+            f"{' and '.join(CACHE_NAMES)}; {remedy()}"
         )
     return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
@@ -202,74 +202,8 @@ def run_until_stopped(run: Callable[[Callable[[Any], NoReturn]], object]) -> Any
     return values[0]
 
 
-def _fact(module: str, name: str, *parameters: str) -> Callable[[], bool]:
-    """Whether `module` has `name`, and it takes these parameters."""
-
-    def holds() -> bool:
-        value: Any = __import__(module, fromlist=[""])
-        for part in name.split("."):
-            if not hasattr(value, part):
-                return False
-            value = getattr(value, part)
-        return not parameters or set(parameters) <= set(inspect.signature(value).parameters)
-
-    return holds
-
-
-# What is relied on -> whether it holds.
-FACTS: dict[str, Callable[[], bool]] = {
-    "a registry of attention functions": _fact("transformers", "AttentionInterface.register"),
-    "a table of attention functions": _fact("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
-    "a table of mask functions": _fact("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
-    "a mask function's arguments": _fact(
-        "transformers.masking_utils", "sdpa_mask", "batch_size", "q_length", "kv_length", "q_offset", "kv_offset",
-        "attention_mask", "allow_is_causal_skip",
-    ),
-    "DynamicCache(config, offloading)": _fact("transformers", "DynamicCache.__init__", "config", "offloading"),
-    "DynamicCache's get_seq_length": _fact("transformers", "DynamicCache.get_seq_length"),
-    "a layer's update": _fact("transformers.cache_utils", "DynamicLayer.update", "key_states", "value_states"),
-    "a layer's length": _fact("transformers.cache_utils", "DynamicLayer.get_seq_length"),
-    "a layer's mask sizes": _fact("transformers.cache_utils", "DynamicLayer.get_mask_sizes", "query_length"),
-    "a layer's crop": _fact("transformers.cache_utils", "DynamicLayer.crop", "tokens_to_remove"),
-    "a layer's reset": _fact("transformers.cache_utils", "DynamicLayer.reset"),
-    "a layer's reorder_cache": _fact("transformers.cache_utils", "DynamicLayer.reorder_cache", "beam_idx"),
-    "a layer's repeated rows": _fact("transformers.cache_utils", "DynamicLayer.batch_repeat_interleave", "repeats"),
-    "a layer's selected rows": _fact("transformers.cache_utils", "DynamicLayer.batch_select_indices", "indices"),
-    "generate's positions": _fact(
-        "transformers", "GenerationMixin._prepare_position_ids_for_generation", "inputs_tensor", "model_kwargs"
-    ),
-    "a cache of windows": _fact("transformers.cache_utils", "DynamicSlidingWindowLayer"),
-    "a cache of layers without keys": _fact("transformers.cache_utils", "LinearAttentionLayer"),
-}  # fmt: skip
-
-
-@functools.cache
-def _broken() -> tuple[str, ...]:
-    return tuple(name for name, holds in FACTS.items() if not holds())
-
-
-def require_known(model: Any, layers: Any) -> None:
-    """Refuse to work with a transformers whose insides are not those that results rely on.
-
-    Args:
-        model: the whole model.
-        layers: its decoder layers.
-
-    Raises:
-        ValueError: a fact of FACTS does not hold, or an argument of the model or of a layer has no name that is known.
-    """
-    problems = list(_broken())
-    for module, needed in ((model, ("attention_mask", "position_ids")), (layers[0], ("attention_mask",))):
-        known = inspect.signature(type(module).forward).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
-        for names in (CACHE_NAMES, *((name,) for name in needed)):
-            if not open_ended and not set(names) & set(known):
-                problems.append(f"{type(module).__name__}'s argument {' or '.join(names)}")
-    if problems:
-        raise ValueError(f"{problems[0]} is not as fitprune knows it, so pruning could be wrong: {_remedy()}")
-
-
-def _remedy() -> str:
+def remedy() -> str:
+    """Name the version of transformers that is installed, and those that are supported."""
     import transformers
 
     return (

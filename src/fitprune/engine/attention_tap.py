@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fitprune._support import host
+from fitprune._support import facts, host
 from fitprune.engine.masks import mask_of_rows
 from fitprune.families.adapter import AdaptedModel
 from fitprune.scoring.received import Attention
@@ -85,7 +85,7 @@ def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[AttentionTap]:
         ValueError: the decoder is tapped already, its attention does not go through transformers' registry, or the
             insides of transformers are not those that are relied on.
     """
-    host.require_known(adapted.model, adapted.layers)
+    facts.require_known(adapted.model, adapted.layers)
     if adapted.decoder in _IN_USE:
         raise ValueError(
             "the model is in use by fitprune, which prunes or measures it: leave that block or detach() its pruner"

@@ -52,11 +52,11 @@ class LayerInputs:
         self.keys_valid: torch.Tensor | None = None
         self._config = adapted.decoder.config
         # By the identity of what they are made of, which is kept beside them so that no other tensor gets its id.
-        self._made: dict[tuple[int, ...], tuple[Any, _Inputs]] = {}
+        self._cached: dict[tuple[int, ...], tuple[Any, _Inputs]] = {}
 
     def rows_have_left(self) -> None:
         """Make the inputs of later layers again, for the rows that are still present."""
-        self._made.clear()
+        self._cached.clear()
 
     def of(
         self, number: int, hidden: torch.Tensor, kwargs: dict[str, Any], kept: torch.Tensor | None = None
@@ -85,9 +85,9 @@ class LayerInputs:
         mask, embeddings = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
         sources = (columns, mask, embeddings, self.adapted.attentions[number] is None)
         key = tuple(id(source) for source in sources)
-        if key not in self._made:
-            self._made[key] = (sources, self._make(number, layer or PrunedLayer(), hidden, kwargs, kept))
-        inputs = self._made[key][1]
+        if key not in self._cached:
+            self._cached[key] = (sources, self._make(number, layer or PrunedLayer(), hidden, kwargs, kept))
+        inputs = self._cached[key][1]
         self.keys_valid = inputs.keys_valid
         if layer is not None:
             layer.expect(*inputs.expected)
