@@ -174,15 +174,15 @@ def counted_positions(call: Call) -> torch.Tensor | None:
     inside = ~valid & (counted > 0)
     column = torch.arange(valid.shape[1], device=valid.device)
     last_padding = torch.where(inside, column, -1).amax(1, keepdim=True)
-    own = slice(call.past, None)
-    from_padding = (column - last_padding)[:, own]
-    after = (last_padding >= 0) & (column[own] > last_padding)
+    new = slice(call.past, None)
+    from_padding = (column - last_padding)[:, new]
+    after = (last_padding >= 0) & (column[new] > last_padding)
     wrong = (positions == from_padding) & after
     if not bool(wrong.any()):
         return None
     # All of a row's columns after the padding count on from it, or none does.
     wrong = wrong & ((positions == from_padding) | ~after).all(1, keepdim=True)
-    return torch.where(wrong, counted[:, own] - 1, positions)
+    return torch.where(wrong, counted[:, new] - 1, positions)
 
 
 def predicted_rows(arguments: dict[str, Any], visual: torch.Tensor) -> torch.Tensor:

@@ -61,10 +61,10 @@ class AttentionTap:
         copies: dict[int, Any] = {}  # layers mostly share one config
         for attention in self.numbers:
             _TAPPED[attention] = weakref.ref(self)  # first: another thread may be about to call the module
-            self._own_configs[attention] = own = attention.config
-            if id(own) not in copies:
-                copies[id(own)] = host.with_attention(own, NAME)
-            attention.config = copies[id(own)]
+            self._own_configs[attention] = config = attention.config
+            if id(config) not in copies:
+                copies[id(config)] = host.with_attention(config, NAME)
+            attention.config = copies[id(config)]
 
     def off(self) -> None:
         """Take it off, if it is on."""

@@ -101,16 +101,16 @@ class LayerInputs:
         if self.adapted.attentions[number] is None:
             assert kept is not None
             return self._without_attention(kwargs, kept)
-        own = mask_of_rows(kwargs.get("attention_mask"))
-        if own is None:
+        whole = mask_of_rows(kwargs.get("attention_mask"))
+        if whole is None:
             require_plain_mask(self.adapted, number, kwargs.get("attention_mask"), self.call.total)
         if kept is None and hidden.shape[1] == 1 and self.adapted.windows[number] is None:
             return self._one_token(layer, hidden)
         columns, expected = self._columns(layer, hidden, kept)
         positions = {} if kept is None else self._positions(kwargs, kept)
-        if own is not None:
-            self._require_whole_mask(number, own)
-            return _Inputs({**positions, "attention_mask": cut_mask(own, kept, columns)}, None, expected)
+        if whole is not None:
+            self._require_whole_mask(number, whole)
+            return _Inputs({**positions, "attention_mask": cut_mask(whole, kept, columns)}, None, expected)
         mask, keys_valid = self._new_mask(columns, hidden)
         return _Inputs({**positions, "attention_mask": mask}, keys_valid, expected)
 
@@ -204,12 +204,12 @@ class LayerInputs:
             The keyword arguments, and [B, m] bool, False at rows that are padding; None where there is none, or where
             the mask hides it.
         """
-        own = mask_of_rows(kwargs.get("attention_mask"))
+        whole = mask_of_rows(kwargs.get("attention_mask"))
         cut = host.without_cache(self.adapted.layers[number], kwargs)
         if packed:
             cut |= self._positions(cut, kept)
-        if own is not None:
-            cut["attention_mask"] = cut_mask(own, kept, torch.where(kept < 0, -1, kept + self.call.past))
+        if whole is not None:
+            cut["attention_mask"] = cut_mask(whole, kept, torch.where(kept < 0, -1, kept + self.call.past))
             return cut, None
         cut["attention_mask"] = None
         present = kept >= 0

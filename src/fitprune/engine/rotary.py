@@ -49,7 +49,7 @@ class RotaryOffsets:
         if not self.tracked:
             return None, None
         values, past = call.arguments, call.past
-        own, images = self.offset_of(call.cache), given_images(values) is not None
+        offset, images = self.offset_of(call.cache), given_images(values) is not None
         if (ids := values.get("position_ids")) is not None:
             return None, self._offsets(ids, call) if images else None
         if (tokens := values.get("input_ids")) is None:
@@ -59,7 +59,7 @@ class RotaryOffsets:
                     "by ids; pass input_ids, or position_ids [3, batch, tokens]"
                 )
             tokens = values["inputs_embeds"]
-        alone = images and own is not None  # positions of this turn, moved to after the past
+        alone = images and offset is not None  # positions of this turn, moved to after the past
         names = host.parameters(type(self._base).compute_3d_position_ids)[1:]
         arguments: dict[str, Any] = {name: values.get(name) for name in names}
         arguments |= {name: None if alone else call.cache for name in host.CACHE_NAMES if name in names}
@@ -68,8 +68,8 @@ class RotaryOffsets:
         arguments["inputs_embeds"] = tokens.new_empty(*tokens.shape[:2], 0)  # it reads its sizes and device
         with self._lock:
             before = self._base.rope_deltas
-            if past and own is not None and not images:
-                self._base.rope_deltas = own
+            if past and offset is not None and not images:
+                self._base.rope_deltas = offset
             positions = self._base.compute_3d_position_ids(**arguments)
             if past:
                 self._base.rope_deltas = before  # as a step of the dense model leaves it
@@ -78,9 +78,9 @@ class RotaryOffsets:
         positions = positions[..., -call.length :]
         if not images:
             return positions, None
-        if past and alone and own is not None:
+        if past and alone and offset is not None:
             count = past if call.valid is None else call.valid[:, :past].sum(1, keepdim=True).to(positions.device)
-            positions = positions + own.to(positions.device) + count
+            positions = positions + offset.to(positions.device) + count
         return positions, self._offsets(positions, call)
 
     def _offsets(self, ids: torch.Tensor, call: Call) -> torch.Tensor:
@@ -127,18 +127,18 @@ class RotaryOffsets:
 
         def prepare(inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
             cache, types = host.cache_of(model, model_kwargs), model_kwargs.get("mm_token_type_ids")
-            own, past = self.offset_of(cache), 0 if cache is None else cache.get_seq_length()
-            if own is None or not past:
+            offset, past = self.offset_of(cache), 0 if cache is None else cache.get_seq_length()
+            if offset is None or not past:
                 with self._lock:
                     return original(inputs_tensor, model_kwargs)
             batch = len(model_kwargs.get("input_ids", inputs_tensor))
-            own = own[:: max(len(own) // batch, 1)]  # rows that generate has repeated, as for beams
+            offset = offset[:: max(len(offset) // batch, 1)]  # rows that generate has repeated, as for beams
             with self._lock:
                 before = self._base.rope_deltas
                 # With new images all positions are computed from the ids, without an offset.
-                self._base.rope_deltas = None if types is not None and bool(types[:, past:].any()) else own
+                self._base.rope_deltas = None if types is not None and bool(types[:, past:].any()) else offset
                 positions = original(inputs_tensor, model_kwargs)
-                if self._base.rope_deltas is own:
+                if self._base.rope_deltas is offset:
                     self._base.rope_deltas = before
                 return positions
 
