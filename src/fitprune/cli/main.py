@@ -344,8 +344,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         )
     document = as_json(timings, model)
     if args.output is not None:
-        with files.replacing(args.output) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        files.write_json(args.output, document)
     print(table(timings))
     print(json.dumps(document))
 

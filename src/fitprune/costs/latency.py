@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -147,8 +146,7 @@ class LatencyProfile:
             OSError: `path` cannot be written.
         """
         data = {"format": FORMAT, **dataclasses.asdict(self), "model": self.model.to_dict()}
-        with files.replacing(path) as temporary:
-            temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        files.write_json(path, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyProfile:

@@ -414,8 +414,7 @@ class PruningRecipe:
         there = readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else None
         if model_card.wanted(os.listdir(folder), there):
             text = model_card.card_of(self, repo_id or folder.resolve().name, self._base_model(base_model))
-            with files.replacing(readme) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            files.write_text(readme, text)
         if not push_to_hub:
             return None
         name = repo_id or folder.resolve().name
@@ -534,8 +533,7 @@ class PruningRecipe:
         Raises:
             OSError: `path` cannot be written.
         """
-        with files.replacing(path) as temporary:
-            temporary.write_text(self.to_json())
+        files.write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningRecipe:
