@@ -106,7 +106,7 @@ def test_only_own_parts_are_forgotten(tmp_path):
 
 
 def test_a_link_is_followed_and_special_files_are_refused(tmp_path):
-    thing = PruningRecipe.dense(adapt(tiny_model()).shape, 16)
+    thing = PruningRecipe.dense(adapt(tiny_model()).fingerprint, 16)
     (tmp_path / "link").symlink_to(tmp_path / "target")
     thing.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
 
 def test_an_unwritable_path_names_itself(tmp_path):
     (tmp_path / "file").write_text("")
-    thing = PruningRecipe.dense(adapt(tiny_model()).shape, 16)
+    thing = PruningRecipe.dense(adapt(tiny_model()).fingerprint, 16)
     with pytest.raises(OSError, match="choose another output path"):
         thing.save(tmp_path / "file" / "r.json")
     with pytest.raises(OSError, match="is a folder"):

@@ -205,6 +205,8 @@ class ModelFingerprint:
             ValueError: a key is missing or unknown.
         """
         try:
+            if not isinstance(data["model_type"], str):
+                raise ValueError(f"model_type={short(data['model_type'])}: must be a string")
             vision = data.get("vision")
             rest = {key: value for key, value in data.items() if key not in ("decoder", "vision")}
             return cls(
