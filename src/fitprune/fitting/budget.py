@@ -39,13 +39,10 @@ class Budget:
         kept: Sequence[float],
         entering: Sequence[float] | None = None,
     ) -> float:
-        """Evaluate this kind of budget for counts. More removal never moves it away from being met.
+        """Evaluate this kind of budget for `kept` tokens after each layer. More removal never moves it away from met.
 
-        Args:
-            decoder: sizes of the decoder.
-            visual_tokens: of the image.
-            kept: tokens left after each layer; fractional while a tolerance is searched.
-            entering: tokens that enter each layer, where some leave between layers.
+        `entering` are the tokens that enter each layer, where some leave between layers. Counts are fractional while a
+        tolerance is searched; the arithmetic is the same as for whole ones.
         """
         counts = Counts(visual_tokens, kept, entering or ())  # type: ignore[arg-type]
         if self.kind == "mean_visual_tokens":
@@ -74,7 +71,7 @@ def budget_from(*, profile: LatencyProfile | None = None, **values: Any) -> Budg
 
     Args:
         profile: of the device, for a latency alone.
-        values: one of KINDS with its value, or with a list of values; the others may be None.
+        **values: one of KINDS with its value, or with a list of values; the others may be None.
 
     Returns:
         A budget, or for a list of values a list of budgets.
@@ -97,18 +94,7 @@ def budget_from(*, profile: LatencyProfile | None = None, **values: Any) -> Budg
 
 
 def checked_budget(kind: str, value: Any, profile: LatencyProfile | None = None, *, name: str | None = None) -> Budget:
-    """Make a budget, its value in range.
-
-    Args:
-        kind: one of KINDS.
-        value: a number.
-        profile: of the device, for a latency alone.
-        name: what errors call it; by default its kind.
-
-    Raises:
-        ValueError: there is no such kind, the value is no number or out of the kind's range, or a latency has no
-            profile, or another kind one.
-    """
+    """Make a budget, or say what is wrong with its value (`name` in errors) or profile, which latencies alone have."""
     if kind not in KINDS:
         raise ValueError(f"budget {short(kind)}: must be one of {', '.join(KINDS)}")
     stated = f"{name or kind}={short(value)}"

@@ -190,6 +190,10 @@ class _Problem:
 def _least_losses(problem: _Problem, at_most: int) -> torch.Tensor:
     """Solve for every last removal.
 
+    Args:
+        problem: the problem.
+        at_most: layers that may remove.
+
     Returns:
         [removals, P, C, 2 + buckets]: element [j, p, i, 1 + b] is the least loss of the layers before starts[p], which
         is the removal after j others and leaves counts[i], at a cost of at most b buckets. Place 0 is what costs too

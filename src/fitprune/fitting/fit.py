@@ -123,9 +123,6 @@ class Fitter:
     Args:
         stats: from `measure`.
         visual_tokens: as for `fit`.
-
-    Raises:
-        ValueError: `stats` is something else or without samples, or `visual_tokens` is no count.
     """
 
     def __init__(self, stats: AttentionStats, *, visual_tokens: int | None = None) -> None:
@@ -171,7 +168,7 @@ class Fitter:
         Args:
             budget: of `budget_from`; None where it is passed by keyword.
             max_removal_layers: as for `fit`.
-            budgets: the budget and `profile`, as for `fit`.
+            **budgets: the budget and `profile`, as for `fit`.
 
         Returns:
             The recipe, or for a list of values a list of recipes.

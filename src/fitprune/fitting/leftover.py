@@ -33,14 +33,8 @@ def give_back(
 ) -> list[int]:
     """Raise kept counts, first layer first, while the budget is still met.
 
-    Afterwards no layer that tokens may leave can keep one more without missing the budget.
-
-    Args:
-        budget: what is met by `kept`.
-        decoder: sizes of the decoder.
-        visual_tokens: of the image.
-        kept: tokens left after each layer.
-        starts: the layers that may remove, where only some may; those up to the next of them are raised together.
+    Afterwards no layer that tokens may leave can keep one more without missing the budget. Where only some layers,
+    `starts`, may remove, those up to the next of them are raised together.
     """
     kept = list(kept)
     starts = decoder.prunable if starts is None else starts

@@ -13,11 +13,7 @@ _CHUNK = 32  # samples walked at a time: their working set stays in the processo
 
 
 class Simulation:
-    """Walks all samples through the layers at a tolerance, on attention that was measured in the dense model.
-
-    Attributes:
-        walks: tolerance -> [S, L] fp64, the fraction of each sample's visual tokens left after each layer.
-    """
+    """Walks all samples through the layers at a tolerance, on attention that was measured in the dense model."""
 
     def __init__(self, stats: AttentionStats) -> None:
         layers, samples, longest = stats.model.decoder.layers, len(stats), max(stats.visual_tokens)
@@ -31,10 +27,10 @@ class Simulation:
             value, order = padded.sort(dim=2, stable=True)
             value.masked_fill_(value.isinf(), 0)
             self.sides.append((value, order, value.sum(2)))
-        self.walks: dict[float, torch.Tensor] = {}
+        self.walks: dict[float, torch.Tensor] = {}  # tolerance -> [S, L] fp64, of `kept_by_sample`
 
     def kept_by_sample(self, tolerance: float) -> torch.Tensor:
-        """Give the [S, L] fractions left after each layer; each tolerance is walked once."""
+        """Give the [S, L] fp64 fractions of visual tokens left after each layer; each tolerance is walked once."""
         if tolerance not in self.walks:
             starts = range(0, len(self.counts), _CHUNK)
             self.walks[tolerance] = torch.cat([self._chunk(slice(s, s + _CHUNK), tolerance) for s in starts])

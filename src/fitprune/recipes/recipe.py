@@ -1,14 +1,11 @@
-"""The recipe: how many visual tokens are left after each decoder layer. Data, not code.
-
-Imports neither torch nor transformers. Its JSON form, the published table, folders and the hub are in files of their
-own; the methods here are the doors to them.
-"""
+"""The recipe: how many visual tokens are left after each decoder layer. Data, and doors to where it is kept."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +33,7 @@ class PruningRecipe:
         scorer: how tokens are ranked, {"name": ..., "parameters": {...}}; see `fitprune.scoring.scorers`.
 
     Raises:
-        ValueError: `keep` or `enter` has another length than the model has layers, is not a number, leaves 0..1, or
-            increases; `visual_tokens` is not positive; `scorer` has another form; JSON cannot hold `provenance` or
-            `scorer`.
+        ValueError: a field breaks the rules above, or JSON cannot hold `provenance` or `scorer`.
     """
 
     keep: tuple[float, ...]
@@ -51,13 +46,8 @@ class PruningRecipe:
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelFingerprint):
             raise ValueError(f"model is a {type(self.model).__name__}: must be a ModelFingerprint, as stats.model is")
-        for name in ("keep", "enter"):
-            if not isinstance(getattr(self, name), Iterable):
-                raise ValueError(f"{name} is a {type(getattr(self, name)).__name__}: must be a list of numbers")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        checks.require_fractions(self.keep, self.enter, self.model.decoder.layers)
-        for name in ("keep", "enter"):
-            object.__setattr__(self, name, tuple(float(fraction) for fraction in getattr(self, name)))
+        for name, values in checks.fractions(self.keep, self.enter, self.model.decoder.layers).items():
+            object.__setattr__(self, name, values)
         checks.require_scorer(self.scorer)
         checked.whole("visual_tokens", self.visual_tokens, 1, MOST_TOKENS)
         for name in ("provenance", "scorer"):  # here, not when the recipe is saved, or results that hold it
@@ -117,7 +107,7 @@ class PruningRecipe:
         crops: int | None = None,
         value_bytes: int = 2,
     ) -> Cost:
-        """Price the recipe for one sample.
+        """Price the recipe for one sample; a ValueError says which number is wrong.
 
         Args:
             visual_tokens: visual tokens of the sample; by default the recipe's own.
@@ -125,9 +115,6 @@ class PruningRecipe:
             text_tokens: text tokens of the prompt.
             crops: image crops that the vision tower sees; by default the fewest that give that number of visual tokens.
             value_bytes: bytes of one cached value, 2 for 16-bit types.
-
-        Raises:
-            ValueError: a number is no integer or out of range, or text counts do not fit each other.
         """
         n = self.visual_tokens if visual_tokens is None else visual_tokens
         checked.whole("visual_tokens", n, 1, MOST_TOKENS)
@@ -145,14 +132,7 @@ class PruningRecipe:
         provenance: Mapping[str, Any] | None = None,
         scorer: Mapping[str, Any] | None = None,
     ) -> PruningRecipe:
-        """Make the recipe that has these counts for an image of `counts.visual_tokens`.
-
-        Args:
-            counts: visual tokens at each layer.
-            model: the model that they are for.
-            provenance: where they come from.
-            scorer: how tokens are ranked; by default as FitPrune does.
-        """
+        """Make the recipe of these counts, for images of `counts.visual_tokens`; the default scorer is FitPrune's."""
         keep, enter = counts.fractions
         return cls(keep, model, counts.visual_tokens, provenance or {}, enter, scorer or {"name": scorer_spec.FITPRUNE})
 
@@ -163,27 +143,19 @@ class PruningRecipe:
 
     @classmethod
     def published(cls, name: str, percent: int) -> PruningRecipe:
-        """Take a recipe that the FitPrune authors published.
+        """Take a recipe that the FitPrune authors published; a ValueError lists those that there are.
 
         Args:
             name: "llava-1.5-7b", "llava-next-7b" or "llava-hr-7b".
             percent: the visual-token FLOPs reduction in percent that the authors name the recipe by.
 
-        Raises:
-            ValueError: there is no such recipe; the message lists those that there are.
-
         Source: arXiv:2409.10197 and the authors' code.
         """
         return cls(**published.fields(name, percent))
 
-    @staticmethod
-    def published_names() -> dict[str, list[int]]:
-        """List the published recipes: model name -> nominal percents."""
-        return published.names()
-
     @classmethod
     def named(cls, name: str | os.PathLike[str]) -> PruningRecipe:
-        """Find a recipe by what a user would call it.
+        """Find a recipe by what a user calls it.
 
         Args:
             name: a file, a folder that holds fitprune_recipe.json, a published recipe such as "llava-1.5-7b:60", or a
@@ -194,9 +166,9 @@ class PruningRecipe:
             ValueError: as `load` and `published`, or the percent is missing.
         """
         files.require_path(name)
-        if Path(name).exists():
-            return cls.from_pretrained(name) if Path(name).is_dir() else cls.load(name)
-        name = os.fspath(name)
+        path, name = Path(name), os.fspath(name)
+        if path.exists():
+            return cls.from_pretrained(path) if path.is_dir() else cls.load(path)
         if of := published.split_name(name):
             return cls.published(*of)
         if place := hub.split_name(name):
@@ -208,23 +180,18 @@ class PruningRecipe:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name_or_dir: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        **download: Any,
+        cls, name_or_dir: str | os.PathLike[str], *, revision: str | None = None, **download: Any
     ) -> PruningRecipe:
         """Read fitprune_recipe.json of a folder or of a hub repository: the recipe's own, or its model's.
 
         Args:
             name_or_dir: folder, or "owner/name" on the hub; a folder goes first.
             revision: branch, tag or commit on the hub; by default the main branch.
-            download: `token`, `cache_dir`, `local_files_only` and `force_download`, as huggingface_hub takes them.
+            **download: `token`, `cache_dir`, `local_files_only` and `force_download`, as huggingface_hub takes them.
 
         Raises:
             FileNotFoundError: there is no such folder or repository, or no recipe in it.
             ConnectionError: the hub is out of reach (offline mode too), and the cache has no such file.
-            OSError: the file cannot be read, or the hub refuses.
             ValueError: as `load`; or a revision of a folder.
         """
         path, is_download = pretrained.locate(name_or_dir, revision=revision, **download)
@@ -254,13 +221,13 @@ class PruningRecipe:
             base_model: hub name of the model, for the card; by default the name that the model was measured under.
             push_to_hub: do that too.
             repo_id: for `push_to_hub`; by default the folder's name.
-            hub_options: the other arguments of `push_to_hub`.
+            **hub_options: the other arguments of `push_to_hub`.
 
         Returns:
             None, or `push_to_hub`'s address.
 
         Raises:
-            OSError: a file cannot be written; each is written whole or not at all. Or as `push_to_hub`.
+            OSError: a file cannot be written (each is written whole or not at all), or as `push_to_hub`.
             ValueError: an argument of `push_to_hub` without it.
         """
         passed = [name for name, value in {"repo_id": repo_id, **hub_options}.items() if value is not None]
@@ -302,16 +269,11 @@ class PruningRecipe:
         """
         repository = hub.Repository.open(repo_id, private=private, token=token, revision=revision)
         message = commit_message or f"FitPrune recipe: {100 * self.cost().flops_reduction:.1f}% of visual FLOPs cut"
-        card = lambda name: self.card(name, base_model)  # noqa: E731
+        card = functools.partial(self.card, base_model=base_model)
         return pretrained.push(repository, self.to_json(), card, message, create_pr=create_pr)
 
     def card(self, name: str, base_model: str | None = None) -> str:
-        """Write the model card of the recipe: what it cuts, what it was fitted on, how to use it.
-
-        Args:
-            name: what `prune` finds the recipe by: hub name or folder.
-            base_model: hub name of the recipe's model; by default the name that the model was measured under.
-        """
+        """Write the model card of the recipe that `prune` finds by `name`; `base_model` as for `save_pretrained`."""
         return model_card.card_of(
             name,
             base_model or pretrained.base_model_of(self.provenance),
