@@ -17,6 +17,7 @@ from fitprune._version import __version__ as __version__
 
 _HOMES = {
     "AttentionStats": "fitting.stats",
+    "Fitter": "fitting.fit",
     "LatencyProfile": "costs.latency",
     "Pruner": "engine.prune",
     "PruningRecipe": "recipes.recipe",
@@ -32,7 +33,6 @@ _HOMES = {
     "load_samples": "calibration.samples",
     "make_batches": "calibration.batches",
     "measure": "calibration.measure",
-    "merge": "fitting.stats",
     "profile_latency": "speed.profiling",
     "prune": "engine.prune",
     "time_recipes": "speed.benchmark",
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from fitprune.engine.prune import prune as prune
     from fitprune.evaluation.evaluate import evaluate as evaluate
     from fitprune.families.loading import load_model as load_model
+    from fitprune.fitting.fit import Fitter as Fitter
     from fitprune.fitting.fit import fit as fit
     from fitprune.fitting.stats import AttentionStats as AttentionStats
-    from fitprune.fitting.stats import merge as merge
     from fitprune.output_search.search import fit_output as fit_output
     from fitprune.recipes.recipe import PruningRecipe as PruningRecipe
     from fitprune.speed.benchmark import time_recipes as time_recipes

@@ -15,7 +15,6 @@ from fitprune.engine.prune import kept_positions
 from fitprune.families.adapter import adapt
 from fitprune.fitting.budget import OutOfReach, checked_budget
 from fitprune.fitting.fit import Fitter
-from fitprune.recipes.model_card import card_of
 from fitprune.scoring import scorers
 from fitprune.scoring.diversity import dpp_order, least_similar_order, max_min_order
 from fitprune.scoring.scorers import Scorer
@@ -334,7 +333,7 @@ def test_a_file_of_a_version_that_left_the_scorer_out_is_refused_with_what_to_ad
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_card_names_what_ranks_the_tokens_and_cites_fitprune_for_its_own_alone(name, fitter):
     recipe = method(name, fitter, 0.5, seed=7)
-    card = card_of(recipe, "lab/x", None)
+    card = recipe.card("lab/x")
     assert f"Tokens are ranked by `{recipe.scorer['name']}`" in card
     assert ('with parameters `{"seed": 7}`' in card) == (recipe.scorer["name"] == "random")
     assert ("The method is FitPrune" in card) == ("ye2025fitprune" in card) == (name == "fitprune")

@@ -35,7 +35,7 @@ def made_up(model, **changes):
 @pytest.fixture
 def stats():
     torch.manual_seed(0)
-    model = adapt(tiny_model("llava")).shape
+    model = adapt(tiny_model("llava")).fingerprint
     attention = torch.rand(2, 5, 300).pow(3)
     return AttentionStats(attention[0], attention[1], (100,) * 3, (20,) * 3, ("a", "b", "c"), model)
 
@@ -74,7 +74,7 @@ def test_latency_budgets_that_make_no_sense_are_refused(stats):
         fit(stats, flops_reduction=0.4, profile=profile)
     with pytest.raises(ValueError, match=r"cannot be met even with all visual tokens removed.*ask for at most 0.73"):
         fit(stats, prefill_latency_reduction=0.9, profile=profile)
-    other = adapt(tiny_model("llava_next")).shape
+    other = adapt(tiny_model("llava_next")).fingerprint
     with pytest.raises(ValueError, match=r"latency profile.*of another model"):
         fit(stats, prefill_latency_reduction=0.4, profile=made_up(other))
 

@@ -203,6 +203,26 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8, whole or not at all.
+
+    Raises:
+        OSError: as for `replacing`.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Write data as JSON that people can read, whole or not at all; the same data gives the same bytes.
+
+    Raises:
+        OSError: as for `replacing`.
+        ValueError: the data holds a number that is not finite, which JSON has no word for.
+    """
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
 def require_writable(path: str | os.PathLike[str]) -> None:
     """Find out before long work that its output can be written; leaves nothing behind.
 

@@ -85,8 +85,7 @@ class Journal:
 
     def _write(self, part: Path, records: Sequence[Record], run: Mapping[str, Any]) -> None:
         lines = [json.dumps({"run": run}), *(json.dumps(record) for record in records)]
-        with files.replacing(part) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files.write_text(part, "\n".join(lines) + "\n")
 
     def _read(self, part: Path) -> list[Record]:
         """The sound records of a file; a line without its end is what a killed process left."""

@@ -16,7 +16,7 @@ import torch
 
 from fitprune.fitting.budget import Budget, checked_budget
 from fitprune.fitting.fit import Fitter
-from fitprune.fitting.stats import AttentionStats, merge
+from fitprune.fitting.stats import AttentionStats
 from fitprune.recipes.recipe import PruningRecipe
 
 BUDGETS = (0.4, 0.6, 0.8)  # FLOPs reductions
@@ -242,7 +242,7 @@ def analyze(
     checked = [checked_budget("flops_reduction", value) for value in budgets]
     if not checked or len(set(checked)) < len(checked):
         raise ValueError(f"budgets={list(budgets)}: state at least one, and each once")
-    joined = merge(sources.values())
+    joined = AttentionStats.concat(sources.values())
     fitter = Fitter(joined)
     fitted = _fit_budgets(fitter, checked)  # first: a budget that cannot be met is found before long work
     ranks, position = rank_agreement(joined), position_bias(joined)

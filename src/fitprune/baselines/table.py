@@ -14,7 +14,8 @@ from typing import Any
 
 from fitprune.costs.sizes import ModelFingerprint
 from fitprune.fitting.budget import Budget, OutOfReach
-from fitprune.fitting.fit import Fitter, give_back
+from fitprune.fitting.fit import Fitter
+from fitprune.fitting.leftover import give_back
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.scorers import get_scorer
 

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from fitprune._support import assets, files
 from fitprune._support.text_tables import plural, scaled
 from fitprune._version import __version__
+from fitprune.costs.sizes import MOST_TOKENS
 from fitprune.evaluation.metrics import METRICS
 from fitprune.recipes.recipe import PruningRecipe
-from fitprune.recipes.rounding import MOST_TOKENS
 
 LONGEST_MESSAGE = 600  # characters of an error; what is longer quotes a file, and is cut in the middle
 
@@ -344,8 +344,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         )
     document = as_json(timings, model)
     if args.output is not None:
-        with files.replacing(args.output) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        files.write_json(args.output, document)
     print(table(timings))
     print(json.dumps(document))
 

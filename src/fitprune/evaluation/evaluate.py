@@ -22,12 +22,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from fitprune._support import checked
 from fitprune._support.journal import Journal, Record
 from fitprune._support.processes import Processes
 from fitprune.baselines.table import BASELINES, make_method, parse_name
 from fitprune.calibration.batches import make_batches
 from fitprune.calibration.samples import Sample
-from fitprune.costs.sizes import ModelFingerprint
+from fitprune.costs.sizes import MOST_TOKENS, ModelFingerprint
 from fitprune.engine.prune import kept_positions, prune
 from fitprune.evaluation import results
 from fitprune.evaluation.results import DENSE, Results
@@ -41,7 +42,6 @@ from fitprune.fitting.budget import OutOfReach, checked_budget
 from fitprune.fitting.fit import Fitter
 from fitprune.output_search.divergence import kl
 from fitprune.recipes.recipe import PruningRecipe
-from fitprune.recipes.rounding import require_tokens
 from fitprune.scoring.scorers import Scorer, get_scorer
 from fitprune.scoring.view import LayerView
 from fitprune.speed.benchmark import decode_seconds, prefill_seconds, time_ratios
@@ -103,7 +103,7 @@ def evaluate(
         ("timed_batches", timed_batches, 0),
         ("examples", examples, 0),
     ):
-        require_tokens(name, value, least)
+        checked.whole(name, value, least, MOST_TOKENS)
     tasks = dict(samples) if isinstance(samples, Mapping) else {results.UNNAMED: samples}
     adapted = adapt(model)
     model = adapted.model

@@ -50,8 +50,7 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> None:
         page = "\n".join(_page(results))
     except (KeyError, TypeError, AttributeError, IndexError, StopIteration, RuntimeError) as error:
         raise ValueError(f"the results are damaged ({type(error).__name__}: {error}); evaluate again") from None
-    with files.replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    files.write_text(path, page)
 
 
 def _page(results: Results) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import html
-import json
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -244,12 +243,9 @@ class Results:
         data = {"schema": SCHEMA, **{name: getattr(self, name) for name in _SAVED}}
         for name in _RECORDS:
             data[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
-        with files.replacing(path) as temporary:
-            temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        files.write_json(path, data)
         if self.timings:
-            timed = {"results": _digest(path), **self.timings}
-            with files.replacing(beside(path, "timings.json")) as temporary:
-                temporary.write_text(json.dumps(timed, indent=1) + "\n", encoding="utf-8")
+            files.write_json(beside(path, "timings.json"), {"results": _digest(path), **self.timings})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Results:

@@ -11,10 +11,11 @@ import numpy as np
 
 from fitprune._support.journal import Record
 from fitprune.calibration.samples import Sample
+from fitprune.costs.cost import Cost
 from fitprune.costs.sizes import ModelFingerprint
 from fitprune.evaluation import metrics, results
 from fitprune.evaluation.results import DENSE, Best, Bootstrap, Row, Task, interval
-from fitprune.recipes.recipe import Cost, PruningRecipe
+from fitprune.recipes.recipe import PruningRecipe
 
 SEVERAL = 6  # questions that differ and get one answer
 

@@ -31,7 +31,7 @@ from fitprune.costs.sizes import DecoderSizes
 from fitprune.families.adapter import adapt
 from fitprune.families.inputs import input_digests
 from fitprune.families.provenance import provenance_of
-from fitprune.fitting.budget import Budget, OutOfReach, one_budget
+from fitprune.fitting.budget import Budget, OutOfReach, budget_from
 from fitprune.fitting.fit import Fitter
 from fitprune.fitting.stats import AttentionStats
 from fitprune.output_search.divergence import Judge, reference
@@ -123,7 +123,7 @@ def fit_output(
         ValueError: no budget or several, a value out of range, a budget that no removal can meet, fewer than two
             batches, or a batch that `fitprune.output_search.divergence.reference` refuses.
     """
-    budget = one_budget(
+    budget = budget_from(
         flops_reduction=flops_reduction,
         kv_cache_reduction=kv_cache_reduction,
         mean_visual_tokens=mean_visual_tokens,

@@ -20,7 +20,7 @@ from fitprune._support.host import cache_argument, cache_in
 from fitprune._support.text_tables import aligned
 from fitprune.calibration.batches import make_batches
 from fitprune.calibration.samples import Sample
-from fitprune.costs.flops import entering_counts
+from fitprune.costs.counts import entering_counts
 from fitprune.costs.latency import LatencyProfile
 from fitprune.engine.prune import prune
 from fitprune.families.adapter import adapt
