@@ -34,7 +34,9 @@ class Tower(threading.local):
         self._adapted = adapted
         self._base = adapted.model.base_model
         self._weights: torch.Tensor | None = None  # [C, T - 1] of the call that is running
-        self._calls: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # of each call: every image's features and weights
+        self._calls: list[
+            list[tuple[torch.Tensor, torch.Tensor]]
+        ] = []  # of each call: every image's features and weights
 
     def at_attention(self, attention: Any, hidden: torch.Tensor) -> None:
         """Compute the row of [CLS] of the tower's attention, the mean over heads, from its input [C, T, d]."""
@@ -122,9 +124,9 @@ def watching(adapted: AdaptedModel) -> Iterator[Tower]:
         or getattr(config, "vision_feature_select_strategy", None) != "default"
     ):
         raise ValueError(
-            f"the vision tower of this {config.model_type} model has no [CLS] token, or its attention does not rank the "
-            "visual tokens (CLIP's does, where all its features but [CLS] are used), and scorer 'cls' needs one that "
-            "does: use another method"
+            f"the vision tower of this {config.model_type} model has no [CLS] token, or its attention does not rank "
+            "the visual tokens (CLIP's does, where all its features but [CLS] are used), and scorer 'cls' needs one "
+            "that does: use another method"
         )
     tower = Tower(adapted)
     encode, own = base.get_image_features, vars(base).get("get_image_features")
