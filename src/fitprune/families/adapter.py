@@ -146,8 +146,8 @@ def _part(family: Family, part: Part, whole: Any, *usual: str) -> Any:
     if not isinstance(module := getattr(whole, name, None), nn.Module):
         there = [name for name, _ in whole.named_children()] if isinstance(whole, nn.Module) else []
         raise ValueError(
-            f"family {family.model_type!r}: parts[{part!r}]={name!r}: {type(whole).__name__} has no such module; must be "
-            f"one of {there}: mend the family's row"
+            f"family {family.model_type!r}: parts[{part!r}]={name!r}: {type(whole).__name__} has no such module; must "
+            f"be one of {there}: mend the family's row"
         )
     return module
 
