@@ -136,7 +136,13 @@ def adapt(model: Any) -> AdaptedModel:
 
 
 def _part(family: Family, part: Part, whole: Any, *usual: str) -> Any:
-    """Find a part of `whole` under the name that the family's row says, or else under a usual one; None if not there.
+    """Find a part of a module under the name in the family's row, or else under a usual one; None if not there.
+
+    Args:
+        family: the row.
+        part: which part.
+        whole: the module that has it.
+        *usual: names to look under where the row has none.
 
     Raises:
         ValueError: the row says a name, and there is no such module.

@@ -22,6 +22,9 @@ def find_checkpoint(name: str) -> str:
 
     Hub names without an owner, such as "gpt2", are older than multimodal models: there is none to load.
 
+    Args:
+        name: folder, hub name, or a bundled model's name.
+
     Raises:
         FileNotFoundError: there is no such folder, or it has no config.json.
         ValueError: it is a file, or a hub name with a revision in it.

@@ -48,6 +48,9 @@ _ARCHITECTURE = (
 def fingerprint_of(config: Any) -> ModelFingerprint:
     """Read the fingerprint off a config.
 
+    Args:
+        config: a model's whole config.
+
     Raises:
         ValueError: the family is refused, or the config is of no multimodal model.
     """
@@ -99,6 +102,9 @@ def say_generic(model_type: str) -> None:
 
 def family_of(config: Any) -> Family:
     """Find a config's family; GENERIC if it is not in the table.
+
+    Args:
+        config: a model's whole config.
 
     Raises:
         ValueError: the family is refused, or the config is of no multimodal model.

@@ -19,6 +19,7 @@ import torch
 from fitprune._support.host import ENCODED
 from fitprune.families.adapter import AdaptedModel
 from fitprune.families.frames import frames_of
+from fitprune.families.image_rules import by_tiles, checked_numbers, from_zero
 
 # By modality, the argument with its pixels, as processors and models name it; the second name is Video-LLaVA's in
 # transformers 5.19.
@@ -116,7 +117,7 @@ def read_images(adapted: AdaptedModel, call: Mapping[str, Any], cache: Any = Non
             f"the prompt has {int(left.sum())} visual tokens of {what}s that are not given: pass the {PIXELS[what][0]} "
             "of all of this turn's"
         )
-    return Images(visual, _numbered(owner), features, changed)
+    return Images(visual, from_zero(owner), features, changed)
 
 
 def _by_rule(
@@ -137,9 +138,9 @@ def _by_rule(
     family, ids = adapted.family, call.get("input_ids")
     rule = family.images if modality == "image" else family.video
     if callable(rule):
-        return _checked(rule(marked, ids), marked, f"family {family.model_type!r}: its rule for images")
+        return checked_numbers(rule(marked, ids), marked, family.model_type)
     if rule == "tiles":
-        return _by_tiles(marked, ids)
+        return by_tiles(images_of(marked), ids)
     if rule == "joined":
         between = torch.nn.functional.pad(marked[:, :-2] & marked[:, 2:], (1, 1))
         return images_of(marked | between).masked_fill(~marked, -1)
@@ -153,25 +154,12 @@ def _by_rule(
     return images_of(marked, lengths if modality == "image" else frames_of(adapted, lengths, marked, call))
 
 
-def _checked(image: Any, marked: torch.Tensor, what: str) -> torch.Tensor:
-    """Refuse what a rule from outside returned, unless it numbers the visual tokens `marked` [B, N] and no others.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if not isinstance(image, torch.Tensor) or image.shape != marked.shape or image.dtype != torch.long:
-        shape = f"{image.dtype} of shape {list(image.shape)}" if isinstance(image, torch.Tensor) else type(image)
-        raise ValueError(f"{what} returned {shape}: must be int64 of shape {list(marked.shape)}; mend the rule")
-    if not torch.equal((image >= 0).to(marked.device), marked):
-        raise ValueError(
-            f"{what} numbers {int((image >= 0).sum())} tokens where there are {int(marked.sum())} visual ones: must be "
-            "0 or more for each of these, and -1 for all others; mend the rule"
-        )
-    return image.to(marked.device)
-
-
 def _pixels_to_features(adapted: AdaptedModel, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Encode the images of a call that come as pixels, as generate does before it calls the model.
+
+    Args:
+        adapted: the model.
+        call: the arguments of its call.
 
     Returns:
         By modality the encoder's outputs; and the arguments that change, as `Images.changed` says.
@@ -227,41 +215,6 @@ def _require_features(marked: torch.Tensor, parts: Sequence[torch.Tensor], modal
             f"the prompt has {tokens} visual tokens, but its {len(parts)} {modality}(s) have {length} features: "
             f"must be the same number; {remedy}"
         )
-
-
-def _by_tiles(marked: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """Number the images of each sample [B, N] where each is cut into tiles, which are runs of tokens.
-
-    Processors mark each tile by a token before it; an image's last tile, which shows it whole, has a marker of its own.
-    Every sample ends with such a tile, so images end where a tile has the same marker as the sample's last one.
-    """
-    if ids is None:
-        raise ValueError(
-            "inputs_embeds come without input_ids: this model's images are cut into tiles, which only ids tell apart; "
-            "pass input_ids"
-        )
-    run = images_of(marked)
-    image = torch.full_like(run, -1)
-    for row, own in enumerate(run):
-        here = own >= 0
-        if not bool(here.any()):
-            continue
-        begins = torch.nonzero(here & (own != torch.nn.functional.pad(own[:-1], (1, 0), value=-1)))[:, 0]
-        marker = ids[row, (begins - 1).clamp(min=0)]
-        ends = (marker == marker[-1]).long()
-        image[row, here] = (ends.cumsum(0) - ends)[own[here]]
-    return image
-
-
-def _numbered(owner: torch.Tensor) -> torch.Tensor:
-    """Count each sample's images from 0, in the order of their tokens; -1 stays."""
-    image = torch.full_like(owner, -1)
-    for row, own in enumerate(owner):
-        here = torch.nonzero(own >= 0)[:, 0]
-        if len(here):
-            begins = torch.nn.functional.pad(own[here][1:] != own[here][:-1], (1, 0))
-            image[row, here] = begins.long().cumsum(0)
-    return image
 
 
 def images_of(visual: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:

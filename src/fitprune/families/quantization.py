@@ -14,6 +14,9 @@ QUANTIZATIONS = {"bnb-4bit": "bitsandbytes", "bnb-8bit": "bitsandbytes", "torcha
 def require_quantizer(name: str) -> None:
     """Refuse a name that is not in QUANTIZATIONS, or whose package is missing.
 
+    Args:
+        name: as the user wrote it.
+
     Raises:
         ValueError: there is no such name.
         ImportError: its package is missing.

@@ -178,6 +178,9 @@ def register_family(family: Family, *, replace: bool = False) -> None:
 def find_family(model_type: object) -> Family:
     """Find the row of a config's `model_type`; GENERIC if there is none.
 
+    Args:
+        model_type: the config's; may be None.
+
     Raises:
         ValueError: a package's entry point has a broken row, or one of another `model_type`.
     """
