@@ -166,7 +166,7 @@ class GatheredOracle:
 
 
 def whole_inputs(model, sample, answer):
-    """The prompt with the answer behind it, as one dense prefill."""
+    """The prompt with the answer after it, as one dense prefill."""
     inputs = dict(sample)
     typed = adapt(model).family.answer_type
     inputs["input_ids"] = torch.cat([sample["input_ids"], answer[None]], 1)
