@@ -62,6 +62,9 @@ def value_weighted(view: LayerView) -> torch.Tensor:
 def accumulated(view: LayerView) -> torch.Tensor:
     """Score tokens by the attention of the question's rows in all layers up to this one, mean over heads.
 
+    Args:
+        view: after at least one layer.
+
     Raises:
         ValueError: no layer has run yet.
     """

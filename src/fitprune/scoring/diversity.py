@@ -24,7 +24,7 @@ def by_dpp(view: LayerView) -> torch.Tensor:
     Relevance is the negated cosine between a visual token and the question's embeddings, scaled to 0..1 in the image.
 
     Source: CDPruner (arXiv:2506.10967). Differs from the authors' code: their negated cosine is in CLIP's joint space,
-    which needs a text tower that LLaVA models in transformers do not hold; here it is in the decoder's input space.
+    which needs a text tower that LLaVA models in transformers do not have; here it is in the decoder's input space.
     """
 
     def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -42,6 +42,9 @@ def by_duplication(view: LayerView) -> torch.Tensor:
 
     Pivots are the four visual tokens and the four question tokens with the largest keys (L1 norm, in the layer before);
     picked are, pivot by pivot, the tokens least similar to it (cosine of the normed hidden states).
+
+    Args:
+        view: before a layer from 1 on, with the view of the layer before it.
 
     Raises:
         ValueError: tokens left in the layer before, or there is none.

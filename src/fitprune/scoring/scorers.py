@@ -55,6 +55,9 @@ class Scorer:
     def __call__(self, view: LayerView) -> torch.Tensor:
         """Score a layer's tokens [B, m].
 
+        Args:
+            view: the layer's; `score` gets a stand-in for it, which shows what the flags announce.
+
         Raises:
             ValueError: `score` reads what no flag announces, or what it returns is refused; see `checked_scores`.
         """
@@ -153,7 +156,7 @@ def _diverse(score: Score, weight: float) -> Score:
     return diverse
 
 
-# What has a name: a `Scorer`, a function of a view, or a function that makes a Scorer; see `register_scorer`.
+# What is registered: a `Scorer`, a function of a view, or a function that makes a Scorer; see `register_scorer`.
 Entry = Scorer | Callable[..., Any]
 
 SCORERS: Registry[Entry] = Registry(
@@ -184,15 +187,16 @@ SCORERS: Registry[Entry] = Registry(
 def register_scorer(name: str, scorer: Entry, *, replace: bool = False) -> None:
     """Give a scorer a name in this process, by which recipes can hold it.
 
-    An entry point in the group "fitprune.scorers", whose object is the same as `scorer`, gives it one in every process.
+    For every process, install a package with an entry point of that name in the group "fitprune.scorers"; its object is
+    what `scorer` is here.
 
     Args:
-        name: not one that is taken; letters, digits, "-", "_" and ".".
-        scorer: a function of a view, `def late(view, *, power=1.0)`, which counts as query-aware; or
-            `Scorer(late, query_aware=False)`, which says what it reads; or, where parameters are to be checked first or
-            decide what is read, a function that makes the Scorer, `def late(*, power=1.0)`. Keyword-only arguments are
-            the parameters that a recipe holds: numbers, text, lists, objects. One without a default must be in the
-            recipe; one with a default must be of its kind.
+        name: letters, digits, "-", "_" and "."; no name of fitprune's own or one that is registered already.
+        scorer: one of three. A function of a view, `def late(view, *, power=1.0)`, which counts as query-aware.
+            `Scorer(late, query_aware=False)`, which announces what it reads. Where the parameters decide that, or are
+            to be checked before a model runs: a function that makes a Scorer, `def late(*, power=1.0)`. Keyword-only
+            arguments are the parameters, which a recipe holds as numbers, text, lists or objects. One without a default
+            must be in the recipe; one with a default must be of its kind.
         replace: take the place of a scorer that was registered under this name.
 
     Raises:
@@ -206,7 +210,9 @@ def register_scorer(name: str, scorer: Entry, *, replace: bool = False) -> None:
 def get_scorer(scorer: str | Scorer | Mapping[str, Any] | Score) -> Scorer:
     """Make a scorer of its name, of name and parameters as a recipe holds them, or take one as it is.
 
-    A bare function counts as query-aware.
+    Args:
+        scorer: a name in `SCORERS`, {"name": ..., "parameters": {...}}, a Scorer, or a function of a LayerView, which
+            counts as query-aware.
 
     Raises:
         ValueError: no scorer has that name, or a parameter is unknown, missing or out of range.
@@ -235,14 +241,14 @@ def get_scorer(scorer: str | Scorer | Mapping[str, Any] | Score) -> Scorer:
         if kind and _kind(value) != kind:
             raise ValueError(f"scorer {name!r}: {parameter}={short(value)}: must be {kind}, as {short(default)} is")
     try:
-        scorer = _made(entry, takes_view, parameters)
+        scorer = _with_parameters(entry, takes_view, parameters)
     except ValueError as error:
         raise ValueError(f"scorer {name!r}: {error}") from None
     return dataclasses.replace(scorer, score=_diverse(scorer.score, weight)) if weight else scorer
 
 
-def _made(entry: Entry, takes_view: bool, parameters: dict[str, Any]) -> Scorer:
-    """Make a scorer of what has a name and of the parameters that a recipe holds."""
+def _with_parameters(entry: Entry, takes_view: bool, parameters: dict[str, Any]) -> Scorer:
+    """Make a scorer of what is registered and of the parameters that a recipe holds."""
     if not takes_view:
         scorer = cast(Callable[..., Any], entry)(**parameters)
         if not isinstance(scorer, Scorer):
@@ -253,10 +259,14 @@ def _made(entry: Entry, takes_view: bool, parameters: dict[str, Any]) -> Scorer:
 
 
 def _signature(name: str, entry: Entry) -> tuple[bool, dict[str, Any]]:
-    """Read whether what has a name takes a view, and its parameters with their defaults.
+    """Read whether what is registered takes a view, and its parameters with their defaults.
+
+    Args:
+        name: for messages.
+        entry: what has this name; see `register_scorer`.
 
     Raises:
-        ValueError: its arguments are neither of those two, or a default is nothing that a recipe holds.
+        ValueError: its arguments have another form, or a default is nothing that a recipe holds.
     """
     function = entry.score if isinstance(entry, Scorer) else entry
     try:

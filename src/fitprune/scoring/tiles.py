@@ -176,10 +176,16 @@ def _maximum_over_heads(
 def row_blocks(
     query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, softmax: Softmax
 ) -> Iterator[tuple[_Numbers, int, torch.Tensor]]:
-    """Compute the attention of the needed rows [Q] bool in blocks.
+    """Compute the attention of the needed rows in blocks.
 
     The last block comes first: the memory that it frees is enough for each that follows. In ascending order each block
     would be a little larger than what was freed before, and memory would grow by hundreds of megabytes.
+
+    Args:
+        query: [B, H, Q, D].
+        key: [B, G, K, D].
+        needed: [Q] bool.
+        softmax: how the layer computes its weights.
 
     Yields:
         Rows, how many of the last Q keys the block sees, and its attention fp32 [B, H, r, past + that number].
