@@ -23,7 +23,7 @@ from fitprune.fitting.rules import keep_highest
 from fitprune.recipes.find import find_recipe, fitted_to
 from fitprune.recipes.recipe import PruningRecipe, scorer_parts
 from fitprune.recipes.rounding import kept_counts
-from fitprune.scoring.scorers import Score, Scorer, checked_scores, get_scorer
+from fitprune.scoring.scorers import Score, Scorer, get_scorer
 from fitprune.scoring.view import LayerView
 
 # Decoders that are pruned now. The model's own hooks hold what is attached, so that only `detach` undoes it.
@@ -333,7 +333,7 @@ def plan_by(recipe: PruningRecipe, scorer: Scorer, pool_images: bool = False) ->
                 return None
             view.group = _pooled(view.image) if pool_images else view.image
             view.left = left[step + 1].to(view.image.device)
-            return keep_highest(checked_scores(scorer.score(view), view.image), view.group, view.left)
+            return keep_highest(scorer(view), view.group, view.left)
 
         return choose
 

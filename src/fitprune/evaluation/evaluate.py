@@ -329,7 +329,7 @@ def _scorer(entry: Entry, places: Sequence[int]) -> Scorer:
 
     def score(view: LayerView) -> torch.Tensor:
         view.prompt.numbers = list(places)
-        return scorer.score(view)
+        return scorer(view)
 
     return dataclasses.replace(scorer, score=score)
 

@@ -24,7 +24,8 @@ from fitprune.families.adapter import AdaptedModel, adapt
 from fitprune.families.images import read_images, visual_mask
 from fitprune.families.inputs import to_model
 from fitprune.recipes.recipe import PruningRecipe
-from fitprune.scoring.received import HEAD_KINDS, Attention, head_attention, text_after
+from fitprune.scoring.by_head import HEAD_KINDS, head_attention
+from fitprune.scoring.received import Attention, text_after
 from fitprune.scoring.scorers import get_scorer
 
 

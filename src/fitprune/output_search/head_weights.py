@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fitprune.output_search.divergence import Heads
-from fitprune.scoring.received import HEAD_KINDS
+from fitprune.scoring.by_head import HEAD_KINDS
 
 PROFILE = 64  # places at most at which the usual attention is told
 _SMALLEST = 0.01  # weights below this share of the largest are left out
