@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fitprune import PruningRecipe, measure, prune
-from fitprune.baselines.table import BASELINES, Sizes, make_method
+from fitprune.baselines.base import Sizes
+from fitprune.baselines.table import BASELINES, make_method
 from fitprune.engine.prune import kept_positions
 from fitprune.families.adapter import adapt
 from fitprune.fitting.budget import OutOfReach, checked_budget
