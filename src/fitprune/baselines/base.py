@@ -57,8 +57,8 @@ class Baseline:
     def __post_init__(self) -> None:
         if not callable(self.schedule):
             raise ValueError(
-                f"baseline's schedule is a {type(self.schedule).__name__}: must be a function of target and budget, and "
-                "of parameters by keyword"
+                f"baseline's schedule is a {type(self.schedule).__name__}: must be a function of target and budget, "
+                "and of parameters by keyword"
             )
         for field in ("scorer", "source"):
             if not isinstance(value := getattr(self, field), str) or not value:
@@ -158,11 +158,7 @@ def latest(target: Target, budget: Budget, counts: Callable[[Target, int, int], 
 
 
 def require_layer(name: str, k: int | None, target: Target) -> None:
-    """Refuse a parameter k that is no layer from 1 on.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Refuse a method's parameter k unless it is None or a layer, from 1."""
     layers = target.model.decoder.layers
     if k is not None and not 1 <= k < layers:
         raise ValueError(f"{name}:k={k}: must be from 1 to {layers - 1}, a layer of the {layers}")

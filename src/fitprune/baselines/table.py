@@ -123,6 +123,9 @@ def _require_counts(name: str, target: Target, counts: Counts) -> None:
 def parse_name(name: str) -> tuple[str, dict[str, int]]:
     """Split "fastv:k=1" into a method of BASELINES and its parameters.
 
+    Args:
+        name: a method, and after a colon its parameters, separated by commas.
+
     Raises:
         ValueError: there is no such method or parameter, or its value is no integer.
     """
