@@ -26,7 +26,6 @@ _HOMES = {
     "attach": "engine.prune",
     "evaluate": "evaluation.evaluate",
     "fit": "fitting.fit",
-    "fit_output": "output_search.search",
     "fit_sequential": "baselines.authors_fit",
     "kept_positions": "engine.prune",
     "load_model": "families.loading",
@@ -35,6 +34,7 @@ _HOMES = {
     "measure": "calibration.measure",
     "profile_latency": "speed.profiling",
     "prune": "engine.prune",
+    "search": "output_search.search",
     "time_recipes": "speed.benchmark",
 }
 __all__ = [*_HOMES, "__version__"]
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from fitprune.fitting.fit import Fitter as Fitter
     from fitprune.fitting.fit import fit as fit
     from fitprune.fitting.stats import AttentionStats as AttentionStats
-    from fitprune.output_search.search import fit_output as fit_output
+    from fitprune.output_search.search import search as search
     from fitprune.recipes.recipe import PruningRecipe as PruningRecipe
     from fitprune.speed.benchmark import time_recipes as time_recipes
     from fitprune.speed.profiling import profile_latency as profile_latency

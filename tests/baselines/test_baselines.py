@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from fitprune import PruningRecipe, measure, prune
-from fitprune.baselines.table import BASELINES, Sizes, make_method
+from fitprune.baselines.base import Sizes
+from fitprune.baselines.table import BASELINES, make_method
 from fitprune.engine.prune import kept_positions
 from fitprune.families.adapter import adapt
 from fitprune.fitting.budget import OutOfReach, checked_budget
 from fitprune.fitting.fit import Fitter
-from fitprune.recipes.model_card import card_of
 from fitprune.scoring import attention_scorers, diversity
 from fitprune.scoring.diversity import dpp_order, least_similar_order, max_min_order
 from fitprune.scoring.scorers import Scorer

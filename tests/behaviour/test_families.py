@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
 
-from fitprune import PruningRecipe, fit, fit_output, fit_sequential, make_batches, measure, prune
+from fitprune import PruningRecipe, fit, fit_sequential, make_batches, measure, prune, search
 from fitprune.baselines.table import make_method
 from fitprune.calibration.samples import Sample
 from fitprune.costs import flops
@@ -618,7 +618,7 @@ def test_every_fit_runs(name):
     halves = [row.collate(samples[:2])], [row.collate(samples[2:])]
     for recipe in (
         fit_sequential(model, samples, flops_reduction=0.15, stats=stats),
-        fit_output(model, halves[0], stats, validation=halves[1], flops_reduction=0.15, max_new_tokens=3, passes=2),
+        search(model, halves[0], stats, validation=halves[1], flops_reduction=0.15, max_new_tokens=3, passes=2),
     ):
         cost = recipe.cost()
         assert 0 < cost.flops_reduction < 0.3  # the sequential one rounds each layer down

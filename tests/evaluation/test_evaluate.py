@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from fitprune import AttentionStats, PruningRecipe, evaluate, load_samples
 from fitprune._support import assets
 from fitprune._support.journal import Journal
-from fitprune.baselines.table import BASELINES, Sizes, make_method
+from fitprune.baselines.base import Sizes
+from fitprune.baselines.table import BASELINES, make_method
 from fitprune.cli.main import main
 from fitprune.evaluation import evaluate as evaluation
 from fitprune.evaluation.evaluate import entries_for

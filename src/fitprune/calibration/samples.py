@@ -178,7 +178,7 @@ def _drawn(total: int, count: int, seed: int) -> Iterable[int]:
 def recombined(samples: Sequence[Sample], times: int, *, seed: int = 0) -> list[Sample]:
     """Ask every image `times` questions: its own, and then those of other samples, drawn without repetition.
 
-    The new samples have no accepted answers: they are for what needs none, such as `fitprune.fit_output`, which
+    The new samples have no accepted answers: they are for what needs none, such as `fitprune.search`, which
     compares a pruned model with the dense one. So a small calibration set says more.
 
     Args:

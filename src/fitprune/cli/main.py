@@ -195,7 +195,7 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
     from fitprune.calibration.batches import make_batches
     from fitprune.calibration.samples import recombined
     from fitprune.fitting.fit import Fitter
-    from fitprune.output_search.search import OutputFitter
+    from fitprune.output_search.search import Searcher
 
     missing = [name for name in ("model", "data") if getattr(args, name) is None]
     if missing:
@@ -228,7 +228,7 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
         )
         for half in (samples[:middle], samples[middle:])
     )
-    searcher = OutputFitter(
+    searcher = Searcher(
         model,
         search,
         stats,
