@@ -13,8 +13,10 @@ from transformers import AutoProcessor
 
 from fitprune import AttentionStats, load_samples, make_batches
 from fitprune._support import assets
-from fitprune.calibration.batches import chat_prompt, encode, format_prompt, usable
-from fitprune.calibration.samples import BadSample, Sample
+from fitprune.calibration.batches import usable
+from fitprune.calibration.entry import BadSample
+from fitprune.calibration.prompts import chat_prompt, encode, format_prompt
+from fitprune.calibration.samples import Sample
 from fitprune.cli.main import main
 from helpers import families as F
 from helpers.models import tiny_model
@@ -189,12 +191,12 @@ def test_a_chat_template_at_the_tokenizer_alone_or_of_several_is_used(processor,
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "has no chat template; state prompt_template"),
+        (None, "has no chat template; pass prompt_template"),
         ({"tools": "x", "rag": "y"}, "the chat templates are tools, rag: one must be called 'default'"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "at fault: it prints a message's content as a list"),
         ("{{ messages[0].content | tojson }}", "at fault: it prints a message's content as a list"),
         ("{{ messages[0].content[1].text }}", "at fault: it writes no '<image>' where the image is"),
-        ("USER: <image> ASSISTANT:", "at fault: it does not write the question; state prompt_template"),
+        ("USER: <image> ASSISTANT:", "at fault: it does not write the question; pass prompt_template"),
         ("Answer the question 7319: <image>", "at fault: it does not write the question"),
         ("{% for", "the chat template fails"),
         ("{{ raise_exception('system first') }}", r"the chat template fails \(system first\)"),

@@ -14,9 +14,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from fitprune import evaluate, load_samples, make_batches
 from fitprune._support import assets
 from fitprune.calibration import samples as calibration
-from fitprune.calibration.batches import format_prompt
+from fitprune.calibration.entry import BadSample, fields_of
 from fitprune.calibration.pictures import load_picture
-from fitprune.calibration.samples import BadSample, Sample
+from fitprune.calibration.prompts import format_prompt
+from fitprune.calibration.samples import Sample
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +339,7 @@ OTHER = QUESTION | {"image": "blue.jpg"}
     ],
 )
 def test_accepted_answers_are_read_by_what_they_mean(folder, answer, accepted):
-    assert calibration._sample(QUESTION | answer, folder, "x").answers == accepted
+    assert fields_of(QUESTION | answer, folder, "x")["answers"] == accepted
     if "numpy" not in str(type(answer.get("answer"))):
         assert load_samples(write(folder, QUESTION | answer))[0].answers == accepted
 
@@ -376,7 +377,7 @@ def test_accepted_answers_are_read_by_what_they_mean(folder, answer, accepted):
     ],
 )
 def test_a_key_without_a_value_falls_through_to_its_synonym_and_ids_keep_their_type(folder, keys, found):
-    sample = calibration._sample(QUESTION | {"text": "What?"} | keys, folder, "x")
+    sample = Sample(**fields_of(QUESTION | {"text": "What?"} | keys, folder, "x"))
     got = sample.id if {"question_id", "id"} & set(keys) else sample.kind if "category" in keys else sample.text
     if "kind" in keys:
         got = sample.kind
@@ -577,8 +578,8 @@ def test_what_is_there_goes_before_a_split_and_a_file_has_none(two_splits, folde
         ("digitscenes/test", "did you mean digit-scenes/test[?]"),
         ("digit-scene", "did you mean digit-scenes[?]"),
         ("digit-scenes/", "is a model's folder, must be data"),
-        ("digit-scenes", "is a model's folder, must be data; embedded are digit-scenes/calibration"),
-        ("digit-scenes:test", "is a model's folder, must be data; embedded are digit-scenes/calibration"),
+        ("digit-scenes", "is a model's folder, must be data; bundled are digit-scenes/calibration"),
+        ("digit-scenes:test", "is a model's folder, must be data; bundled are digit-scenes/calibration"),
         ("digit-scenes/test:train", "metadata.jsonl has no splits; name digit-scenes/test$"),
         ("https://huggingface.co/datasets/a/b", "is a URL, must be"),
     ],

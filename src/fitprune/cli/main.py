@@ -378,8 +378,9 @@ def _timed_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from fitprune.calibration.batches import format_prompt, make_batches
+    from fitprune.calibration.batches import make_batches
     from fitprune.calibration.pictures import located
+    from fitprune.calibration.prompts import format_prompt
     from fitprune.calibration.samples import Sample
     from fitprune.engine.prune import prune
     from fitprune.families.inputs import to_model

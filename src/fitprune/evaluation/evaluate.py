@@ -84,7 +84,7 @@ def evaluate(
         skipped: methods that could not be solved for a budget; passed on to the results.
         batch_size: samples in a batch.
         max_new_tokens: longest answer.
-        prompt_template: see `fitprune.calibration.batches.format_prompt`.
+        prompt_template: see `fitprune.calibration.prompts.format_prompt`.
         timed_batches: batches of each task whose prefill and decoding are timed, methods in turn; 0 for none.
         examples: samples, of different kinds, whose picture and kept tokens go into the results.
         progress: show a progress bar.
