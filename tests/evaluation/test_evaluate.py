@@ -17,10 +17,12 @@ from fitprune._support.journal import Journal
 from fitprune.baselines.table import BASELINES, Sizes, make_method
 from fitprune.cli.main import main
 from fitprune.evaluation import evaluate as evaluation
-from fitprune.evaluation.evaluate import entries_for
+from fitprune.evaluation.answers import prompt_sizes
+from fitprune.evaluation.bootstrap import Bootstrap, interval
+from fitprune.evaluation.entries import Entry, entries_for
 from fitprune.evaluation.report import write_report
-from fitprune.evaluation.results import Bootstrap, Results, beside, interval, table, verdict
-from fitprune.evaluation.rows import Entry
+from fitprune.evaluation.results import Results, beside, table
+from fitprune.evaluation.tables import verdict
 from fitprune.families.adapter import adapt
 from fitprune.families.clip_tower import crops_of
 from fitprune.fitting.budget import checked_budget
@@ -111,7 +113,7 @@ def test_two_runs_give_the_same_bytes(done, stats, tmp_path):
 def test_a_run_killed_at_half_goes_on_and_gives_the_same_bytes(whole_lines, done, stats, tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.json"
     journal = out.with_suffix(".samples.jsonl")
-    answer, answered = evaluation._answer, []
+    answer, answered = evaluation.answer_batch, []
 
     def dies_at_the_third_batch(*args):
         if len(answered) == 2:
@@ -119,7 +121,7 @@ def test_a_run_killed_at_half_goes_on_and_gives_the_same_bytes(whole_lines, done
         answered.append(1)
         return answer(*args)
 
-    monkeypatch.setattr(evaluation, "_answer", dies_at_the_third_batch)
+    monkeypatch.setattr(evaluation, "answer_batch", dies_at_the_third_batch)
     assert main(command(stats, out)) == 1
     assert "run the same command again to go on" in capsys.readouterr().err
     assert not out.exists()
@@ -127,12 +129,12 @@ def test_a_run_killed_at_half_goes_on_and_gives_the_same_bytes(whole_lines, done
     assert len(lines) == 1 + 10
     if not whole_lines:  # killed in the middle of a write
         journal.write_bytes(b"".join(lines[:-2]) + lines[-2][:37])
-    monkeypatch.setattr(evaluation, "_answer", lambda *args: answered.append(2) or answer(*args))
+    monkeypatch.setattr(evaluation, "answer_batch", lambda *args: answered.append(2) or answer(*args))
     assert main(command(stats, out)) == 0
     assert answered.count(2) == (4 if whole_lines else 5)  # 6 batches: those that were whole are not done again
     assert out.read_bytes() == done.read_bytes()
     assert journal.read_bytes() == done.with_suffix(".samples.jsonl").read_bytes()
-    monkeypatch.setattr(evaluation, "_answer", None)  # a finished run has nothing left to answer
+    monkeypatch.setattr(evaluation, "answer_batch", None)  # a finished run has nothing left to answer
     assert main(command(stats, out)) == 0
     assert out.read_bytes() == done.read_bytes()
 
@@ -247,7 +249,7 @@ def test_llava_next_counts_each_images_own_crops():
     model = tiny_model("llava_next")
     batch = batch_of(prompts(model, [[3, 6], [3, 5], [2, 9], [2, 4]]))
     crops = crops_of(adapt(model), batch["image_sizes"], 4)
-    assert [size[3] for size in evaluation._sizes(adapt(model), batch)] == crops
+    assert [size[3] for size in prompt_sizes(adapt(model), batch)] == crops
     assert len(set(crops)) > 1
 
 

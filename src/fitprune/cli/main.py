@@ -397,9 +397,9 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from fitprune.evaluation.entries import Entry
     from fitprune.evaluation.evaluate import evaluate
     from fitprune.evaluation.results import beside, table
-    from fitprune.evaluation.rows import Entry
     from fitprune.families.adapter import adapt
     from fitprune.recipes.find import fitted_to
 
@@ -453,7 +453,7 @@ def _output_budget(recipe: PruningRecipe) -> float | None:
 def _solved(args: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
     """Solve --methods for --flops-reduction; also says what cannot be solved."""
     from fitprune.baselines.table import BASELINES
-    from fitprune.evaluation.evaluate import entries_for
+    from fitprune.evaluation.entries import entries_for
     from fitprune.fitting.fit import Fitter
     from fitprune.fitting.stats import AttentionStats
 
