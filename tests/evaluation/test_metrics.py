@@ -10,6 +10,7 @@ from fitprune import PruningRecipe, evaluate, load_model, load_samples
 from fitprune._support import assets
 from fitprune.cli.main import main
 from fitprune.evaluation import rows
+from fitprune.evaluation.entries import entries_of
 from fitprune.evaluation.metrics import METRICS, choose, evalai, exact, is_near, normalized, vqa
 from fitprune.evaluation.report import write_report
 from fitprune.evaluation.results import Results, table
@@ -174,7 +175,7 @@ def test_words_around_an_answer_are_noticed():
 
 def made(accepted, said, *, metric=None, budget=0.6, questions=()):
     """Results of answers made by hand: `said` has those of "dense" and of each method."""
-    entries = rows.entries_of({name: RECIPE for name in said if name != "dense"})
+    entries = entries_of({name: RECIPE for name in said if name != "dense"})
     entries = [dataclasses.replace(entry, budget=budget) for entry in entries]
     labels = {"dense": "dense", **{entry.name: entry.label for entry in entries}}
     records = [
@@ -340,13 +341,13 @@ def test_results_print_as_their_table(tmp_path):
     [(RECIPE, ["recipe"]), ([RECIPE, RECIPE], ["recipe 1", "recipe 2"]), ({"a": RECIPE}, ["a"]), ([], []), ({}, [])],
 )
 def test_recipes_are_taken_alone_in_a_list_or_by_name(methods, names):
-    assert [entry.name for entry in rows.entries_of(methods)] == names
+    assert [entry.name for entry in entries_of(methods)] == names
 
 
 @pytest.mark.parametrize("methods", ["a.json", ["a.json"], {"a": "a.json"}, {"a": None}, None, 3])
 def test_what_is_no_method_is_named(methods):
     with pytest.raises(ValueError, match=r"methods hold a (str|NoneType|int): must be a recipe"):
-        rows.entries_of(methods)
+        entries_of(methods)
 
 
 def test_evaluate_says_what_samples_are():

@@ -75,7 +75,9 @@ def usable(
 
     Args:
         samples: what was loaded.
-        processor, prompt_template, model: as in `make_batches`.
+        processor: the model's processor.
+        prompt_template: as in `make_batches`.
+        model: as in `make_batches`.
 
     Raises:
         ValueError: no sample is left, or as `make_batches`.

@@ -113,10 +113,14 @@ def measure(
 
 
 def checked(batches: Any, own: Callable[[int], bool] = lambda _: True) -> Iterator[Mapping[str, Any]]:
-    """Pass batches on, those whose number is `own`.
+    """Pass on the batches of this process.
+
+    Args:
+        batches: batches of all processes.
+        own: whether the batch of a number is this process's.
 
     Raises:
-        ValueError: at once, these are none that can be gone through; or later, one of them is no batch.
+        ValueError: `batches` cannot be iterated over; or, when it is reached, one of them is no batch.
     """
     wanted = "must be a list of batches, as make_batches(samples, processor) gives them"
     if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):

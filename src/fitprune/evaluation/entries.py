@@ -47,7 +47,10 @@ class Entry:
 
 
 def entries_of(methods: Any) -> list[Entry]:
-    """Make entries of a recipe, of several (named "recipe 1", ...), of name -> recipe; entries stay as they are.
+    """Make entries of recipes.
+
+    Args:
+        methods: name -> recipe, a recipe, or a list of recipes (named "recipe 1", ...); entries stay as they are.
 
     Raises:
         ValueError: it is something else.

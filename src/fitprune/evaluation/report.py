@@ -40,6 +40,10 @@ pre{background:#f5f5f5;padding:.8em;overflow-x:auto;font-size:12px}
 def write_report(results: Results, path: str | os.PathLike[str]) -> None:
     """Write the page, whole or not at all.
 
+    Args:
+        results: what to report.
+        path: HTML file to write.
+
     Raises:
         ValueError: the results are damaged.
         OSError: `path` cannot be written.

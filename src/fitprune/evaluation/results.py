@@ -67,7 +67,11 @@ class Results:
         return {(entry["method"], entry["budget"]): entry for entry in self.timings.get("rows", ())}
 
     def row(self, name: str, task: str | None = None) -> Row:
-        """Find the row with a label such as "dense" or "fastv 60%", on the first task or the one named.
+        """Find a row.
+
+        Args:
+            name: its label, such as "dense" or "fastv 60%".
+            task: its task; the first by default.
 
         Raises:
             KeyError: there is none.
@@ -79,6 +83,9 @@ class Results:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the results as JSON, and times, if there are any, beside them as `NAME.timings.json`.
+
+        Args:
+            path: file to write.
 
         Raises:
             OSError: `path` cannot be written.
@@ -96,6 +103,9 @@ class Results:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Results:
         """Read what `save` wrote, and the times beside it if they are there and were saved with it.
+
+        Args:
+            path: file to read.
 
         Raises:
             OSError: the file cannot be read.

@@ -43,6 +43,10 @@ class Judged:
 def chosen_metrics(tasks: Mapping[str, Sequence[Sample]], metric: str | None) -> dict[str, str]:
     """Name the metric of each task: the one that is passed, or the one that its data asks for.
 
+    Args:
+        tasks: task name -> questions.
+        metric: a name of `fitprune.evaluation.metrics.METRICS`, or None.
+
     Raises:
         ValueError: there is no such metric, or it cannot be made of a task's answers.
     """

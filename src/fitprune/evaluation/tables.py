@@ -97,7 +97,7 @@ def verdict(best: Best) -> str:
     if best.lead == 0:
         equals = f"; {_joined(best.equals)} as accurate" if best.equals else ""
         return f"{where}: no method is more accurate than fitprune{equals}"
-    sure = "more accurate" if best.sure else "not told apart from fitprune by these samples"
+    sure = "more accurate" if best.sure else "not confirmed by these samples"
     return f"{where}: fitprune is NOT the best: {ahead}, {sure}"
 
 
