@@ -20,7 +20,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from fitprune import PruningRecipe, evaluate, load_samples, make_batches, measure
 from fitprune._support import assets
 from fitprune.calibration.samples import Sample, recombined
-from fitprune.evaluation.rows import Entry
+from fitprune.evaluation.entries import Entry
 from fitprune.fitting.budget import checked_budget
 from fitprune.output_search.search import Searcher
 

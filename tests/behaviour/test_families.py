@@ -14,8 +14,7 @@ from fitprune.baselines.table import make_method
 from fitprune.calibration.samples import Sample
 from fitprune.costs import flops
 from fitprune.engine.prune import kept_positions
-from fitprune.evaluation.evaluate import readable
-from fitprune.evaluation.rows import Entry
+from fitprune.evaluation.entries import Entry, readable
 from fitprune.families.adapter import adapt
 from fitprune.families.config import fingerprint_of, say_generic
 from fitprune.families.images import read_images

@@ -377,8 +377,9 @@ def _timed_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from fitprune.calibration.batches import format_prompt, make_batches
+    from fitprune.calibration.batches import make_batches
     from fitprune.calibration.pictures import located
+    from fitprune.calibration.prompts import format_prompt
     from fitprune.calibration.samples import Sample
     from fitprune.engine.prune import prune
     from fitprune.families.inputs import to_model
@@ -395,9 +396,9 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from fitprune.evaluation.entries import Entry
     from fitprune.evaluation.evaluate import evaluate
     from fitprune.evaluation.results import beside, table
-    from fitprune.evaluation.rows import Entry
     from fitprune.families.adapter import adapt
     from fitprune.recipes.find import fitted_to
 
@@ -451,7 +452,7 @@ def _output_budget(recipe: PruningRecipe) -> float | None:
 def _solved(args: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
     """Solve --methods for --flops-reduction; also says what cannot be solved."""
     from fitprune.baselines.table import BASELINES
-    from fitprune.evaluation.evaluate import entries_for
+    from fitprune.evaluation.entries import entries_for
     from fitprune.fitting.fit import Fitter
     from fitprune.fitting.stats import AttentionStats
 

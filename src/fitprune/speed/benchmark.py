@@ -272,7 +272,7 @@ def noise_inputs(
         text_tokens: the least that a prompt's text is to have, its format included; a few more where words are long.
         batch_size: prompts.
         side: height and width of the image, in pixels.
-        prompt_template: see `fitprune.calibration.batches.format_prompt`.
+        prompt_template: see `fitprune.calibration.prompts.format_prompt`.
     """
     adapted = adapt(model)
     model = adapted.model
