@@ -27,7 +27,7 @@ from fitprune.fitting.few_layers import merge_layers
 from fitprune.fitting.fit import Fitter
 from fitprune.recipes.rounding import keep_fractions
 from fitprune.speed import random_models
-from fitprune.speed.benchmark import as_json, table
+from fitprune.speed.timings import as_json, table
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
 

@@ -24,7 +24,7 @@ from fitprune import PruningRecipe, prune
 from fitprune.costs.flops import prefill_flops
 from fitprune.families.config import fingerprint_of
 from fitprune.families.llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
-from fitprune.speed.benchmark import decode_seconds, prefill_seconds
+from fitprune.speed.in_turn import decode_seconds, prefill_seconds
 
 TEXT_TOKENS = 64
 ROUNDS = 3

@@ -27,8 +27,8 @@ from fitprune._support import assets
 from fitprune.fitting.budget import checked_budget
 from fitprune.fitting.fit import Fitter
 from fitprune.speed import random_models
-from fitprune.speed.benchmark import Block, decode_seconds, time_ratios
-from fitprune.speed.profiling import device_name
+from fitprune.speed.clocks import device_name
+from fitprune.speed.in_turn import Block, decode_seconds, time_ratios
 
 ROUNDS = 5
 

@@ -37,7 +37,7 @@ from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConf
 
 from fitprune import fit, measure
 from fitprune._support import assets
-from fitprune.speed.profiling import device_name
+from fitprune.speed.clocks import device_name
 
 QUESTION = "What is the number of digits, and which colour does the largest of them have, row by row?"
 PLAIN = ("--enforce-eager", "--no-enable-prefix-caching", "--no-enable-chunked-prefill")  # the same for all

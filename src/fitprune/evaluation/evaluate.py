@@ -44,7 +44,7 @@ from fitprune.recipes.recipe import PruningRecipe
 from fitprune.recipes.rounding import require_tokens
 from fitprune.scoring.scorers import Scorer, get_scorer
 from fitprune.scoring.view import LayerView
-from fitprune.speed.benchmark import decode_seconds, prefill_seconds, time_ratios
+from fitprune.speed.in_turn import decode_seconds, prefill_seconds, time_ratios
 
 MOST_DIVERGENCE = 1e6  # nats; stands for an infinite one, which JSON cannot hold
 PICTURE = 288  # longest side of an example's picture, pixels
