@@ -140,7 +140,7 @@ def _over_data(
     if len(sources) > 1:
         uses = Counter(digest for part in sources.values() for digest in set(part.digests))
         if shared := sum(times > 1 for times in uses.values()):
-            notes.append(f"data: {shared} samples are in several of the statistics, which are then not independent")
+            notes.append(f"data: {shared} samples stand in several of the statistics, which are then not independent")
         if len({str(part.provenance.get("weights")) for part in sources.values()}) > 1:
             notes.append("data: the statistics are of different weights; differences are not of the data alone")
     elif len(fitter.stats) > 1:
