@@ -40,6 +40,7 @@ def line(number: int, points: int) -> dict[str, Any]:
 
 
 def style(axes: Any, title: str, below: str, beside: str) -> None:
+    """Title a plot and its axes, `below` and `beside` it, and draw its grid."""
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(below, fontsize=9)
     axes.set_ylabel(beside, fontsize=9)
@@ -51,10 +52,12 @@ def style(axes: Any, title: str, below: str, beside: str) -> None:
 
 
 def legend_below(figure: Any, axes: Any) -> None:
+    """Put the legend of one plot under all."""
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
 
 
 def legend_beside(figure: Any, axes: Any, title: str) -> None:
+    """Put the legend of one plot to the right of all."""
     figure.legend(
         *axes.get_legend_handles_labels(), title=title, frameon=False, fontsize=8, title_fontsize=8,
         loc="outside right center",
@@ -73,4 +76,5 @@ def numbers(axes: Any, image: Any, matrix: torch.Tensor, form: str) -> None:
 
 
 def percent(fraction: float) -> str:
+    """Write a fraction as percent: "40%"."""
     return f"{100 * fraction:g}%"

@@ -258,8 +258,8 @@ def _position_bias(position: PositionBias) -> Any:
     reach = min(max(float(every.max()), 1 / max(float(every.min()), 1e-6), 2.0), 8.0)
     for column, kind in enumerate(KINDS):
         upper, lower = grid[0][column], grid[1][column]
-        shown = position.grid[kind].clamp(1 / reach, reach)
-        image = upper.imshow(shown.numpy(), cmap="PuOr_r", norm=LogNorm(1 / reach, reach))
+        relative = position.grid[kind].clamp(1 / reach, reach)
+        image = upper.imshow(relative.numpy(), cmap="PuOr_r", norm=LogNorm(1 / reach, reach))
         upper.set_title({"score": "score (self x cross)"}.get(kind, f"{kind} attention"), fontsize=9)
         upper.tick_params(labelsize=8)
         for axis in (upper.xaxis, upper.yaxis):

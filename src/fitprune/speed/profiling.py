@@ -32,7 +32,7 @@ def profile_latency(
     """Measure what the parts of a prefill take on the model's device, against the number of tokens.
 
     Layers are timed inside the model, where they find memory and caches as in use: in prompts of text alone, of each
-    count of `tokens`. What lies outside of them, and what scoring takes, is timed in the prompt that is given.
+    count of `tokens`. What lies outside of them, and what scoring takes, is timed in the prompt of `inputs`.
 
     Args:
         model: a supported model.
@@ -53,6 +53,9 @@ def profile_latency(
 def require_inputs(inputs: Any) -> None:
     """Refuse what is no batch of a processor.
 
+    Args:
+        inputs: what a caller passed as one.
+
     Raises:
         ValueError: it is no mapping with `input_ids`.
     """
@@ -61,7 +64,16 @@ def require_inputs(inputs: Any) -> None:
 
 
 class Profiler:
-    """Measures a latency profile round by round, so that rounds of something else can go between; see the function."""
+    """Measures a latency profile round by round, so that rounds of something else can go between.
+
+    Args:
+        model: as for `profile_latency`.
+        inputs: as for `profile_latency`.
+        tokens: as for `profile_latency`.
+
+    Attributes:
+        grid: tokens of a sample that are measured.
+    """
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], *, tokens: Sequence[int] | None = None) -> None:
         require_inputs(inputs)
@@ -79,8 +91,8 @@ class Profiler:
         text = ids[~visual].view(len(ids), -1)
         self._text = text.repeat(1, -(-self.grid[-1] // text.shape[1]))
         # Layers that are all alike are timed by some of them; their weights are far more than a cache holds.
-        shape, layers = self._adapted.fingerprint.decoder, len(self._adapted.layers)
-        alike = not (shape.linear_layers or shape.mlps) and len(set(self._adapted.windows)) == 1
+        sizes, layers = self._adapted.fingerprint.decoder, len(self._adapted.layers)
+        alike = not (sizes.linear_layers or sizes.mlps) and len(set(self._adapted.windows)) == 1
         self._timed = min(LAYERS_TIMED, layers) if alike else layers
         self._rounds: list[_Round] = []
 
@@ -134,7 +146,7 @@ class Profiler:
         )
 
     def _removal_seconds(self) -> dict[int, float]:
-        """Tokens of the prompt -> seconds that removal takes in a layer that so many enter."""
+        """Tokens of the prompt -> seconds that removal takes in a layer that this number of tokens enters."""
         decoder, text = self._adapted.fingerprint.decoder, self._inputs["input_ids"].shape[1] - self._visual
         found = {}
         for share in (1, 2, 4, 8):
