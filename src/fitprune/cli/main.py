@@ -318,7 +318,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     from fitprune.costs.latency import LatencyProfile
     from fitprune.fitting.budget import checked_budget
     from fitprune.fitting.fit import Fitter
-    from fitprune.speed.benchmark import as_json, table, time_recipes
+    from fitprune.speed.benchmark import time_recipes
+    from fitprune.speed.timings import as_json, table
 
     if args.output is not None:
         files.claim(args.output, files.TIMES, overwrite=args.overwrite)
@@ -366,7 +367,7 @@ def _timed_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
     from fitprune.speed import random_models
 
-    random_models.get_shape(args.shape)
+    random_models.get_model_row(args.shape)
     if args.dtype not in DTYPES or args.device_map is not None or args.quantization is not None:
         raise ValueError("--shape makes weights of --dtype on one --device: no --device-map, no --quantization")
     dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)

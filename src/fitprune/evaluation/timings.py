@@ -10,7 +10,7 @@ import torch
 from fitprune.evaluation.entries import firsts
 from fitprune.evaluation.run import Run
 from fitprune.evaluation.summary import DENSE
-from fitprune.speed.benchmark import decode_seconds, prefill_seconds, time_ratios
+from fitprune.speed.in_turn import decode_seconds, prefill_seconds, time_ratios
 
 
 def time_methods(run: Run, batches: int) -> dict[str, Any]:
