@@ -19,7 +19,7 @@ _HOMES = {
     "AttentionStats": "fitting.stats",
     "Fitter": "fitting.fit",
     "LatencyProfile": "costs.latency",
-    "Pruner": "engine.prune",
+    "Pruner": "engine.pruner",
     "PruningRecipe": "recipes.recipe",
     "Sample": "calibration.samples",
     "analyze": "analysis.analyze",
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from fitprune.calibration.samples import Sample as Sample
     from fitprune.calibration.samples import load_samples as load_samples
     from fitprune.costs.latency import LatencyProfile as LatencyProfile
-    from fitprune.engine.prune import Pruner as Pruner
     from fitprune.engine.prune import attach as attach
     from fitprune.engine.prune import kept_positions as kept_positions
     from fitprune.engine.prune import prune as prune
+    from fitprune.engine.pruner import Pruner as Pruner
     from fitprune.evaluation.evaluate import evaluate as evaluate
     from fitprune.families.loading import load_model as load_model
     from fitprune.fitting.fit import Fitter as Fitter

@@ -7,26 +7,26 @@ import pytest
 import torch
 import transformers as tf
 
-from fitprune._support import host
+from fitprune._support import facts, host
 
 FACTS = {
-    "crops of an image": host._fact(
+    "crops of an image": facts.fact(
         "transformers.models.llava_next.modeling_llava_next", "image_size_to_num_patches",
         "image_size", "grid_pinpoints", "patch_size",
     ),
-    "packed features": host._fact(
+    "packed features": facts.fact(
         "transformers", "LlavaNextModel.pack_image_features",
         "image_features", "image_sizes", "vision_feature_select_strategy", "image_newline",
     ),
     "a model that packs none": lambda: not host.packs_features(tf.LlavaModel),
-    "features by get_image_features": host._fact("transformers", "LlavaModel.get_image_features", "pixel_values"),
-    "images that generate encoded": host._fact("transformers", "LlavaForConditionalGeneration.forward", host.ENCODED),
-    "files of a repository": host._fact("transformers.utils", "cached_file", "path_or_repo_id", "filename"),
+    "features by get_image_features": facts.fact("transformers", "LlavaModel.get_image_features", "pixel_values"),
+    "images that generate encoded": facts.fact("transformers", "LlavaForConditionalGeneration.forward", host.ENCODED),
+    "files of a repository": facts.fact("transformers.utils", "cached_file", "path_or_repo_id", "filename"),
     "an optional file": lambda: "_raise_exceptions_for_missing_entries" in inspect.getsource(tf.utils.hub.cached_files),
-    "an adapter's config": host._fact("transformers.utils", "find_adapter_config_file", "revision", "token"),
-    "a commit of the hub": host._fact("huggingface_hub", "HfApi.resolve_revision", "repo_id", "revision"),
-    "a table of models that answer in text": host._fact("transformers", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
-    "a config's entries": host._fact("transformers", "PreTrainedConfig.get_config_dict"),
+    "an adapter's config": facts.fact("transformers.utils", "find_adapter_config_file", "revision", "token"),
+    "a commit of the hub": facts.fact("huggingface_hub", "HfApi.resolve_revision", "repo_id", "revision"),
+    "a table of models that answer in text": facts.fact("transformers", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
+    "a config's entries": facts.fact("transformers", "PreTrainedConfig.get_config_dict"),
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ that attention is renormalised among those left. The dense totals come from save
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from fitprune.calibration.measure import checked, measure
 from fitprune.costs import flops
 from fitprune.engine.remover import removing
-from fitprune.engine.rows import Choose
+from fitprune.engine.running import Choose
 from fitprune.families.adapter import AdaptedModel, adapt
 from fitprune.families.inputs import input_digests, to_model
 from fitprune.fitting.budget import Budget, checked_budget
@@ -114,14 +113,9 @@ def _left(
     for index, batch in enumerate(tqdm(samples, desc=f"tolerance {tolerance:.3f}", disable=not progress or None)):
         left[index] = stats.visual_tokens[index]  # of layers where none leave before the first removal
         rule = _within(totals[index], tolerance, left[index], decoder.prunable)
-        with torch.no_grad(), removing(adapted, functools.partial(_same_for_all, rule)):
+        with torch.no_grad(), removing(adapted, rule):
             model(**to_model(batch, model), use_cache=False, logits_to_keep=1)
     return left
-
-
-def _same_for_all(rule: Choose, _: Any) -> Choose:
-    """Choose by this rule, whatever the prefill."""
-    return rule
 
 
 def _removed(stats: AttentionStats, left: torch.Tensor, budget: Budget) -> list[int] | None:

@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from fitprune._support.processes import Processes
+from fitprune.engine.arguments import valid_columns
 from fitprune.engine.attention_tap import tap_attention
-from fitprune.engine.calls import valid_columns
 from fitprune.families.adapter import AdaptedModel, adapt
 from fitprune.families.images import read_images, visual_mask
 from fitprune.families.inputs import NOT_MEASURED, input_digests, to_model

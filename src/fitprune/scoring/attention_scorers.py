@@ -68,10 +68,7 @@ def accumulated(view: LayerView) -> torch.Tensor:
     Raises:
         ValueError: no layer has run yet.
     """
-    received = view.prompt.received
-    if received is None:
-        raise ValueError("no layer has run before layer 0: with 'accumulated', remove inside it or later")
-    return received.to(view.column.device).gather(1, view.column.clamp(min=0))
+    return view.prompt.received.to(view.column.device).gather(1, view.column.clamp(min=0))
 
 
 def by_cls(view: LayerView) -> torch.Tensor:
