@@ -12,9 +12,9 @@ from fitprune.recipes.rounding import MOST_TOKENS
 
 LONGEST_MESSAGE = 600  # characters of an error; a longer one quotes a file, and is cut in the middle
 RENAMED = {
-    "--objective": "there are two commands now: 'fitprune fit' (objective attention) and 'fitprune search MODEL "
-    "--stats STATS --data DATA' (objective output)",
-    "--shape": "use --random-model",
+    "--objective": "--objective is gone: 'fitprune fit' is the paper's rule (attention); for output use 'fitprune "
+    "search MODEL --stats STATS --data DATA'",
+    "--shape": "--shape is now --random-model",
 }
 
 
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         options = [word.partition("=")[0] for word in self.words if word.startswith("--")]
         stray = [option for option in options if not any(name.startswith(option) for name in known)]
         if renamed := next((option for option in stray if option in RENAMED), None):
-            self._exit(f"{renamed} is no option any more: {RENAMED[renamed]}")
+            self._exit(RENAMED[renamed])
         for group in self._mutually_exclusive_groups:
             names = [option for action in group._group_actions for option in action.option_strings]
             if group.required and message.startswith("the following") and not set(names) & set(self.words):
