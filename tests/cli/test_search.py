@@ -55,8 +55,11 @@ def test_bad_use_on_the_command_line(made, tmp_path, capsys, options, message):
         (["search", "--stats", "s", *DATA, *BUDGET, "-o", "r"], "required: MODEL"),
         (["search", "m", "--stats", "s", *BUDGET, "-o", "r"], "required: --data"),
         (["search", "m", *DATA, *BUDGET, "-o", "r"], "required: --stats"),
-        (["search", "m", "--stats", "s", *DATA, "-o", "r", "--max-removal-layers", "2"], "--max-removal-layers"),
-        (["search", "m", "--stats", "s", *DATA, "-o", "r", "--prefill-latency-reduction", "0.1"], "--prefill-latency"),
+        (["search", "m", "--stats", "s", *DATA, *BUDGET, "-o", "r", "--max-removal-layers", "2"], "unknown: --max-rem"),
+        (
+            ["search", "m", "--stats", "s", *DATA, *BUDGET, "-o", "r", "--prefill-latency-reduction", "1"],
+            "unknown: --pref",
+        ),
         (["fit", "s", *BUDGET, "-o", "r", "--minutes", "3"], "unknown: --minutes 3"),
     ],
 )

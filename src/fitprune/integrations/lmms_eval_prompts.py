@@ -41,7 +41,7 @@ def prompt_of(messages: ChatMessages, processor: Any, template: str | None) -> t
     parts = [part for message in messages.messages for part in message.content]
     placed = sum(part.text.count(token) for part in parts if part.type == "text")
     if placed not in (0, len(images)):
-        raise ValueError(f"the text places {placed} images by {token!r}, but the question has {len(images)}")
+        raise ValueError(f"the text places {placed} images by {token!r}, but {len(images)} come with the question")
     if template is not None:
         text = _filled(template, token, messages, placed)
     else:
