@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from test_fitting import synthetic
 
 from fitprune import AttentionStats, PruningRecipe, analyze, fit
 from fitprune.analysis import analyze as parts
@@ -19,6 +18,7 @@ from fitprune.costs.sizes import DecoderSizes, ModelFingerprint
 from fitprune.fitting.budget import checked_budget
 from fitprune.fitting.fit import Fitter
 from fitprune.fitting.rules import keep_highest
+from helpers.statistics import synthetic
 
 LAYERS = 3
 

@@ -10,24 +10,11 @@ import pytest
 import fitprune
 from helpers import structure
 
-# docs/design.md explains the ladder: a package imports only from rungs above its own.
-LADDER = [
-    {"_version", "_support"},
-    {"costs"},
-    {"recipes"},
-    {"fitting", "families", "scoring"},
-    {"engine"},
-    {"calibration"},
-    {"baselines", "output_search", "speed", "analysis"},
-    {"evaluation"},
-    {"cli", "integrations"},
-    {"__init__", "__main__"},
-]
 SOURCE = Path(fitprune.__file__).parent
 
 
 def test_a_package_imports_only_from_rungs_above_its_own():
-    rung = {name: number for number, names in enumerate(LADDER) for name in names}
+    rung = {name: number for number, names in enumerate(structure.LADDER) for name in names}
     assert set(structure.rooms(SOURCE)) == set(rung)
     assert [(user, used) for user, used in sorted(structure.arrows(SOURCE)) if rung[used] >= rung[user]] == []
 
@@ -35,6 +22,12 @@ def test_a_package_imports_only_from_rungs_above_its_own():
 @pytest.mark.parametrize("package", sorted(path.parent.name for path in SOURCE.glob("*/__init__.py")))
 def test_no_circle_inside_a_package(package):
     assert structure.circles(structure.arrows_inside(SOURCE / package, SOURCE)) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
+def test_pages_show_the_tree_of_today(page):
+    text = (structure.ROOT / page).read_text()
+    assert structure.tree() in text, "run `python tests/helpers/structure.py --write`"
 
 
 def test_importing_every_module_changes_nothing_in_transformers():
