@@ -1,4 +1,4 @@
-"""Bridges to other programs, each in a file of its own that needs that program. This file needs none of them."""
+"""Bridges to other programs, lmms-eval and vLLM, of which nothing is imported until they ask for it."""
 
 from __future__ import annotations
 
