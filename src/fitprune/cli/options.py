@@ -218,11 +218,7 @@ def add_timed_model(to: argparse.ArgumentParser) -> None:
 
 
 def timed_model(args: Args) -> tuple[Any, Callable[[int], Any]]:
-    """Load MODEL or build --random-model.
-
-    Returns:
-        The model, and a function from a batch size to inputs for it.
-    """
+    """Load MODEL or build --random-model; gives the model, and a function from a batch size to inputs for it."""
     if (args.model is None) == (args.random_model is None):
         raise ValueError("pass either MODEL or --random-model")
     sizes = {"text_tokens": args.text_tokens}

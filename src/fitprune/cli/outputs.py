@@ -27,6 +27,9 @@ class RecipeFiles:
     def of(cls, args: options.Args) -> RecipeFiles:
         """Decide between a file and a folder, by --output and the number of budgets.
 
+        Args:
+            args: with --output and the budgets.
+
         Raises:
             ValueError: there are several budgets, and --output ends like a recipe file.
         """

@@ -90,5 +90,5 @@ def path(text: str) -> str:
 
 
 def template(text: str) -> str:
-    """Read a prompt template: \\n and \\t, which a shell's quotes leave as they are, become a new line and a tab."""
+    r"""Read a prompt template: \n and \t, which a shell's quotes leave as they are, become a new line and a tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")

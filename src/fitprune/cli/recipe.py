@@ -58,11 +58,7 @@ def run(args: options.Args) -> None:
 
 
 def _bundled_data(model: str) -> list[str]:
-    """Name the bundled calibration data, where the model is the bundled one.
-
-    Raises:
-        ValueError: it is another model.
-    """
+    """Name the bundled calibration data; refuse another model than the bundled one, which needs data of its own."""
     if Path(assets.resolve(model)) == assets.folder("model"):
         return [BUNDLED_DATA]
     raise ValueError(

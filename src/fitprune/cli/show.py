@@ -57,8 +57,8 @@ def run(args: options.Args) -> None:
 def _budget(provenance: Mapping[str, Any]) -> str:
     budget = provenance.get("budget")
     if isinstance(budget, Mapping) and budget:
-        asked = ", ".join(f"{_text(kind)} {_text(value)}" for kind, value in budget.items())
-        return asked + (f", reached {_text(provenance['reached'])}" if "reached" in provenance else "")
+        budgets = ", ".join(f"{_text(kind)} {_text(value)}" for kind, value in budget.items())
+        return budgets + (f", reached {_text(provenance['reached'])}" if "reached" in provenance else "")
     if "nominal_percent" in provenance:
         return f"{_text(provenance['nominal_percent'])}% of the visual FLOPs, as its authors name it"
     return "not recorded"

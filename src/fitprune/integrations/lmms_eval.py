@@ -39,7 +39,7 @@ from fitprune.recipes.recipe import PruningRecipe
 
 
 class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
-    """A LLaVA of transformers, dense or pruned by a recipe.
+    r"""A LLaVA of transformers, dense or pruned by a recipe.
 
     The recipe is `recipe`, or one fitted to `flops_reduction` from `stats` or `calibration`; without either the
     model is dense.
@@ -64,7 +64,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         batch_size: questions in a batch.
         max_batch_size: ignored: lmms-eval passes it on, but there is no automatic batch size.
         prompt_template: used instead of the chat template: text with `{question}` and the image token, or a file that
-            holds it. `\\n` stands for a line break. The image token is repeated for each image of a question.
+            holds it. `\n` stands for a line break. The image token is repeated for each image of a question.
 
     Raises:
         ValueError: arguments that contradict each other or miss their partner, a value that is out of range, a recipe

@@ -39,6 +39,10 @@ class Layer:
     def of(cls, number: int, module: Any) -> Layer:
         """Read a layer.
 
+        Args:
+            number: its place in the decoder, for messages.
+            module: the layer.
+
         Raises:
             ValueError: it has another form than rows can leave in.
         """

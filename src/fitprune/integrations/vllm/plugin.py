@@ -53,6 +53,9 @@ def install() -> None:
 def configured_recipe(vllm_config: Any) -> PruningRecipe | None:
     """Find the recipe of the environment, or the one beside the model.
 
+    Args:
+        vllm_config: the engine's VllmConfig.
+
     Returns:
         None where the variable is unset and no recipe is beside the model.
 

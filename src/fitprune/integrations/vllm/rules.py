@@ -28,6 +28,9 @@ def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:
 def require_runner(runner: Any) -> None:
     """Refuse a model runner that cannot be hooked.
 
+    Args:
+        runner: the worker's.
+
     Raises:
         ValueError: it is another one than vLLM's GPUModelRunner, or a child of it.
     """
