@@ -209,3 +209,77 @@ def remedy() -> str:
     return (
         f"transformers is {transformers.__version__}; install one that this fitprune supports: transformers>=5.19,<5.25"
     )
+
+
+# Of reading and loading models: what transformers, accelerate and torchao call things, in families and versions.
+
+ENCODED = "mm_encoder_outputs"  # the argument by which `generate` passes images that it has encoded, in place of pixels
+
+
+def first_attribute(whole: Any, *names: str) -> Any:
+    """Give the first of these attributes that is there and not None; None if there is none."""
+    return next((part for name in names if (part := getattr(whole, name, None)) is not None), None)
+
+
+def token_id(config: Any, modality: str) -> int | None:
+    """Read the id that marks a modality's visual tokens; configs have two names for it."""
+    token = first_attribute(config, f"{modality}_token_id", f"{modality}_token_index")
+    return token if isinstance(token, int) else None
+
+
+def layer_windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    """Read each layer's window off the cache that transformers makes for a decoder: configs say it in many ways."""
+    from transformers import DynamicCache
+
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return tuple(windows) if len(windows) == layers else (None,) * layers
+
+
+def crops_of_size(size: Any, pinpoints: Any, side: int) -> int:
+    """Count the crops that LLaVA-NeXT cuts an image of `size` (height, width) into."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    return int(image_size_to_num_patches(size, pinpoints, side))
+
+
+def packs_features(base: Any) -> bool:
+    """Whether a model joins the features of an image's crops, and adds newline tokens, as LLaVA-NeXT does."""
+    return hasattr(base, "pack_image_features")
+
+
+def packed(base: Any, crops: Any, sizes: Any, newline: Any) -> list[Any]:
+    """Join the features of each image's crops as the model does, with `newline` at the end of each row."""
+    return list(base.pack_image_features(crops, sizes, "default", image_newline=newline)[0])
+
+
+def execution_device(model: Any) -> Any:
+    """Give the device on which a model runs; accelerate knows it where the first weights are offloaded."""
+    device = model.device
+    if device.type == "meta":
+        return getattr(getattr(model, "_hf_hook", None), "execution_device", device)
+    return device
+
+
+def offloaded_weight(model: Any, name: str) -> Any:
+    """Give a weight that accelerate keeps elsewhere until its layer's turn; None if it keeps none of this name."""
+    module, _, own = name.rpartition(".")
+    weights = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
+    return None if weights is None else weights.get(own)
+
+
+def inner_tensors(weight: Any) -> list[Any]:
+    """Give the tensors that torchao keeps a quantized weight in; empty for any other weight."""
+    return [getattr(weight, name) for name in getattr(type(weight), "tensor_data_names", ())]
+
+
+def set_commit(model: Any, commit: str | None) -> None:
+    """Let a model's config name the commit that it was loaded from, which transformers does not keep."""
+    model.config._commit_hash = commit
+
+
+def has_file(folder: str, name: str, *, revision: str | None, token: Any) -> bool:
+    """Whether a folder or a repository of the hub has a file."""
+    from transformers.utils import cached_file
+
+    path = cached_file(folder, name, revision=revision, token=token, _raise_exceptions_for_missing_entries=False)
+    return path is not None

@@ -11,7 +11,7 @@ from fitprune.families.images import tokens_of
 from fitprune.fitting.rules import keep_highest
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.recipes.rounding import kept_counts
-from fitprune.scoring.scorers import Scorer, checked_scores
+from fitprune.scoring.scorers import Scorer
 from fitprune.scoring.view import LayerView, Quotas
 
 
@@ -38,6 +38,6 @@ def choose_by(scorer: Scorer) -> Choose:
             view.prompt.accumulate(view)
         if torch.equal(quotas.counts[place], quotas.counts[place + 1]):
             return None
-        return keep_highest(checked_scores(scorer.score(view), view.image), view.group, view.left)
+        return keep_highest(scorer(view), view.group, view.left)
 
     return choose

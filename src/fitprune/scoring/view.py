@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from fitprune.scoring.received import Attention, ReceivedAttention, head_attention, received_attention
+from fitprune.scoring.by_head import head_attention
+from fitprune.scoring.received import Attention, ReceivedAttention, received_attention
 
 
 @dataclasses.dataclass(frozen=True)
