@@ -11,8 +11,7 @@ import torch
 from fitprune import PruningRecipe
 from fitprune.families.adapter import adapt
 from fitprune.output_search.divergence import Heads, Judge, reference
-from fitprune.output_search.head_weights import HeadChoice, non_negative_least_squares, specs
-from fitprune.scoring.received import HEAD_KINDS
+from fitprune.output_search.head_weights import HEAD_KINDS, HeadChoice, non_negative_least_squares, specs
 from fitprune.scoring.scorers import get_scorer
 from helpers.models import batch_of, prompts, tiny_model
 
