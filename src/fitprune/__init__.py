@@ -21,7 +21,7 @@ _HOMES = {
     "Fitter": "fitting.fit",
     "LatencyProfile": "costs.latency",
     "LayerView": "scoring.view",
-    "Pruner": "engine.prune",
+    "Pruner": "engine.pruner",
     "PruningRecipe": "recipes.recipe",
     "Results": "evaluation.results",
     "Sample": "calibration.samples",
@@ -60,10 +60,10 @@ if TYPE_CHECKING:
     from fitprune.calibration.samples import Sample as Sample
     from fitprune.calibration.samples import load_samples as load_samples
     from fitprune.costs.latency import LatencyProfile as LatencyProfile
-    from fitprune.engine.prune import Pruner as Pruner
     from fitprune.engine.prune import attach as attach
     from fitprune.engine.prune import kept_positions as kept_positions
     from fitprune.engine.prune import prune as prune
+    from fitprune.engine.pruner import Pruner as Pruner
     from fitprune.evaluation.evaluate import evaluate as evaluate
     from fitprune.evaluation.results import Results as Results
     from fitprune.families.loading import load_model as load_model

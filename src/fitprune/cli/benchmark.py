@@ -53,7 +53,8 @@ def run(args: options.Args) -> None:
     from fitprune.costs.latency import LatencyProfile
     from fitprune.fitting.budget import checked_budget
     from fitprune.fitting.fit import Fitter
-    from fitprune.speed.benchmark import as_json, table, time_recipes
+    from fitprune.speed.benchmark import time_recipes
+    from fitprune.speed.timings import as_json, table
 
     if args.output is not None:
         files.claim(args.output, files.TIMES, overwrite=args.overwrite)
@@ -79,7 +80,6 @@ def run(args: options.Args) -> None:
         )
     document = as_json(timings, model)
     if args.output is not None:
-        with files.replacing(args.output) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        files.write_json(args.output, document)
     print(table(timings))
     print(json.dumps(document))

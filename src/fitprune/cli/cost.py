@@ -6,7 +6,8 @@ import argparse
 
 from fitprune._support.text_tables import scaled
 from fitprune.cli import options, parser
-from fitprune.recipes.recipe import Cost, PruningRecipe
+from fitprune.costs.cost import Cost
+from fitprune.recipes.recipe import PruningRecipe
 
 
 def add(commands: options.Commands) -> argparse.ArgumentParser:

@@ -82,9 +82,9 @@ def _resumable(args: options.Args) -> bool:
 
 def run(args: options.Args) -> None:
     """Evaluate, write the results, and print a table."""
+    from fitprune.evaluation.entries import Entry
     from fitprune.evaluation.evaluate import evaluate
     from fitprune.evaluation.results import beside, table
-    from fitprune.evaluation.rows import Entry
     from fitprune.families.adapter import adapt
     from fitprune.recipes.find import fitted_to
 
@@ -162,7 +162,7 @@ def _method_names(args: options.Args) -> list[str]:
 
 def _solved_by_statistics(args: options.Args, names: Sequence[str]) -> tuple[list[Any], list[dict[str, Any]]]:
     """Solve the methods; also gives those that cannot meet a budget."""
-    from fitprune.evaluation.evaluate import entries_for
+    from fitprune.evaluation.entries import entries_for
     from fitprune.fitting.fit import Fitter
     from fitprune.fitting.stats import AttentionStats
 
@@ -174,14 +174,13 @@ def _solved_by_sizes(
     args: options.Args, names: Sequence[str], model: Any, processor: Any, tasks: Mapping[str, list[Sample]]
 ) -> tuple[list[Any], list[dict[str, Any]]]:
     """Solve the methods for the model's sizes and the usual image of the data."""
-    from fitprune.baselines.table import Sizes
-    from fitprune.evaluation.evaluate import entries_for
+    from fitprune.baselines.base import Sizes
+    from fitprune.evaluation.entries import entries_for
     from fitprune.families.adapter import adapt
 
     adapted = adapt(model)
     visual_tokens = args.visual_tokens or _usual_visual_tokens(args, adapted, processor, options.joined(tasks))
-    target: Any = Sizes(adapted.fingerprint, visual_tokens)
-    return entries_for(names, target, args.flops_reduction, args.seeds)
+    return entries_for(names, Sizes(adapted.fingerprint, visual_tokens), args.flops_reduction, args.seeds)
 
 
 def _usual_visual_tokens(args: options.Args, adapted: Any, processor: Any, samples: Sequence[Sample]) -> int:

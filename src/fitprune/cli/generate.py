@@ -31,8 +31,9 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
 
 def run(args: options.Args) -> None:
     """Print the answer."""
-    from fitprune.calibration.batches import format_prompt, make_batches
+    from fitprune.calibration.batches import make_batches
     from fitprune.calibration.pictures import located
+    from fitprune.calibration.prompts import format_prompt
     from fitprune.calibration.samples import Sample
     from fitprune.engine.prune import prune
     from fitprune.families.inputs import to_model

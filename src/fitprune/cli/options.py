@@ -232,7 +232,7 @@ def timed_model(args: Args) -> tuple[Any, Callable[[int], Any]]:
 
     from fitprune.speed import random_models
 
-    random_models.get_shape(args.random_model)
+    random_models.get_model_row(args.random_model)
     if args.device_map is not None or args.quantization is not None:
         raise ValueError("--random-model makes weights of --dtype on one --device: no --device-map, no --quantization")
     dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)

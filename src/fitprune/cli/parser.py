@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-from fitprune.recipes.rounding import MOST_TOKENS
+from fitprune.costs.sizes import MOST_TOKENS
 
 LONGEST_MESSAGE = 600  # characters of an error; a longer one quotes a file, and is cut in the middle
 RENAMED = {

@@ -54,7 +54,7 @@ def run(args: options.Args) -> None:
     from fitprune.calibration.samples import recombined
     from fitprune.fitting.fit import Fitter
     from fitprune.fitting.stats import AttentionStats
-    from fitprune.output_search.search import OutputFitter
+    from fitprune.output_search.search import Searcher
 
     budgets = options.read_budgets(args)
     outputs = RecipeFiles.of(args)
@@ -88,7 +88,7 @@ def run(args: options.Args) -> None:
         )
         for half in (samples[:middle], samples[middle:])
     )
-    searcher = OutputFitter(
+    searcher = Searcher(
         model,
         search,
         stats,

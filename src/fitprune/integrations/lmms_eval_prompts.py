@@ -9,8 +9,8 @@ from typing import Any
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 
-from fitprune.calibration.batches import chat_prompt
 from fitprune.calibration.pictures import load_picture
+from fitprune.calibration.prompts import chat_prompt
 
 MAX_NEW_TOKENS = 1024  # where a task names no limit: that of lmms-eval's own LLaVA models
 _SAMPLING = ("temperature", "top_p", "top_k")

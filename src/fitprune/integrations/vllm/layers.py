@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from fitprune.engine.rows import Choose
 from fitprune.scoring.softmax import Softmax
 from fitprune.scoring.view import Prompt
 
@@ -78,14 +77,12 @@ class Request:
 
     Attributes:
         row: its number in the step's batch.
-        choose: which of its tokens leave.
         prompt: as scorers see it.
         question: [1, Q] bool.
         kept: [m] int64, its rows that are present, numbered from its first.
     """
 
     row: int
-    choose: Choose
     prompt: Prompt
     question: torch.Tensor
     kept: torch.Tensor

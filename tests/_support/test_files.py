@@ -1,0 +1,34 @@
+"""Files are written whole or not at all, the same data as the same bytes."""
+
+import json
+
+import pytest
+
+from fitprune._support import files
+
+
+def test_json_is_written_with_one_space_and_a_last_newline(tmp_path):
+    files.write_json(tmp_path / "new" / "a.json", {"b": [1, 0.1], "a": "é"})
+    text = (tmp_path / "new" / "a.json").read_text()
+    assert text == '{\n "b": [\n  1,\n  0.1\n ],\n "a": "\\u00e9"\n}\n'
+    assert json.loads(text) == {"b": [1, 0.1], "a": "é"}
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), object()])
+def test_what_json_cannot_hold_leaves_the_old_file(tmp_path, wrong):
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises((ValueError, TypeError)):
+        files.write_json(tmp_path / "a.json", [wrong])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]
+
+
+def test_text_that_is_no_utf8_leaves_the_old_file(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(tmp_path / "a", "\ud800")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+def test_a_line_end_stays_as_it_is(tmp_path):
+    files.write_text(tmp_path / "a", "a\nb\r\n")
+    assert (tmp_path / "a").read_bytes() == b"a\nb\r\n"
