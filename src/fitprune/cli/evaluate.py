@@ -180,8 +180,7 @@ def _solved_by_sizes(
 
     adapted = adapt(model)
     visual_tokens = args.visual_tokens or _usual_visual_tokens(args, adapted, processor, options.joined(tasks))
-    target: Any = Sizes(adapted.fingerprint, visual_tokens)
-    return entries_for(names, target, args.flops_reduction, args.seeds)
+    return entries_for(names, Sizes(adapted.fingerprint, visual_tokens), args.flops_reduction, args.seeds)
 
 
 def _usual_visual_tokens(args: options.Args, adapted: Any, processor: Any, samples: Sequence[Sample]) -> int:
