@@ -1,6 +1,7 @@
-# make demo: the whole way on the embedded model. make test: lint, types and tests. make test-oldest, make test-newest: the
-# engine's tests with the oldest and the newest transformers that is supported. make test-integrations: the plug-ins for
-# lmms-eval and vLLM. The last three have environments of their own. All work on a fresh clone.
+# make demo: the whole way on the bundled model. make quick: lint, types, and of each test function one case, under a
+# minute. make test: lint, types and all tests. make test-oldest, make test-newest: the engine's tests with the oldest and
+# the newest transformers that is supported. make test-integrations: the plug-ins for lmms-eval and vLLM. The last three
+# have environments of their own. All work on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := .venv-integrations/bin
@@ -12,12 +13,15 @@ ENGINE := $(addprefix tests/,behaviour/test_families.py behaviour/test_full_size
 # Two test processes of one thread each: tiny models gain nothing by a second one. The tests of a file stay together, and
 # share what they build.
 PYTEST := -m pytest -n 2 --dist loadfile
-test test-oldest test-newest: export OMP_NUM_THREADS := 1
+quick test test-oldest test-newest: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-oldest test-newest test-integrations lint train data clean
+.PHONY: demo quick test test-oldest test-newest test-integrations lint train data clean
 
 demo: .venv/installed
 	$(BIN)/fitprune demo
+
+quick: .venv/installed lint
+	PYTHONPATH=tests $(BIN)/python $(PYTEST) -p helpers.quick
 
 test: .venv/installed lint
 	$(BIN)/python $(PYTEST) --durations=10
@@ -31,6 +35,7 @@ test-integrations: .venv-integrations/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/flake8 src
 	$(BIN)/mypy
 
 # torch is pinned: a bare `torch` may bring gigabytes of CUDA libraries where its CPU build would do.
@@ -56,7 +61,7 @@ lint: .venv/installed
 	$(INTEGRATIONS)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
-# Trains the embedded model again (about 80 minutes on two cores) and renders its data again.
+# Trains the bundled model again (about 80 minutes on two cores) and renders its data again.
 train: .venv/installed
 	$(BIN)/python training/train.py --out training/run
 data: .venv/installed

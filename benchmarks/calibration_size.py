@@ -3,7 +3,7 @@
     python training/render.py --out data --calibration 256
     python benchmarks/calibration_size.py --data data/digit_scenes/calibration data/digit_details/calibration
 
-The embedded model. Each draw takes as many samples of each --data, searches on half of them and validates on the other;
+The bundled model. Each draw takes as many samples of each --data, searches on half of them and validates on the other;
 the paper's rule is fitted to the same draw. Prints a JSON line for each draw.
 """
 
@@ -20,9 +20,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from fitprune import PruningRecipe, evaluate, load_samples, make_batches, measure
 from fitprune._support import assets
 from fitprune.calibration.samples import Sample, recombined
-from fitprune.evaluation.rows import Entry
+from fitprune.evaluation.entries import Entry
 from fitprune.fitting.budget import checked_budget
-from fitprune.output_search.search import OutputFitter
+from fitprune.output_search.search import Searcher
 
 
 def agreement(
@@ -59,10 +59,10 @@ def main() -> None:
                 make_batches(recombined(half, 4, seed=draw), processor, batch_size=16) for half in halves
             )
             stats = measure(model, make_batches(samples, processor, batch_size=16))
-            fitter = OutputFitter(model, search, stats, validation=validation, unit=len(samples), seed=draw)
-            found = fitter.fit([budget], passes=args.passes)[0]
-            recipes = {"paper": fitter.fitter.fit(budget), "output": found}
-            line = {"samples": len(samples), "draw": draw, "chosen": found.provenance["chosen"]}
+            fitter = Searcher(model, search, stats, validation=validation, unit=len(samples), seed=draw)
+            recipe = fitter.fit([budget], passes=args.passes)[0]
+            recipes = {"paper": fitter.fitter.fit(budget), "output": recipe}
+            line = {"samples": len(samples), "draw": draw, "chosen": recipe.provenance["chosen"]}
             print(json.dumps(line | agreement(model, processor, test, recipes)), flush=True)
 
 

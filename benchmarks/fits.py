@@ -1,8 +1,8 @@
-"""Set the one-pass fit beside the authors' layer-by-layer procedure on the embedded model.
+"""Set the one-pass fit beside the authors' layer-by-layer procedure on the bundled model.
 
     python benchmarks/fits.py [--samples 64]
 
-Prints, for each budget, removals per layer of both, tolerance, what is reached, accuracy and agreement on the embedded
+Prints, for each budget, removals per layer of both, tolerance, what is reached, accuracy and agreement on the bundled
 test set, and the seconds each took; one JSON document last.
 """
 

@@ -1,6 +1,6 @@
 """Speed at full size, random weights in bf16: the figures of docs/speed.md.
 
-    python benchmarks/full_size.py [--shape llava-1.5-7b] [--part prefill|layers|latency|decode ...] -o FILE
+    python benchmarks/full_size.py [--random-model llava-1.5-7b] [--part prefill|layers|latency|decode ...] -o FILE
 
 prefill: the published recipes and ours of at most 8 removal layers. layers: the published recipes merged to at most 4,
 8 and 16 removal layers, at equal FLOPs and counts as near to theirs as can be, and all of theirs. latency: recipes
@@ -27,13 +27,13 @@ from fitprune.fitting.few_layers import merge_layers, prices_of
 from fitprune.fitting.fit import Fitter
 from fitprune.recipes.rounding import keep_fractions
 from fitprune.speed import random_models
-from fitprune.speed.benchmark import as_json, table
+from fitprune.speed.timings import as_json, table
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
 
 
 def merged(recipe: PruningRecipe, at_most: int | None) -> PruningRecipe:
-    """Merge a recipe's removals to so many layers at equal FLOPs.
+    """Merge a recipe's removals to at most n layers at equal FLOPs.
 
     Taken is that each layer loses 2% of its attention with the tokens that the recipe leaves it, and ever less of the
     rest.
@@ -52,7 +52,7 @@ def merged(recipe: PruningRecipe, at_most: int | None) -> PruningRecipe:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llava-1.5-7b")
+    parser.add_argument("--random-model", default="llava-1.5-7b")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, nargs="+", default=[3, 2, 3, 2], help="of each part")
@@ -60,10 +60,10 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", default=["prefill", "layers", "latency", "decode"])
     parser.add_argument("-o", "--output", required=True)
     args = parser.parse_args()
-    model = random_models.build(args.shape, device=args.device)
-    inputs = random_models.make_inputs(args.shape, model, batch=args.batch_size)
-    fitter = Fitter(measure(model, [random_models.make_inputs(args.shape, model)]))
-    found: dict[str, Any] = {}
+    model = random_models.build(args.random_model, device=args.device)
+    inputs = random_models.make_inputs(args.random_model, model, batch=args.batch_size)
+    fitter = Fitter(measure(model, [random_models.make_inputs(args.random_model, model)]))
+    figures: dict[str, Any] = {}
 
     def flops(value: float, most: int | None) -> PruningRecipe:
         return fitter.fit(checked_budget("flops_reduction", value), most)
@@ -73,14 +73,14 @@ def main() -> None:
     def run(name: str, recipes: dict[str, PruningRecipe], new_tokens: int = 1, **options: Any) -> list[Any]:
         timings = time_recipes(model, inputs, recipes, new_tokens=[new_tokens], rounds=rounds[name], **options)
         print(name, table(timings), sep="\n", flush=True)
-        found[name] = as_json(timings, model)
-        Path(args.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        figures[name] = as_json(timings, model)
+        Path(args.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         return timings
 
     published = {}
     for b in args.budgets:
-        with contextlib.suppress(ValueError):  # not every shape has recipes, or one for each budget
-            published[f"published {100 * b:g}%"] = PruningRecipe.published(args.shape, round(100 * b))
+        with contextlib.suppress(ValueError):  # not every model has recipes, or one for each budget
+            published[f"published {100 * b:g}%"] = PruningRecipe.published(args.random_model, round(100 * b))
     if "prefill" in args.part:
         run("prefill", published | {f"ours {100 * b:g}%": flops(b, 8) for b in args.budgets})
     if "layers" in args.part:
@@ -103,9 +103,9 @@ def main() -> None:
                 "predicted of dense": 1 - recipe.provenance["reached"],
                 "measured of dense": statistics.median(ratios),
             }
-            found["latency"].setdefault("predictions", {})[timing.name] = row
+            figures["latency"].setdefault("predictions", {})[timing.name] = row
             print(timing.name, {what: round(value, 3) for what, value in row.items()}, flush=True)
-        Path(args.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(args.output).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if "decode" in args.part:
         run("decode", {name: recipe for name, recipe in published.items() if "60" in name or "80" in name}, 17)
 

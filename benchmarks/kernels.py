@@ -61,15 +61,15 @@ def measured(length: int, batch: int) -> dict[str, float]:
     def received() -> object:
         return received_attention(query, key, image, question, softmax)
 
-    found: dict[str, float] = {"tokens": length, "batch": batch}
-    found["sdpa_ms"] = milliseconds(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True))
-    found["kernels_ms"], found["kernels_mb"] = milliseconds(received), peak_mb(received)
+    figures: dict[str, float] = {"tokens": length, "batch": batch}
+    figures["sdpa_ms"] = milliseconds(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True))
+    figures["kernels_ms"], figures["kernels_mb"] = milliseconds(received), peak_mb(received)
     fused, received._fused = received._fused, lambda *_: False
     try:
-        found["blocks_ms"], found["blocks_mb"] = milliseconds(received), peak_mb(received)
+        figures["blocks_ms"], figures["blocks_mb"] = milliseconds(received), peak_mb(received)
     finally:
         received._fused = fused
-    return found
+    return figures
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from fitprune import PruningRecipe, prune
 from fitprune.costs.flops import prefill_flops
 from fitprune.families.config import fingerprint_of
 from fitprune.families.llava_hr import LlavaHrConfig, LlavaHrForConditionalGeneration
-from fitprune.speed.benchmark import decode_seconds, prefill_seconds
+from fitprune.speed.in_turn import decode_seconds, prefill_seconds
 
 TEXT_TOKENS = 64
 ROUNDS = 3
@@ -61,7 +61,7 @@ def main() -> None:
         prefill_flops(fingerprint, visual, removed, text_before=35, text_after=TEXT_TOKENS - 35).total
         for removed in ([0] * fingerprint.decoder.layers, recipe.counts(visual))
     ]
-    found = {
+    figures = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds to build": round(built, 1),
         "seconds of the vision tower": round(tower, 2),
@@ -78,9 +78,9 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
-    for name, value in found.items():
+    for name, value in figures.items():
         print(f"{name:32} {value:,}" if isinstance(value, (int, float)) else f"{name:32} {value}")
-    print(json.dumps(found))
+    print(json.dumps(figures))
 
 
 def prefill_tower(model: LlavaHrForConditionalGeneration, pixels: torch.Tensor) -> float:

@@ -45,7 +45,7 @@ BENCHMARKS = {
     "SEED": Benchmark("seedbench", "seed_image"),
     "MM-Vet": Benchmark("mmvet", "gpt_eval_score", factor=1, judged=True),
 }
-# Not part of the table: the embedded questions, to try the script without a download.
+# Not part of the table: the bundled questions, to try the script without a download.
 TRIAL = {"digit_scenes": Benchmark("digit_scenes", "accuracy")}
 
 # Only what could be read at the place named. The table of the FitPrune paper could not, so it is not here.
@@ -84,9 +84,9 @@ def finished(args: argparse.Namespace, recipe: str | None, benchmark: Benchmark,
     changed = Path(recipe).stat().st_mtime if recipe and Path(recipe).exists() else 0.0
     for path in sorted(out.glob("*/*_results.json"), reverse=True):
         try:
-            found: dict[str, Any] = json.loads(path.read_text())
-            same = (found["config"]["model_args"], found["config"]["limit"]) == stated
-            value = found["results"][benchmark.task][f"{benchmark.metric},none"]
+            figures: dict[str, Any] = json.loads(path.read_text())
+            same = (figures["config"]["model_args"], figures["config"]["limit"]) == stated
+            value = figures["results"][benchmark.task][f"{benchmark.metric},none"]
         except (json.JSONDecodeError, KeyError):
             continue  # cut off in the middle
         if same and path.stat().st_mtime > changed and isinstance(value, (int, float)):

@@ -1,4 +1,4 @@
-"""What merging a fit to few layers that remove costs in accuracy, on the embedded model and both of its tasks.
+"""What merging a fit to few layers that remove costs in accuracy, on the bundled model and both of its tasks.
 
     python benchmarks/removal_layers.py [--every 1]
 
@@ -34,7 +34,7 @@ def main() -> None:
     calibration = [sample for task in TASKS for sample in load_samples(assets.folder("calibration", task))]
     fitter = Fitter(measure(model, make_batches(calibration, processor, batch_size=16)))
 
-    recipes, found = {}, {}
+    recipes, figures = {}, {}
     for budget in BUDGETS:
         for at_most in AT_MOST:
             started = time.perf_counter()
@@ -42,19 +42,19 @@ def main() -> None:
             seconds = time.perf_counter() - started
             name = f"{budget:.0%} {at_most or 'all'}"
             recipes[name] = recipe
-            found[name] = {
+            figures[name] = {
                 "removed": recipe.counts(fitter.visual_tokens),
                 "layers": len(recipe.removing),
                 "extra_loss": recipe.provenance.get("extra_loss", 0.0),
             }
-            print(f"{name:8} {found[name]} {seconds:.2f} s", flush=True)
+            print(f"{name:8} {figures[name]} {seconds:.2f} s", flush=True)
     tests = {task: load_samples(assets.folder("test", task))[:: args.every] for task in TASKS}
     results = evaluate(model, processor, tests, recipes, batch_size=40, timed_batches=0, progress=True)
     for row in results.rows:
         print(f"{row.task:14} {row.method:8} accuracy {100 * row.accuracy:5.1f}  agreement {100 * row.agreement:5.1f}")
-        if row.method in found:
-            found[row.method][row.task] = [row.accuracy, row.agreement]
-    print(json.dumps(found))
+        if row.method in figures:
+            figures[row.method][row.task] = [row.accuracy, row.agreement]
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

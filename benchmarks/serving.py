@@ -4,7 +4,7 @@
 
 Builds a LLaVA of about 1.5 billion parameters with random weights in bf16 (CLIP ViT-L/14 at 336 pixels, a Llama of 16
 layers of 2,048), fits recipes to an image of noise, and starts a server after another: dense, 60%, 80%, round after
-round. A client keeps so many chats open, each with an image of its own, and reads the streamed answers. Ratios are
+round. A client keeps n chats open, each with an image of its own, and reads the streamed answers. Ratios are
 against dense in the same round. Needs `pip install fitprune[vllm]`.
 """
 
@@ -37,7 +37,7 @@ from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConf
 
 from fitprune import fit, measure
 from fitprune._support import assets
-from fitprune.speed.profiling import device_name
+from fitprune.speed.clocks import device_name
 
 QUESTION = "What is the number of digits, and which colour does the largest of them have, row by row?"
 PLAIN = ("--enforce-eager", "--no-enable-prefix-caching", "--no-enable-chunked-prefill")  # the same for all
@@ -89,9 +89,9 @@ def picture(number: int) -> Image.Image:
 @contextlib.contextmanager
 def server(folder: Path, recipe: Path | None, log: Path) -> Iterator[str]:
     """Serve the model; give the API's address."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
         "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
@@ -117,7 +117,7 @@ def server(folder: Path, recipe: Path | None, log: Path) -> Iterator[str]:
 
 
 async def load(url: str, requests: int, concurrency: int, tokens: int, first: int) -> dict[str, Any]:
-    """Send chats, so many at a time; what came of them."""
+    """Send chats, n at a time, and say what came of them."""
 
     async def ask(number: int) -> tuple[float, int]:
         async with limit:
@@ -165,19 +165,19 @@ def main() -> None:
         folder = Path(work, "model")
         folder.mkdir()
         device = build(folder)
-        found: dict[str, list[dict[str, Any]]] = {"dense": [], "60%": [], "80%": []}
+        rounds_of: dict[str, list[dict[str, Any]]] = {"dense": [], "60%": [], "80%": []}
         for turn in range(args.rounds):
-            for name, rounds in found.items():
+            for name, rounds in rounds_of.items():
                 recipe = None if name == "dense" else Path(work, f"{name[:-1]}.json")
                 with server(folder, recipe, Path(work, "server.log")) as url:
                     first = 1000 * turn
                     rounds.append(asyncio.run(load(url, args.requests, args.concurrency, args.tokens, first)))
-                dense, own = found["dense"][-1], rounds[-1]
+                dense, own = rounds_of["dense"][-1], rounds[-1]
                 own["throughput over dense"] = own["requests per second"] / dense["requests per second"]
                 own["first token over dense"] = own["first token, median s"] / dense["first token, median s"]
                 print(name, {what: round(value, 3) for what, value in own.items()}, flush=True)
-                given = {name: value for name, value in vars(args).items() if name != "output"}
-                result = {"device": device, "arguments": given, "rounds": found}
+                arguments = {name: value for name, value in vars(args).items() if name != "output"}
+                result = {"device": device, "arguments": arguments, "rounds": rounds_of}
                 Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

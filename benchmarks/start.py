@@ -35,11 +35,11 @@ def wall(command: list[str], repeats: int = 7) -> float:
 
 
 def main() -> None:
-    found = {"python": wall([sys.executable, "-c", "pass"])}
-    found["import fitprune"] = wall([sys.executable, "-c", "import fitprune"])
+    figures = {"python": wall([sys.executable, "-c", "pass"])}
+    figures["import fitprune"] = wall([sys.executable, "-c", "import fitprune"])
     for command in COMMANDS:
         run = "import sys; from fitprune.cli.main import main; main(sys.argv[1:])"
-        found[" ".join(["fitprune", *command, "--help"])] = wall([sys.executable, "-c", run, *command, "--help"])
+        figures[" ".join(["fitprune", *command, "--help"])] = wall([sys.executable, "-c", run, *command, "--help"])
 
     shape = ModelFingerprint("llava", DecoderSizes(32, 4096, 11008, 32, 32, 128))
     draws = torch.randn(2, 32, 655 * 576, generator=torch.Generator().manual_seed(0)).mul_(1.5).exp_()
@@ -49,10 +49,10 @@ def main() -> None:
     fitter = Fitter(stats)
     for budget in range(5, 100, 10):
         fitter.fit(checked_budget("flops_reduction", min(budget / 100, 0.95)))
-    found["fit ten budgets"] = time.perf_counter() - started
-    for name, seconds in found.items():
+    figures["fit ten budgets"] = time.perf_counter() - started
+    for name, seconds in figures.items():
         print(f"{name:28} {seconds:7.3f} s")
-    print(json.dumps(found))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

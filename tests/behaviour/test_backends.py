@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
-from test_calling import KEEP, NEW, ONE, PLAIN, SEVERAL, generate, recipe_of
 from transformers import AutoModelForImageTextToText, modeling_flash_attention_utils
 
 from fitprune import measure, prune
 from fitprune.engine.prune import kept_positions
+from helpers.calls import KEEP, NEW, ONE, PLAIN, SEVERAL, generate, recipe_of
 from helpers.models import Oracle, batch_of, converse, prompts, replay, tiny_model
 
 

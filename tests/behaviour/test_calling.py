@@ -9,39 +9,17 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM, StoppingCriteria, TextIteratorStreamer
 
-from fitprune import PruningRecipe, prune
+from fitprune import prune
 from fitprune.engine.prune import kept_positions
-from fitprune.families.adapter import adapt
+from helpers.calls import KEEP, NEW, ONE, PLAIN, SEVERAL, generate, recipe_of
 from helpers.models import CACHE, IMAGE, Oracle, batch_of, cache_in, converse, prompts, replay, tiny_model
 
 # Not multiples of anything: images of different size lose different numbers, and rows of a batch become ragged.
-KEEP = (0.8, 0.8, 0.55, 0.3, 0.3)
-ONE = [[3, 6], [9, 4], [2, 11], [5, 3], [1, 8], [7, 7], [4, 2], [6, 5]]
-SEVERAL = [[3, 4, 5], [6], [2, 3, 4, 5], [5, 3], [1, 2, 9], [12], [4, 1, 1, 2], [8, 3]]
-NEW = 6
-
-PLAIN = {"do_sample": False}
 HOW = {
     "greedy": PLAIN,
     "sample": {"do_sample": True, "temperature": 1.5, "top_k": 20},
     "beam": {"do_sample": False, "num_beams": 4},
 }
-
-
-def recipe_of(model, keep=KEEP):
-    return PruningRecipe(keep, adapt(model).fingerprint, 16)
-
-
-def generate(model, inputs, **options):
-    return model.generate(
-        **inputs,
-        max_new_tokens=NEW,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-        output_scores=True,
-        **options,
-    )
 
 
 def draw_by_sample(monkeypatch, samples):

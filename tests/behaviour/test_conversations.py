@@ -8,9 +8,9 @@ import random
 
 import pytest
 import torch
-from test_calling import KEEP, recipe_of
 
 from fitprune import prune
+from helpers.calls import KEEP, recipe_of
 from helpers.models import CACHE, IMAGE, Oracle, batch_of, cache_in, prompts, tiny_model
 
 RECIPES = (KEEP, (0.9, 0.5, 0.5, 0.5, 0.2), (1.0, 1.0, 1.0, 0.4, 0.4))

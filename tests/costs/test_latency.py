@@ -1,6 +1,5 @@
-"""Latency profiles, budgets in seconds, and the benchmark: arithmetic and refusals. Times themselves are not tested."""
+"""Latency profiles and budgets in seconds: arithmetic and refusals; the commands that measure and use them."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,12 +7,9 @@ import torch
 
 from fitprune import AttentionStats, PruningRecipe, fit
 from fitprune.cli import main as cli
-from fitprune.costs.latency import LatencyProfile, token_grid
+from fitprune.costs.latency import LatencyProfile, interpolated, token_grid
 from fitprune.families.adapter import adapt
-from fitprune.speed.benchmark import table, time_recipes
-from fitprune.speed.profiling import profile_latency, timed_layers
-from fitprune.speed.random_models import SHAPES
-from helpers.models import tiny_inputs, tiny_model
+from helpers.models import tiny_model
 
 
 def made_up(model, **changes):
@@ -106,66 +102,15 @@ def test_a_profile_comes_back_from_its_file(stats, tmp_path):
         LatencyProfile.load(tmp_path / "none.json")
 
 
+def test_between_points_values_lie_on_a_line_and_beyond_them_stay():
+    points, values = [10, 20, 40], [1.0, 3.0, 2.0]
+    assert [interpolated(points, values, at) for at in (0, 10, 15, 20, 30, 40, 99)] == [1, 1, 2, 3, 2.5, 2, 2]
+    assert interpolated([7], [5.0], 3) == interpolated([7], [5.0], 8) == 5
+
+
 def test_the_grid_ends_at_the_prompt():
     assert token_grid(640)[-4:] == [481, 512, 513, 640]
     assert token_grid(5) == [5]
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_profile_and_benchmark_of_a_tiny_model(family, batch):
-    model = tiny_model(family)
-    inputs = tiny_inputs(model, batch=batch)
-    profile = profile_latency(model, inputs, repeats=1)
-    assert profile.tokens[-1] == inputs["input_ids"].shape[1] == profile.visual_tokens + profile.text_tokens
-    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.2, 0.2), adapt(model).fingerprint, profile.visual_tokens)
-    dense, pruned = time_recipes(model, inputs, {"half": recipe}, new_tokens=[3], rounds=2, profile=profile)
-    assert (dense.name, pruned.name) == ("dense", "half")
-    assert len(pruned.prefill_seconds) == 2
-    assert dense.kv_bytes == dense.cost_kv_bytes
-    assert pruned.kv_bytes == pruned.cost_kv_bytes < dense.kv_bytes
-    assert dense.scoring_share == 0 < pruned.scoring_share < 1
-    assert pruned.verdict
-    assert sorted(pruned.answer_seconds) == [1, 3]
-    assert "half" in table([dense, pruned])
-    assert not model._forward_pre_hooks  # all is undone
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dtype": "bfloat16"}, "of dtype bfloat16, and dtype float32 is timed"),
-        ({"device": "abacus"}, "of device abacus, and device .* is timed"),
-        ({"batch": 3}, "of batch 3, and batch 1 is timed"),
-        ({"tokens": (1,)}, "a prompt of 2. tokens: the profile was measured up to 1"),
-    ],
-)
-def test_a_profile_of_something_else_is_refused_before_any_round(changes, message, monkeypatch):
-    model = tiny_model()
-    inputs = tiny_inputs(model)
-    profile = profile_latency(model, inputs, tokens=[inputs["input_ids"].shape[1]], repeats=1)
-    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.2, 0.2), adapt(model).fingerprint, profile.visual_tokens)
-    profile = dataclasses.replace(profile, **changes)
-    monkeypatch.setattr(model, "forward", None)
-    with pytest.raises(ValueError, match=message):
-        time_recipes(model, inputs, {"half": recipe}, profile=profile)
-
-
-def test_timing_counts_each_layer_once(family):
-    model = tiny_model(family)
-    with torch.no_grad(), timed_layers(adapt(model)) as found:
-        model(**tiny_inputs(model))
-        model(**tiny_inputs(model))
-    assert [len(times.layers) for times in found] == [5, 5]
-    assert all(mlp < layer for times in found for mlp, layer in zip(times.mlps, times.layers, strict=True))
-    assert all(0 < times.ahead < times.outside < times.total for times in found)
-
-
-def test_prompts_that_differ_are_not_profiled(family):
-    model = tiny_model(family)
-    with pytest.raises(ValueError, match="give equal prompts with an image"):
-        profile_latency(model, tiny_inputs(model, batch=2, pad=(1,)))
-    with pytest.raises(ValueError, match="reach the prompt's"):
-        profile_latency(model, tiny_inputs(model), tokens=[4])
 
 
 def test_the_commands_on_the_embedded_model(tmp_path, capsys):
@@ -189,21 +134,3 @@ def test_the_commands_on_the_embedded_model(tmp_path, capsys):
     latency = ["fit", stats, "--prefill-latency-reduction", "0.1", "--profile", profile, "-o", recipe]
     assert cli.main(latency) == 0
     assert PruningRecipe.load(recipe).provenance["budget"] == {"prefill_latency_reduction": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["benchmark", "--recipe", "llava-1.5-7b:60"], "state MODEL or --shape"),
-        (["benchmark", "digit-scenes"], "state --recipe or --flops-reduction"),
-        (["benchmark", "digit-scenes", "--recipe", *["llava-1.5-7b:60"] * 2], "two have the same name"),
-        (["benchmark", "--shape", "gpt-5", "--recipe", "llava-1.5-7b:60"], "must be one of llava-1.5-7b"),
-    ],
-)
-def test_bad_benchmarks_are_refused(arguments, message, capsys):
-    assert cli.main(arguments) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_every_shape_has_an_image_of_its_size():
-    assert all(shape.side > 0 and shape.pixels()["pixel_values"].numel() for shape in SHAPES.values())

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from PIL import Image
-from test_recipe import SHAPE
 
 from fitprune import PruningRecipe
+from fitprune.costs.sizes import DecoderSizes, ModelFingerprint, VisionSizes
 from fitprune.evaluation.figures import draw_keep_curves, draw_kept_tokens
+
+SHAPE = ModelFingerprint("llava", DecoderSizes(4, 32, 48, 4, 2, 8, 97), VisionSizes(2, 16, 24, 32, 8))
 
 
 def test_keep_curves_are_a_png(tmp_path):

@@ -10,8 +10,8 @@ from PIL import Image
 
 from fitprune import AttentionStats, evaluate, load_model, measure
 from fitprune._support import assets
-from fitprune.calibration import measure as measurement
 from fitprune.calibration.samples import Sample
+from fitprune.families import provenance
 from fitprune.families.adapter import adapt
 from fitprune.families.inputs import input_digests
 from helpers import families
@@ -198,7 +198,7 @@ def test_one_changed_weight_is_another_model(place, tmp_path):
     weight[place] = kept
     assert measure(model, [inputs], parts=tmp_path).provenance == before.provenance
     part = weight[1:8]  # where no whole number of 8 bytes begins
-    assert measurement._sum_of_bits(part) == measurement._sum_of_bits(part.clone())
+    assert provenance._sum_of_bits(part) == provenance._sum_of_bits(part.clone())
 
 
 def test_a_journal_of_images_of_another_shape_or_made_ready_otherwise_is_refused(tmp_path):

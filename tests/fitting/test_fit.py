@@ -141,7 +141,7 @@ def test_the_sequential_fit_at_a_tolerance_equals_one_pass_at_the_first_layer():
     for index, batch in enumerate(batches):
         with (
             torch.no_grad(),
-            removing(adapt(model), lambda _, i=index: _within(_totals(stats)[i], 0.3, left[i], range(5))),
+            removing(adapt(model), _within(_totals(stats)[index], 0.3, left[index], range(5))),
         ):
             model(**batch, use_cache=False)
     assert (left[:, 0].double() / 16).mean().item() == pytest.approx(Fitter(stats).kept_fractions(0.3)[0])

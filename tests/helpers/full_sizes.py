@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from fitprune.costs.sizes import DecoderSizes
-from fitprune.speed.random_models import SHAPES, Shape
+from fitprune.speed.random_models import RANDOM_MODELS, RandomModel
 from helpers.models import CACHE
 
 TEXT_TOKENS = 64
@@ -39,7 +39,7 @@ class FullSize:
     """
 
     name: str
-    shape: Shape
+    shape: RandomModel
     config_source: str
     decoder: DecoderSizes
     parameters: int
@@ -98,7 +98,7 @@ _NEXT_TOKENS = "24 x 24 of the whole image, and 48 rows of 48 and a newline"
 FULL_SIZES = (
     FullSize(
         name="LLaVA-1.5-7B",
-        shape=SHAPES["llava-1.5-7b"],
+        shape=RANDOM_MODELS["llava-1.5-7b"],
         config_source="copy of config.json in github.com/tung2kg1/AI-Stock-Chart-Analysis (61f63b5), which leaves the "
         "decoder at LlamaConfig's defaults",
         decoder=_VICUNA_7B,
@@ -109,7 +109,7 @@ FULL_SIZES = (
     ),
     FullSize(
         name="LLaVA-1.5-13B",
-        shape=SHAPES["llava-1.5-13b"],
+        shape=RANDOM_MODELS["llava-1.5-13b"],
         config_source="decoder: config.json of llava-v1.6-vicuna-13b-hf, the same Vicuna-13B-v1.5, in issue "
         "haotian-liu/LLaVA#1378; tower: as the 7B",
         decoder=_VICUNA_13B,
@@ -121,7 +121,7 @@ FULL_SIZES = (
     ),
     FullSize(
         name="LLaVA-NeXT-7B Vicuna",
-        shape=SHAPES["llava-next-7b"],
+        shape=RANDOM_MODELS["llava-next-7b"],
         config_source="transformers' convert_llava_next_weights_to_hf.py (063b32f): lmsys/vicuna-7b-v1.5, vocabulary "
         "resized to 32,064; grid: issue haotian-liu/LLaVA#1378",
         decoder=_VICUNA_7B,
@@ -133,7 +133,7 @@ FULL_SIZES = (
     ),
     FullSize(
         name="LLaVA-NeXT-7B Mistral",
-        shape=SHAPES["llava-next-mistral-7b"],
+        shape=RANDOM_MODELS["llava-next-mistral-7b"],
         config_source="config.json of mistralai/Mistral-7B-Instruct-v0.2 as copied by huggingface.co/teilomillet/"
         "Merlin-7B-v0.1 (sliding_window null); vocabulary and grid: as the Vicuna model",
         decoder=_MISTRAL_7B,
@@ -145,7 +145,7 @@ FULL_SIZES = (
     ),
     FullSize(
         name="LLaVA-OneVision-7B",
-        shape=SHAPES["llava-onevision-7b"],
+        shape=RANDOM_MODELS["llava-onevision-7b"],
         config_source="transformers' convert_llava_onevision_weights_to_hf.py (01080c6): Qwen2-7B-Instruct, vocabulary "
         "152,064 + 2 padded to 152,128; its sizes: huggingface.co/REILX/llava-Qwen2-7B-Instruct-Chinese-CLIP",
         decoder=dataclasses.replace(_QWEN2_7B, vocab=152128),
@@ -157,7 +157,7 @@ FULL_SIZES = (
     ),
     FullSize(
         name="Qwen2.5-VL-7B",
-        shape=SHAPES["qwen2.5-vl-7b"],
+        shape=RANDOM_MODELS["qwen2.5-vl-7b"],
         config_source="print of the loaded model in github.com/acproject/duorou (docs/qwen2.5vl_graph.md); vocabulary: "
         "issue QwenLM/Qwen3-VL#1973; mrope_section from memory (no shape depends on it)",
         decoder=_QWEN2_7B,
@@ -170,7 +170,7 @@ FULL_SIZES = (
     ),
     FullSize(
         name="Qwen3-VL-8B",
-        shape=SHAPES["qwen3-vl-8b"],
+        shape=RANDOM_MODELS["qwen3-vl-8b"],
         config_source="config.json of a fine-tune, huggingface.co/Steinate/Cortex; tower: that of the 32B in "
         "huggingface.co/quanliang/F1, but 4,096 wide at its end",
         decoder=DecoderSizes(
@@ -191,7 +191,7 @@ FULL_SIZES = (
     ),
     FullSize(
         name="InternVL3-8B",
-        shape=SHAPES["internvl3-8b"],
+        shape=RANDOM_MODELS["internvl3-8b"],
         config_source="gitcode.com/Ascend/MindSpeed-MM 2.3.0 examples/internvl3/model_8B.json; tower: defaults of "
         "InternVLVisionConfig, bias from memory (under 0.01% of the parameters)",
         decoder=dataclasses.replace(_QWEN2_7B, vocab=151674),
@@ -202,7 +202,7 @@ FULL_SIZES = (
     ),
     FullSize(
         name="Gemma3-4B",
-        shape=SHAPES["gemma3-4b"],
+        shape=RANDOM_MODELS["gemma3-4b"],
         config_source="transformers' convert_gemma3_weights.py (0d7e95d): variant gemma3_4b; vocabulary 262,144 + 64 "
         "for the image token, the default of Gemma3TextConfig",
         decoder=DecoderSizes(

@@ -1,5 +1,7 @@
 """Count what a package's layout asks of a reader: `python tests/helpers/structure.py [src/fitprune]`.
 
+With `--write` it puts the tree of folders into README.md and docs/design.md instead.
+
 A *room* is what one sees at the top of the package: a module, or a folder as one. An *arrow* is a pair of rooms of
 which the first imports from the second, in a function or for types alone too. A *circle* is a set of rooms that import
 each other. An *arrow back* is one that has to go so that no circle is left. A *floor* is a step of the longest chain of
@@ -9,8 +11,24 @@ imports, circles broken. Inside a folder the same is counted with its modules as
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# docs/design.md explains the ladder: a package imports only from rungs above its own.
+LADDER = [
+    ["_version", "_support"],
+    ["costs"],
+    ["recipes"],
+    ["fitting", "families", "scoring"],
+    ["engine"],
+    ["calibration"],
+    ["baselines", "output_search", "speed", "analysis"],
+    ["evaluation"],
+    ["integrations", "cli"],
+    ["__init__", "__main__"],
+]
 
 
 def imported(path: Path, package: Path) -> set[str]:
@@ -115,6 +133,28 @@ def _reach(start: str, pairs: set[tuple[str, str]]) -> set[str]:
     return found
 
 
+def tree() -> str:
+    """One line a folder, in the order of the ladder: its name, and the first line of its docstring."""
+    source = ROOT / "src" / "fitprune"
+    rows = [("src/fitprune/", "the public names, loaded when first used, and the version")]
+    for name in (name for rung in LADDER for name in rung if (source / name).is_dir()):
+        text = ast.get_docstring(ast.parse((source / name / "__init__.py").read_text())) or ""
+        rows.append((f"    {name}/", text.splitlines()[0].rstrip(".")))
+    rows += [
+        ("tests/", "one folder a package; behaviour/ has the matrices, helpers/ what tests share"),
+        ("examples/", "a scorer, a baseline and a family from outside the package"),
+        ("benchmarks/", "scripts that make figures of the pages"),
+        ("training/", "how the bundled model and its data were made"),
+    ]
+    return "\n".join(f"{name:20} {text}" for name, text in rows)
+
+
+def with_tree(page: str) -> str:
+    """The page with today's tree between its two marks."""
+    new = f"<!-- tree -->\n```\n{tree()}\n```\n<!-- end of tree -->"
+    return re.sub(r"<!-- tree -->\n.*?<!-- end of tree -->", lambda _: new, page, flags=re.S)
+
+
 def lines(paths: list[Path]) -> int:
     return sum(len(path.read_text().splitlines()) for path in paths)
 
@@ -136,4 +176,8 @@ def main(package: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "src/fitprune"))
+    if "--write" in sys.argv:
+        for path in (ROOT / "README.md", ROOT / "docs" / "design.md"):
+            path.write_text(with_tree(path.read_text()))
+    else:
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "src/fitprune"))

@@ -35,7 +35,9 @@ from fitprune.baselines.table import BASELINES, make_method
 from fitprune.families.adapter import adapt
 from fitprune.fitting.budget import checked_budget
 from fitprune.fitting.fit import Fitter
-from fitprune.integrations.vllm import Pruner, configured_recipe, require_supported
+from fitprune.integrations.vllm.plugin import configured_recipe
+from fitprune.integrations.vllm.pruner import Pruner
+from fitprune.integrations.vllm.rules import require_supported
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import families
@@ -350,10 +352,10 @@ def test_a_prompt_in_several_steps_stays_dense():
     batch = SimpleNamespace(req_ids=["a", "b"], num_prompt_tokens=[6, 6])
     pruner = Pruner.__new__(Pruner)
     pruner._runner = SimpleNamespace(input_batch=batch, requests={"a": request, "b": other}, device=torch.device("cpu"))
-    pruner._query_aware, pruner._plan, pruner._norm = True, lambda image: image, None
+    pruner._query_aware, pruner._quotas, pruner._norm = True, lambda image: image, None
     assert pruner._request(0, 4) is None
     assert pruner._request(0, 6) is None
-    assert pruner._request(1, 6).choose.tolist() == [[-1, 0, 0, 0, 0, -1]]
+    assert pruner._request(1, 6).prompt.quotas.tolist() == [[-1, 0, 0, 0, 0, -1]]
     assert pruner._request(1, 8).question.tolist() == [
         [False] * 5 + [True] + [False] * 2
     ]  # with two tokens of an answer

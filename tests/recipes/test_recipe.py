@@ -199,7 +199,7 @@ def test_a_notebook_draws_a_bar_for_each_layer_and_runs_nothing(value):
             lambda: fitprune.fit(stats_of(), prefill_latency_reduction=0.1, profile="p"),
             "profile is a str: must be",
         ),
-        (lambda: fitprune.fit_output(None, [], "s", flops_reduction=0.5), "stats is a str: must be AttentionStats"),
+        (lambda: fitprune.search(None, [], "s", flops_reduction=0.5), "stats is a str: must be AttentionStats"),
         (lambda: fitprune.analyze([stats_of()]), "stats is a list: must be AttentionStats, or several by name"),
         (lambda: fitprune.analyze({"a": "b"}), "stats is a dict: must be AttentionStats, or several by name"),
         (lambda: AttentionStats.concat([stats_of(), "b"]), "parts holds a str: must be AttentionStats"),

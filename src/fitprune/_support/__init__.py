@@ -1,1 +1,1 @@
-"""What knows nothing of pruning: files, journals, processes, text tables, plots, and the insides of transformers."""
+"""What knows nothing of pruning: files, journals, registries, plots, insides of transformers."""

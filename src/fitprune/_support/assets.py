@@ -14,10 +14,13 @@ DATA = tuple(f"{name}/{part}" for name in FAMILIES for part in ("calibration", "
 
 
 def resolve(name: str) -> str:
-    """Turn the name of the embedded model or of embedded data (`MODEL`, `DATA`) into a folder; other names stay.
+    """Turn the name of the bundled model or of bundled data (`MODEL`, `DATA`) into a folder; other names stay.
+
+    Args:
+        name: of a model or of data.
 
     Raises:
-        FileNotFoundError: the name is nearly an embedded one, and nothing of that name is there.
+        FileNotFoundError: the name is nearly a bundled one, and nothing of that name is there.
     """
     if os.path.exists(name):
         return name
@@ -28,7 +31,7 @@ def resolve(name: str) -> str:
     if difflib.get_close_matches(re.split("[/:]", name)[0].lower(), FAMILIES, cutoff=0.8):
         near = difflib.get_close_matches(name.lower(), (MODEL, *DATA), n=1, cutoff=0)
         raise FileNotFoundError(
-            f"{name}: no such file or folder; did you mean {near[0]}? Embedded are the model {MODEL} and the data "
+            f"{name}: no such file or folder; did you mean {near[0]}? Bundled are the model {MODEL} and the data "
             f"{', '.join(DATA)}"
         )
     return name

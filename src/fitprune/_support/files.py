@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fitprune._support import messages
+
 MOST_BYTES = 4 << 20  # of a recipe or a latency profile; those that fits make have some thousands
 MOST_RESULT_BYTES = 32 << 20  # results hold pictures, and what each method kept of them
 MOST_VALUES = 2_500_000  # of a JSON text: a small number takes 8 bytes, an empty list 64
@@ -29,6 +31,9 @@ _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 def require_path(path: Any) -> None:
     """Refuse what names no file or folder.
 
+    Args:
+        path: what a caller passed as one.
+
     Raises:
         ValueError: it is neither text nor a path.
     """
@@ -37,7 +42,11 @@ def require_path(path: Any) -> None:
 
 
 def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
-    """Read UTF-8, with or without a byte order mark, of at most `most` bytes.
+    """Read UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
 
     Raises:
         OSError: the file cannot be read.
@@ -58,7 +67,7 @@ def parse_json(text: str, **hooks: Any) -> Any:
 
     Args:
         text: what to parse.
-        hooks: `json.loads`'s.
+        **hooks: of `json.loads`.
 
     Raises:
         ValueError: it is no JSON, nested too deeply, or holds more.
@@ -75,12 +84,15 @@ def parse_json(text: str, **hooks: Any) -> Any:
 def bounded_number(text: str) -> int | float:
     """Read a number of JSON that something is computed from, as a hook of `parse_json`.
 
+    Args:
+        text: the number, as the file has it.
+
     Raises:
         ValueError: it is not finite, or above 10**18.
     """
     if len(text) <= 40 and abs(value := float(text)) <= 1e18:
         return int(text) if text.lstrip("-").isdecimal() else value
-    raise ValueError(f"a number is {text[:20]}{'...' * (len(text) > 20)}: must be finite, and at most 1e18")
+    raise ValueError(f"a number is {messages.line(text, 23)}: must be finite, and at most 1e18")
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
@@ -93,8 +105,8 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
             length = int.from_bytes(head[:8], "little")
             if head[8:9] == b"{" and 1 < length <= min(os.path.getsize(path), MOST_RESULT_BYTES):
                 file.seek(8)
-                found = parse_json(file.read(length).decode()).get("__metadata__") or {}
-                ours = str(found.get("format")).startswith("fitprune-stats-")
+                metadata = parse_json(file.read(length).decode()).get("__metadata__") or {}
+                ours = str(metadata.get("format")).startswith("fitprune-stats-")
                 return STATISTICS if ours else "a safetensors file"
         if head.startswith(_IMAGES) or head[8:12] == b"WEBP":
             return IMAGE
@@ -156,9 +168,10 @@ def claim(path: str | os.PathLike[str], kind: str, *, overwrite: bool = False) -
     require_writable(path)
     if not os.path.exists(path) or not os.path.getsize(path):
         return ""
-    if not overwrite and (found := kind_of(path)) != kind:
-        what = found or "no file of fitprune"
-        raise ValueError(f"{path} is {what}: choose another output for {kind}, or pass --overwrite")
+    if not overwrite and (present := kind_of(path)) != kind:
+        raise ValueError(
+            f"{path} is {present or 'no file of fitprune'}: choose another output for {kind}, or pass --overwrite"
+        )
     return ", which replaced the one there"
 
 
@@ -180,14 +193,17 @@ def claim_folder(
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{folder} is a file: name a folder")
-    held = [] if overwrite or not path.exists() else sorted(path.iterdir())
-    if foreign := next((entry for entry in held if not entry.name.startswith(".") and not ours(entry)), None):
+    entries = [] if overwrite or not path.exists() else sorted(path.iterdir())
+    if foreign := next((entry for entry in entries if not entry.name.startswith(".") and not ours(entry)), None):
         raise ValueError(f"{folder} holds other files, such as {foreign.name}: {remedy}, or pass --overwrite")
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path to write to; on success it becomes `path`, on any exception it is removed.
+
+    Args:
+        path: the file; folders above it are made.
 
     Raises:
         OSError: the folder cannot be made or written to, or the disk is full; the message names `path`.
@@ -206,6 +222,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8, whole or not at all.
 
+    Args:
+        path: the file.
+        text: all of it.
+
     Raises:
         OSError: as for `replacing`.
     """
@@ -216,6 +236,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
     """Write data as JSON that people can read, whole or not at all; the same data gives the same bytes.
 
+    Args:
+        path: the file.
+        data: what `json.dumps` takes.
+
     Raises:
         OSError: as for `replacing`.
         ValueError: the data holds a number that is not finite, which JSON has no word for.
@@ -224,7 +248,10 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
-    """Find out before long work that its output can be written; leaves nothing behind.
+    """Find out before long work that its output can be written; nothing is left there.
+
+    Args:
+        path: of the output.
 
     Raises:
         OSError: as for `replacing`.

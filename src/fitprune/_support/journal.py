@@ -25,7 +25,7 @@ class Journal:
     """Records of one run, in a file for each process.
 
     Args:
-        path: the journal; process 0 writes it, process r the same name with `.r` behind it.
+        path: the journal; process 0 writes it, process r the same name with `.r` after it.
         run: what the run is; all that its results depend on. Of "entries", a mapping, another run may hold others, as
             long as those that both hold are the same.
         sound: whether a record is whole.
@@ -51,10 +51,10 @@ class Journal:
 
     def done(self) -> dict[int, Record]:
         """Read what all processes have written: place -> record."""
-        found: dict[int, Record] = {}
+        records: dict[int, Record] = {}
         for part in self._parts():
-            found.update({record["place"]: record for record in self._read(part)})
-        return found
+            records.update({record["place"]: record for record in self._read(part)})
+        return records
 
     def open(self) -> None:
         """Make this process's file ready to append to: its header written, what is damaged left out."""
@@ -100,7 +100,7 @@ class Journal:
         if differing := self._differing(theirs["run"]):
             raise ValueError(
                 f"{part}: holds results of another run (other {', '.join(differing)}); "
-                "choose another output, or delete it to start anew"
+                "choose another output, or delete it to start again"
             )
         if isinstance(others := theirs["run"].get("entries"), dict):
             self._entries |= others

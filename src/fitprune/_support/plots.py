@@ -23,6 +23,10 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write PNG or SVG, by the name's ending, whole or not at all; the same figure gives the same bytes.
 
+    Args:
+        figure: from `canvas`.
+        path: the file.
+
     Raises:
         OSError: `path` cannot be written.
     """
@@ -46,10 +50,13 @@ def svg_text(figure: Any) -> str:
 
 
 def require_matplotlib(remedy: str = "") -> None:
-    """Find out before the work, not after it.
+    """Find out whether matplotlib is installed, before long work.
+
+    Args:
+        remedy: what else to do, for the message.
 
     Raises:
-        ImportError: matplotlib is not installed; the message ends with `remedy`, if there is another one.
+        ImportError: it is not.
     """
     try:
         import matplotlib  # noqa: F401  # only whether it is there

@@ -78,6 +78,9 @@ class Registry(Mapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         """Find a thing by its name.
 
+        Args:
+            name: its name.
+
         Raises:
             KeyError: nothing has this name.
             ValueError: two packages have it, or the package's object cannot be imported or is of another kind.

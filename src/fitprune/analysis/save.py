@@ -20,7 +20,10 @@ import torch
 from fitprune._support import files
 from fitprune._support.text_tables import aligned, plural
 from fitprune._version import __version__
-from fitprune.analysis.analyze import INTERVAL, KINDS, Analysis, Spread
+from fitprune.analysis.analyze import Analysis
+from fitprune.analysis.attention import KINDS, LayerAttention, PositionBias, RankAgreement, TopShare
+from fitprune.analysis.spread import INTERVAL
+from fitprune.analysis.stability import DataStability, FittedBudget, SizeStability, ToleranceCurve
 
 SCHEMA = 1
 NAME = "analysis.json"
@@ -30,6 +33,10 @@ Table = tuple[tuple[str, ...], Iterable[Sequence[Any]]]
 
 def save(analysis: Analysis, folder: str | os.PathLike[str]) -> list[Path]:
     """Write `analysis.json` and the tables, each whole or not at all; the same analysis gives the same bytes.
+
+    Args:
+        analysis: what `analyze` found.
+        folder: is made if it is missing.
 
     Returns:
         The files written.
@@ -47,8 +54,7 @@ def save(analysis: Analysis, folder: str | os.PathLike[str]) -> list[Path]:
     written = []
     for name, content in texts.items():
         written.append(Path(folder) / name)
-        with files.replacing(written[-1]) as temporary:
-            temporary.write_text(content, newline="")
+        files.write_text(written[-1], content)
     return written
 
 
@@ -73,7 +79,7 @@ def to_dict(analysis: Analysis) -> dict[str, Any]:
         }
         for part in analysis.budgets
     ]
-    found: dict[str, Any] = _plain(
+    data: dict[str, Any] = _plain(
         {
             "schema": SCHEMA,
             "source": "fitprune.analyze",
@@ -99,7 +105,7 @@ def to_dict(analysis: Analysis) -> dict[str, Any]:
             "notes": analysis.notes,
         }
     )
-    return found
+    return data
 
 
 def findings(analysis: Analysis) -> str:
@@ -130,7 +136,7 @@ def findings(analysis: Analysis) -> str:
         ]
     lines += [aligned(list(_budget_rows(analysis))), ""]
     lines += [
-        f"moved by: tokens per layer between the recipe and that of so many samples drawn ({analysis.resamples} draws; "
+        f"moved by: tokens per layer between the recipe and that of n samples drawn ({analysis.resamples} draws; "
         "mean),",
         f"or between the recipes of {' and '.join(analysis.data[0].names)}." if analysis.data else "",
     ]
@@ -145,18 +151,18 @@ def _budget_rows(analysis: Analysis) -> Iterator[tuple[str, ...]]:
         *(["by data"] if analysis.data else []), "removed per layer",
     )  # fmt: skip
     for number, part in enumerate(analysis.budgets):
-        moved = [own.distance.mean for own in analysis.sizes if own.flops_reduction == part.flops_reduction]
+        moved = [each.distance.mean for each in analysis.sizes if each.flops_reduction == part.flops_reduction]
         if analysis.data:
             moved.append(analysis.data[number].distance.max())
         counts = part.recipe.counts(n)
-        shown = counts if len(counts) <= 12 else [*counts[:11], "..."]
+        listed = counts if len(counts) <= 12 else [*counts[:11], "..."]
         yield (
             f"{100 * part.flops_reduction:g}%",
             f"{part.recipe.provenance['tolerance']:.3f}",
             str(part.recipe.kept(n)[-1]),
             f"{100 * part.attention_loss:.1f}%",
             *(f"{float(tokens):.1f}" for tokens in moved),
-            " ".join(map(str, shown)),
+            " ".join(map(str, listed)),
         )
 
 
@@ -166,93 +172,24 @@ def _extremes(values: torch.Tensor, form: str) -> tuple[str, ...]:
 
 
 def _tables(analysis: Analysis) -> dict[str, Table]:
-    """Name, header and rows of each CSV."""
-    layers, budgets = range(analysis.stats.model.decoder.layers), analysis.budgets
-    n = budgets[0].recipe.visual_tokens
-    spread = ("mean", "deviation", "low", "high")
-    received = {"self": analysis.layers.self_attention, "cross": analysis.layers.cross_attention}
-    top = {"self": analysis.top_share.self_attention, "cross": analysis.top_share.cross_attention}
-    curve = analysis.tolerance
-    tables: dict[str, Table] = {
-        "received_attention": (
-            ("kind", "layer", *spread),
-            ((kind, layer, *_cells(found, layer)) for kind, found in received.items() for layer in layers),
-        ),
-        "top_share": (
-            ("kind", "fraction", "layer", *spread),
-            (
-                (kind, fraction, layer, *_cells(found, (at, layer)))
-                for kind, found in top.items()
-                for at, fraction in enumerate(analysis.top_share.fractions)
-                for layer in layers
-            ),
-        ),
-        "tolerance_curve": (
-            ("tolerance", "flops_reduction", "kv_cache_reduction", *(f"by_sample_{name}" for name in spread)),
-            (
-                (tolerance, curve.flops_reduction[at], curve.kv_cache_reduction[at], *_cells(curve.by_sample, at))
-                for at, tolerance in enumerate(curve.tolerances)
-            ),
-        ),
-        "removals": (
-            ("flops_reduction", "layer", "removed", "kept", "lost_self", "lost_cross"),
-            (
-                (part.flops_reduction, layer, part.recipe.counts(n)[layer], part.recipe.kept(n)[layer],
-                 part.lost_self[layer], part.lost_cross[layer])
-                for part in budgets
-                for layer in layers
-            ),
-        ),
-        "stability_over_size": (
-            ("flops_reduction", "samples", "quantity", *spread),
-            (
-                (part.flops_reduction, part.samples, name, *_cells(getattr(part, name), ()))
-                for part in analysis.sizes
-                for name in ("tolerance", "distance", "attention_loss")
-            ),
-        ),
-        "stability_over_size_by_layer": (
-            ("flops_reduction", "samples", "quantity", "layer", *spread),
-            (
-                (part.flops_reduction, part.samples, name, layer, *_cells(getattr(part, name), layer))
-                for part in analysis.sizes
-                for name in ("removed", "kept")
-                for layer in layers
-            ),
-        ),
-        "stability_over_data": (
-            ("flops_reduction", "fitted_on", "other", "distance", "attention_loss_on_other"),
-            (
-                (part.flops_reduction, one, other, part.distance[row, column], part.attention_loss[row, column])
-                for part in analysis.data
-                for row, one in enumerate(part.names)
-                for column, other in enumerate(part.names)
-            ),
-        ),
-    }  # fmt: skip
-    if analysis.ranks is not None:
-        matrix = analysis.ranks.matrix
-        tables["rank_agreement"] = (
-            ("layer", "other_layer", "spearman"),
-            ((layer, other, matrix[layer, other]) for layer in layers for other in layers),
-        )
-    if analysis.position is not None:
-        sides = {"row": analysis.position.by_row, "column": analysis.position.by_column}
-        tables["position_bias"] = (
-            ("kind", "axis", "layer", "position", "relative_attention"),
-            (
-                (kind, axis, layer, position, value)
-                for axis, kinds in sides.items()
-                for kind, found in kinds.items()
-                for layer in layers
-                for position, value in enumerate(found[layer])
-            ),
-        )
-    return tables
-
-
-def _cells(spread: Spread, at: Any) -> list[torch.Tensor]:
-    return [values[at] for values in (spread.mean, spread.deviation, spread.low, spread.high)]
+    """Name, columns and rows of each CSV."""
+    parts: dict[str, tuple[Any, Iterable[Any]]] = {
+        "received_attention": (LayerAttention, [analysis.layers]),
+        "top_share": (TopShare, [analysis.top_share]),
+        "tolerance_curve": (ToleranceCurve, [analysis.tolerance]),
+        "removals": (FittedBudget, analysis.budgets),
+        "stability_over_size": (SizeStability, analysis.sizes),
+        "stability_over_data": (DataStability, analysis.data),
+        "rank_agreement": (RankAgreement, [analysis.ranks]),
+        "position_bias": (PositionBias, [analysis.position]),
+    }
+    tables = {
+        name: (kind.COLUMNS, (row for part in each for row in part.rows()))
+        for name, (kind, each) in parts.items()
+        if each != [None]
+    }
+    by_layer = (row for part in analysis.sizes for row in part.layer_rows())
+    return {**tables, "stability_over_size_by_layer": (SizeStability.LAYER_COLUMNS, by_layer)}
 
 
 def _cell(value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""The `fitprune` command: one file for each command."""
+"""The `fitprune` command, one file for each command."""

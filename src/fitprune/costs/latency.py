@@ -131,12 +131,7 @@ class LatencyProfile:
             raise ValueError(
                 f"a prompt of {tokens:g} tokens: the profile was measured up to {self.tokens[-1]}; profile longer ones"
             )
-        right = bisect.bisect_left(self.tokens, tokens)
-        if right == 0:
-            return seconds[0]
-        low, high = self.tokens[right - 1], self.tokens[right]
-        share = (tokens - low) / (high - low)
-        return seconds[right - 1] + share * (seconds[right] - seconds[right - 1])
+        return interpolated(self.tokens, seconds, tokens)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, whole or not at all.
@@ -173,6 +168,15 @@ class LatencyProfile:
             reason = str(error).removesuffix("; profile again")
             why = ValueError(f"not readable as a latency profile ({reason}); profile again")
             raise ValueError(files.explained(path, files.PROFILE, why)) from None
+
+
+def interpolated(points: Sequence[float], values: Sequence[float], at: float) -> float:
+    """Read a value between those at ascending `points`; before the first and after the last it is theirs."""
+    right = bisect.bisect_left(points, at)
+    if right in (0, len(points)):
+        return values[min(right, len(points) - 1)]
+    low, high = points[right - 1], points[right]
+    return values[right - 1] + (at - low) / (high - low) * (values[right] - values[right - 1])
 
 
 def _require_seconds(name: str, values: Sequence[Any]) -> None:

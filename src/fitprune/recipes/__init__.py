@@ -1,1 +1,1 @@
-"""The recipe: how many visual tokens each layer keeps. Data, found by name, shared on the hub."""
+"""The recipe, how many visual tokens each layer keeps: data, rounding, names, the hub."""

@@ -2,123 +2,25 @@
 
 from __future__ import annotations
 
-import bisect
-import contextlib
 import dataclasses
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from fitprune.costs.latency import LatencyProfile, token_grid
-from fitprune.engine.prune import prune
-from fitprune.families.adapter import AdaptedModel, adapt
+from fitprune.costs.latency import LatencyProfile, interpolated, token_grid
+from fitprune.engine.choose import choose_by, quotas_by
+from fitprune.engine.remover import removing
+from fitprune.families.adapter import adapt
 from fitprune.families.images import visual_mask
 from fitprune.families.provenance import provenance_of
 from fitprune.recipes.recipe import PruningRecipe
+from fitprune.scoring.scorers import get_scorer
+from fitprune.speed.clocks import Stopwatch, device_name, medians, timed_layers
 
 LAYERS_TIMED = 8
-
-
-@dataclasses.dataclass
-class LayerTimes:
-    """Seconds of one forward.
-
-    Attributes:
-        ahead: up to the first layer.
-        layers: of each layer.
-        mlps: of each layer's MLP.
-        total: of the whole call.
-    """
-
-    ahead: float
-    layers: list[float]
-    mlps: list[float]
-    total: float
-
-    @property
-    def outside(self) -> float:
-        """Outside of the layers."""
-        return self.total - sum(self.layers)
-
-
-class _Clock:
-    """Marks points in time on a device: host clock on a CPU, events on CUDA."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        event.record()
-        return event
-
-    def between(self, first: Any, second: Any) -> float:
-        return float(first.elapsed_time(second) / 1e3 if self.cuda else second - first)
-
-
-class _Enough(Exception):
-    """Ends a forward whose remaining layers need no timing."""
-
-
-@contextlib.contextmanager
-def timed_layers(adapted: AdaptedModel) -> Iterator[list[LayerTimes]]:
-    """Time the decoder's layers in every call of the model; undone on exit.
-
-    Yields:
-        A list that each call appends to. On CUDA a call then ends with a synchronisation.
-    """
-    with _timed(adapted, len(adapted.layers)) as found:
-        yield found
-
-
-@contextlib.contextmanager
-def _timed(adapted: AdaptedModel, count: int) -> Iterator[list[LayerTimes]]:
-    """Time the first `count` layers; fewer than all end the call by `_Enough`."""
-    clock, found = _Clock(adapted.model.device), []
-    marks: dict[Any, Any] = {}
-
-    def at(*key: Any) -> Any:
-        def hook(*_: Any) -> None:
-            marks[key] = clock.mark()
-
-        return hook
-
-    def end(*_: Any) -> None:
-        ended = clock.mark()
-        if clock.cuda:
-            torch.cuda.synchronize(adapted.model.device)
-        layers = [clock.between(marks["layer", n], marks["layer end", n]) for n in range(count)]
-        mlps = [clock.between(marks["mlp", n], marks["mlp end", n]) for n in range(count)]
-        ahead = clock.between(marks["begin",], marks["layer", 0])
-        found.append(LayerTimes(ahead, layers, mlps, clock.between(marks["begin",], ended)))
-
-    def stop(*_: Any) -> None:
-        end()
-        raise _Enough
-
-    # First of all hooks: prune encodes the images in one of its own.
-    handles = [adapted.model.register_forward_pre_hook(at("begin"), prepend=True)]
-    for number, (layer, mlp) in enumerate(zip(adapted.layers[:count], adapted.mlps, strict=False)):
-        for module, name in ((layer, "layer"), (mlp, "mlp")):
-            handles.append(module.register_forward_pre_hook(at(name, number)))
-            handles.append(module.register_forward_hook(at(f"{name} end", number)))
-    if count < len(adapted.layers):
-        handles.append(adapted.layers[count - 1].register_forward_hook(stop))
-    else:
-        handles.append(adapted.model.register_forward_hook(end))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def profile_latency(
@@ -132,7 +34,7 @@ def profile_latency(
     """Measure what the parts of a prefill take on the model's device, against the number of tokens.
 
     Layers are timed inside the model, where they find memory and caches as in use: in prompts of text alone, of each
-    count of `tokens`. What lies outside of them, and what scoring takes, is timed in the prompt that is given.
+    count of `tokens`. What lies outside of them, and what scoring takes, is timed in the prompt of `inputs`.
 
     Args:
         model: a supported model.
@@ -153,6 +55,9 @@ def profile_latency(
 def require_inputs(inputs: Any) -> None:
     """Refuse what is no batch of a processor.
 
+    Args:
+        inputs: what a caller passed as one.
+
     Raises:
         ValueError: it is no mapping with `input_ids`.
     """
@@ -161,7 +66,16 @@ def require_inputs(inputs: Any) -> None:
 
 
 class Profiler:
-    """Measures a latency profile round by round, so that rounds of something else can go between; see the function."""
+    """Measures a latency profile round by round, so that rounds of something else can go between.
+
+    Args:
+        model: as for `profile_latency`.
+        inputs: as for `profile_latency`.
+        tokens: as for `profile_latency`.
+
+    Attributes:
+        grid: tokens of a sample that are measured.
+    """
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], *, tokens: Sequence[int] | None = None) -> None:
         require_inputs(inputs)
@@ -179,8 +93,8 @@ class Profiler:
         text = ids[~visual].view(len(ids), -1)
         self._text = text.repeat(1, -(-self.grid[-1] // text.shape[1]))
         # Layers that are all alike are timed by some of them; their weights are far more than a cache holds.
-        shape, layers = self._adapted.fingerprint.decoder, len(self._adapted.layers)
-        alike = not (shape.linear_layers or shape.mlps) and len(set(self._adapted.windows)) == 1
+        sizes, layers = self._adapted.fingerprint.decoder, len(self._adapted.layers)
+        alike = not (sizes.linear_layers or sizes.mlps) and len(set(self._adapted.windows)) == 1
         self._timed = min(LAYERS_TIMED, layers) if alike else layers
         self._rounds: list[_Round] = []
 
@@ -193,9 +107,9 @@ class Profiler:
         """Begin a round: measure what lies outside of layers, and, in one round at least, what removal takes."""
         self._rounds.append(_Round())
         with torch.inference_mode():
-            with timed_layers(self._adapted) as found:
+            with timed_layers(self._adapted) as times:
                 self._model(**self._inputs, logits_to_keep=1)
-            self._rounds[-1].outside = found[0].outside
+            self._rounds[-1].outside = times[0].outside
             if removal:
                 self._rounds[-1].removal = self._removal_seconds()
 
@@ -204,25 +118,26 @@ class Profiler:
         with torch.inference_mode():
             for n in tokens:
                 ids = self._text[:, :n]
-                with contextlib.suppress(_Enough), _timed(self._adapted, self._timed) as found:
+                with timed_layers(self._adapted, self._timed) as times:
                     self._model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1)
-                self._rounds[-1].layers[n] = statistics.mean(found[0].layers)
-                self._rounds[-1].mlps[n] = statistics.mean(found[0].mlps)
+                self._rounds[-1].layers[n] = statistics.mean(times[0].layers)
+                self._rounds[-1].mlps[n] = statistics.mean(times[0].mlps)
 
     def profile(self, rounds: slice = slice(1, None)) -> LatencyProfile:
         """Take medians over complete rounds, by default without the first, which is to warm up."""
         chosen = self._rounds[rounds]
         # Within a round means, not medians: a prefill is the sum of its layers, slow ones too.
-        layers = _medians([r.layers for r in chosen])
-        mlps = _medians([r.mlps for r in chosen])
-        removal = _medians([r.removal for r in chosen if r.removal] or [r.removal for r in self._rounds if r.removal])
+        layers = medians([r.layers for r in chosen])
+        mlps = medians([r.mlps for r in chosen])
+        removal = medians([r.removal for r in chosen if r.removal] or [r.removal for r in self._rounds if r.removal])
+        counts = sorted(removal)
         batch, longest = self._inputs["input_ids"].shape
         return LatencyProfile(
             model=self._adapted.fingerprint,
             tokens=tuple(self.grid),
             mixer_seconds=tuple(layers[n] - mlps[n] for n in self.grid),
             mlp_seconds=tuple(mlps[n] for n in self.grid),
-            removal_seconds=tuple(_interpolated(removal, n) for n in self.grid),
+            removal_seconds=tuple(interpolated(counts, [removal[n] for n in counts], n) for n in self.grid),
             outside_seconds=statistics.median(r.outside for r in chosen),
             visual_tokens=self._visual,
             text_tokens=longest - self._visual,
@@ -233,7 +148,7 @@ class Profiler:
         )
 
     def _removal_seconds(self) -> dict[int, float]:
-        """Tokens of the prompt -> seconds that removal takes in a layer that so many enter."""
+        """Tokens of the prompt -> seconds that removal takes in a layer that this number of tokens enters."""
         decoder, text = self._adapted.fingerprint.decoder, self._inputs["input_ids"].shape[1] - self._visual
         found = {}
         for share in (1, 2, 4, 8):
@@ -246,23 +161,22 @@ class Profiler:
                 kept.append(left / self._visual)
             recipe = PruningRecipe(tuple(kept), self._adapted.fingerprint, self._visual)
             watches = {name: Stopwatch(self._model) for name in REMOVING}
-            with prune(self._model, recipe) as pruner:
-                remover = pruner.remover
-                for name, watch in watches.items():
-                    setattr(remover, name, watch.timed(getattr(remover, name)))
+            choose, quotas = choose_by(get_scorer(recipe.scorer)), quotas_by(recipe)
+            observe = lambda name, function, watches=watches: watches[name].timed(function)  # noqa: E731
+            with removing(self._adapted, choose, quotas, observe=observe):
                 self._model(**self._inputs, logits_to_keep=1)
-            removing = recipe.removing[1:] or recipe.removing  # the first saw all tokens
+            layers_timed = recipe.removing[1:] or recipe.removing  # the first saw all tokens
             total = 0.0
             for name, watch in watches.items():
-                layers = decoder.attention_layers if name == "choose" else range(decoder.layers)
+                layers = decoder.attention_layers if name == "after_attention" else range(decoder.layers)
                 by_layer = dict(zip(layers, watch.seconds(), strict=True))
-                total += statistics.median(by_layer[layer] for layer in removing)
+                total += statistics.median(by_layer[layer] for layer in layers_timed)
             found[most + text] = total
         return found
 
 
 # What a Remover does in a layer.
-REMOVING = ("before_layer", "choose", "before_mlp", "after_mlp", "after_layer")
+REMOVING = ("before_layer", "after_attention", "before_mlp", "after_mlp", "after_layer")
 
 
 @dataclasses.dataclass
@@ -280,60 +194,3 @@ class _Round:
     removal: dict[int, float] = dataclasses.field(default_factory=dict)
     layers: dict[int, float] = dataclasses.field(default_factory=dict)
     mlps: dict[int, float] = dataclasses.field(default_factory=dict)
-
-
-def _medians(rounds: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    return {n: statistics.median(found[n] for found in rounds) for n in rounds[0]}
-
-
-class Stopwatch:
-    """Times functions inside of prefills."""
-
-    def __init__(self, model: Any) -> None:
-        self._clock = _Clock(model.device)
-        self._marks: list[tuple[Any, Any]] = []
-
-    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Make a function that does as this one, and is timed."""
-
-        def run(*args: Any) -> Any:
-            begin = self._clock.mark()
-            result = function(*args)
-            self._marks.append((begin, self._clock.mark()))
-            return result
-
-        return run
-
-    def seconds(self) -> list[float]:
-        """Give the seconds of each time that one ran, in order, and forget them."""
-        if self._clock.cuda:
-            torch.cuda.synchronize()
-        spent = [self._clock.between(*pair) for pair in self._marks]
-        self._marks.clear()
-        return spent
-
-
-def _interpolated(known: Mapping[int, float], at: int) -> float:
-    """Read a value between known ones, and the nearest beyond them."""
-    points = sorted(known)
-    right = bisect.bisect_left(points, at)
-    if right in (0, len(points)):
-        return known[points[min(right, len(points) - 1)]]
-    low, high = points[right - 1], points[right]
-    return known[low] + (at - low) / (high - low) * (known[high] - known[low])
-
-
-def device_name(model: Any) -> str:
-    """Name the device that a model is on, and how many threads a CPU has for it."""
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
-    names = [line for line in _cpu_info() if line.startswith("model name")]
-    name = names[0].partition(":")[2].strip() if names else platform.machine()
-    amx = ", AMX" if any("amx_bf16" in line for line in _cpu_info()) else ""
-    return f"{name}{amx}, {torch.get_num_threads()} threads"
-
-
-def _cpu_info() -> list[str]:
-    with contextlib.suppress(OSError):
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return []

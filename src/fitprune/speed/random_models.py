@@ -1,7 +1,7 @@
-"""Models at full size, of random weights: what speed is measured on where no checkpoint is at hand.
+"""Random models: published architectures at full size with random weights, to measure speed without a checkpoint.
 
-Configs are written out, nothing is downloaded; what they were read from stands in tests/full_sizes.py, whose tests hold
-them to the published figures. Answers mean nothing.
+Configs are written out, nothing is downloaded. tests/helpers/full_sizes.py says where each was read, and its tests
+compare them with the published figures. Answers mean nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class RandomModel:
     """A published model's architecture, and an image for it.
 
     Attributes:
@@ -54,28 +54,28 @@ def build(name: str, *, dtype: torch.dtype = torch.bfloat16, device: str | torch
     """Build a model of random weights, holding no more memory than its weights take.
 
     Args:
-        name: a key of SHAPES.
+        name: a key of RANDOM_MODELS.
         dtype: of the weights.
-        device: where they are made.
+        device: of the weights.
 
     Returns:
         The model, in eval mode. Its weights are one block of normal values over and over, which costs the time that
         writing them takes; scaled so that hidden states stay finite.
 
     Raises:
-        ValueError: no shape has that name.
+        ValueError: no random model has that name.
     """
     import transformers
     from transformers.initialization import no_init_weights
 
-    shape = get_shape(name)
-    architecture = getattr(transformers, shape.architecture, None)
+    row = get_model_row(name)
+    architecture = getattr(transformers, row.architecture, None)
     if architecture is None:
         from fitprune.families import llava_hr
 
-        architecture = getattr(llava_hr, shape.architecture)
+        architecture = getattr(llava_hr, row.architecture)
     with torch.device(device), no_init_weights():
-        model = architecture._from_config(shape.config(), dtype=dtype)
+        model = architecture._from_config(row.config(), dtype=dtype)
     block = torch.randn(2**22 - 1, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,22 +97,22 @@ def make_inputs(
     """Make a prompt of one image of noise among random text, for each row of a batch.
 
     Args:
-        name: a key of SHAPES.
-        model: of that shape.
+        name: a key of RANDOM_MODELS.
+        model: what `build` made of it.
         text_tokens: text tokens of the prompt.
-        text_before: how many of them stand before the image; fewer where `text_tokens` leaves no question behind it.
+        text_before: how many of them stand before the image; fewer where `text_tokens` leaves no question after it.
         batch: rows, all the same.
 
     Returns:
         What the model takes, on its device; `visual_tokens + text_tokens` columns.
     """
-    shape, token = get_shape(name), model.config.image_token_id
+    row, token = get_model_row(name), model.config.image_token_id
     if text_tokens < 1:
-        raise ValueError(f"text_tokens={text_tokens}: must be at least 1, the question behind the image")
+        raise ValueError(f"text_tokens={text_tokens}: must be at least 1, the question after the image")
     before = min(text_before, text_tokens - 1)
     text = torch.randint(3, 30_000, (text_tokens,), generator=torch.Generator().manual_seed(0))
-    ids = torch.cat([text[:before], torch.full((shape.visual_tokens,), token), text[before:]])
-    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **shape.pixels()}
+    ids = torch.cat([text[:before], torch.full((row.visual_tokens,), token), text[before:]])
+    inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], **row.pixels()}
     if "mm_token_type_ids" in _forward_names(model):
         inputs["mm_token_type_ids"] = (ids == token).long()[None]
     if "token_type_ids" in _forward_names(model):
@@ -125,15 +125,18 @@ def make_inputs(
     }
 
 
-def get_shape(name: str) -> Shape:
-    """Look a shape up.
+def get_model_row(name: str) -> RandomModel:
+    """Look a random model up.
+
+    Args:
+        name: a key of RANDOM_MODELS.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: none has that name.
     """
-    if name not in SHAPES:
-        raise ValueError(f"shape {name!r}: must be one of {', '.join(SHAPES)}")
-    return SHAPES[name]
+    if name not in RANDOM_MODELS:
+        raise ValueError(f"random model {name!r}: must be one of {', '.join(RANDOM_MODELS)}")
+    return RANDOM_MODELS[name]
 
 
 def _forward_names(model: Any) -> set[str]:
@@ -243,7 +246,7 @@ def _internvl3() -> InternVLConfig:
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=448,
         patch_size=14, attention_bias=True, use_qk_norm=False, norm_type="layer_norm",
     )  # fmt: skip
-    # The class ties the embeddings unless told otherwise; this checkpoint has a head of its own.
+    # The class ties the embeddings by default; this checkpoint has a head of its own.
     return InternVLConfig(text_config=_qwen2_7b(151674), vision_config=tower, tie_word_embeddings=False)
 
 
@@ -268,7 +271,7 @@ def _llava_hr() -> Any:
 
 
 def _crops(count: int, side: int, image: int | None = None) -> Callable[[], dict[str, torch.Tensor]]:
-    """One image as `count` crops; models that cut it up themselves are told its size."""
+    """One image as `count` crops; models that cut it up themselves take its size too."""
 
     def pixels() -> dict[str, torch.Tensor]:
         if image is None:
@@ -289,51 +292,37 @@ def _patches(side: int, patch: int) -> Callable[[], dict[str, torch.Tensor]]:
 
 _LLAVA, _NEXT = "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"
 _NEXT_TOKENS = 24 * 24 + 48 * (48 + 1)  # the whole image, and 48 rows of 48 and a newline
-SHAPES = {
-    "llava-1.5-7b": Shape(
-        "llava-hf/llava-1.5-7b-hf", _LLAVA, lambda: _llava(_vicuna_7b()), 336, 24 * 24, _crops(1, 336)
+RANDOM_MODELS = {
+    "llava-1.5-7b": RandomModel(
+        "llava-hf/llava-1.5-7b-hf", _LLAVA, lambda: _llava(_vicuna_7b()), 336, 24 * 24, _crops(1, 336),
     ),
-    "llava-1.5-13b": Shape("llava-hf/llava-1.5-13b-hf", _LLAVA, _llava_13b, 336, 24 * 24, _crops(1, 336)),
-    "llava-next-7b": Shape(
-        "llava-hf/llava-v1.6-vicuna-7b-hf",
-        _NEXT,
-        lambda: _llava_next(_vicuna_7b()),
-        672,
-        _NEXT_TOKENS,
+    "llava-1.5-13b": RandomModel("llava-hf/llava-1.5-13b-hf", _LLAVA, _llava_13b, 336, 24 * 24, _crops(1, 336)),
+    "llava-next-7b": RandomModel(
+        "llava-hf/llava-v1.6-vicuna-7b-hf", _NEXT, lambda: _llava_next(_vicuna_7b()), 672, _NEXT_TOKENS,
         _crops(5, 336, 672),
     ),
-    "llava-next-mistral-7b": Shape(
-        "llava-hf/llava-v1.6-mistral-7b-hf", _NEXT, _llava_next_mistral, 672, _NEXT_TOKENS, _crops(5, 336, 672)
+    "llava-next-mistral-7b": RandomModel(
+        "llava-hf/llava-v1.6-mistral-7b-hf", _NEXT, _llava_next_mistral, 672, _NEXT_TOKENS, _crops(5, 336, 672),
     ),
-    "llava-onevision-7b": Shape(
-        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
-        "LlavaOnevisionForConditionalGeneration",
-        _llava_onevision,
-        768,
-        27 * 27 + 54 * (54 + 1),
-        _crops(5, 384, 768),
+    "llava-onevision-7b": RandomModel(
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf", "LlavaOnevisionForConditionalGeneration", _llava_onevision,
+        768, 27 * 27 + 54 * (54 + 1), _crops(5, 384, 768),
     ),
-    "llava-hr-7b": Shape(
-        "favor123/llava-hr-7b-sft-1024", "LlavaHrForConditionalGeneration", _llava_hr, 1024, 1024, _crops(1, 1024)
+    "llava-hr-7b": RandomModel(
+        "favor123/llava-hr-7b-sft-1024", "LlavaHrForConditionalGeneration", _llava_hr, 1024, 1024, _crops(1, 1024),
     ),
-    "qwen2.5-vl-7b": Shape(
-        "Qwen/Qwen2.5-VL-7B-Instruct",
-        "Qwen2_5_VLForConditionalGeneration",
-        _qwen2_5_vl,
-        1008,
-        36 * 36,
-        _patches(1008, 14),
+    "qwen2.5-vl-7b": RandomModel(
+        "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl,
+        1008, 36 * 36, _patches(1008, 14),
     ),
-    "qwen3-vl-8b": Shape(
-        "Qwen/Qwen3-VL-8B-Instruct", "Qwen3VLForConditionalGeneration", _qwen3_vl, 1024, 32 * 32, _patches(1024, 16)
+    "qwen3-vl-8b": RandomModel(
+        "Qwen/Qwen3-VL-8B-Instruct", "Qwen3VLForConditionalGeneration", _qwen3_vl, 1024, 32 * 32, _patches(1024, 16),
     ),
-    "internvl3-8b": Shape(
-        "OpenGVLab/InternVL3-8B-hf",
-        "InternVLForConditionalGeneration",
-        _internvl3,
-        896,
-        (4 + 1) * 16 * 16,
-        _crops(5, 448),
+    "internvl3-8b": RandomModel(
+        "OpenGVLab/InternVL3-8B-hf", "InternVLForConditionalGeneration", _internvl3,
+        896, (4 + 1) * 16 * 16, _crops(5, 448),
     ),
-    "gemma3-4b": Shape("google/gemma-3-4b-it", "Gemma3ForConditionalGeneration", _gemma3, 896, 16 * 16, _crops(1, 896)),
-}
+    "gemma3-4b": RandomModel(
+        "google/gemma-3-4b-it", "Gemma3ForConditionalGeneration", _gemma3, 896, 16 * 16, _crops(1, 896),
+    ),
+}  # fmt: skip

@@ -1,9 +1,9 @@
-"""Models at full size against the cost model, as a Markdown table: parameters, shape, prefill FLOPs, KV bytes.
+"""Random models at full size against the cost model, as a Markdown table: parameters, sizes, prefill FLOPs, KV bytes.
 
-    python benchmarks/shapes.py
+    python benchmarks/random_models.py
 
 On the meta device: seconds on a laptop, no weights, no download. Configs and published figures, with their sources, are
-in tests/full_sizes.py; tests/test_full_sizes.py holds the table's columns to each other.
+in tests/helpers/full_sizes.py; tests/behaviour/test_full_sizes.py compares the table's columns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HEADER = (
 def row(entry: FullSize) -> tuple[str, ...]:
     """Measure one model."""
     model = build(entry)
-    counted, held = prefill(model, entry.tokens)
+    counted, kv_measured = prefill(model, entry.tokens)
     fingerprint = fingerprint_of(model.config)
     decoder, dense = fingerprint.decoder, [0] * fingerprint.decoder.layers
     cost = flops.prefill_flops(fingerprint, entry.visual_tokens, dense, text_after=TEXT_TOKENS)
@@ -49,7 +49,7 @@ def row(entry: FullSize) -> tuple[str, ...]:
         f"{decoder.heads} / {decoder.kv_heads} x {decoder.head_dim}",
         f"{entry.visual_tokens} + {TEXT_TOKENS}",
         " / ".join(f"{value / 1e12:.3f}" for value in products),
-        f"{held / 1e6:.2f} / {kv / 1e6:.2f}",
+        f"{kv_measured / 1e6:.2f} / {kv / 1e6:.2f}",
     )
 
 
