@@ -20,9 +20,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from fitprune import PruningRecipe, evaluate, load_samples, make_batches, measure
 from fitprune._support import assets
 from fitprune.calibration.samples import Sample, recombined
-from fitprune.evaluation.rows import Entry
+from fitprune.evaluation.entries import Entry
 from fitprune.fitting.budget import checked_budget
-from fitprune.output_search.search import OutputFitter
+from fitprune.output_search.search import Searcher
 
 
 def agreement(
@@ -59,7 +59,7 @@ def main() -> None:
                 make_batches(recombined(half, 4, seed=draw), processor, batch_size=16) for half in halves
             )
             stats = measure(model, make_batches(samples, processor, batch_size=16))
-            fitter = OutputFitter(model, search, stats, validation=validation, unit=len(samples), seed=draw)
+            fitter = Searcher(model, search, stats, validation=validation, unit=len(samples), seed=draw)
             recipe = fitter.fit([budget], passes=args.passes)[0]
             recipes = {"paper": fitter.fitter.fit(budget), "output": recipe}
             line = {"samples": len(samples), "draw": draw, "chosen": recipe.provenance["chosen"]}

@@ -23,7 +23,7 @@ import torch
 from fitprune import PruningRecipe, profile_latency, time_recipes
 from fitprune.calibration.measure import measure
 from fitprune.fitting.budget import checked_budget
-from fitprune.fitting.few_layers import merge_layers
+from fitprune.fitting.few_layers import merge_layers, prices_of
 from fitprune.fitting.fit import Fitter
 from fitprune.recipes.rounding import keep_fractions
 from fitprune.speed import random_models
@@ -45,7 +45,7 @@ def merged(recipe: PruningRecipe, at_most: int | None) -> PruningRecipe:
     lost = 0.02 ** (torch.arange(n + 1) / torch.tensor(recipe.kept(n))[:, None])
     reached = torch.arange(decoder.layers) >= torch.tensor(decoder.prunable)[:, None]
     lost = lost * reached[..., None]
-    kept, _ = merge_layers(recipe.kept(n), lost, budget.prices(decoder, n), decoder.prunable, at_most)
+    kept, _ = merge_layers(recipe.kept(n), lost, prices_of(budget, decoder, n), decoder.prunable, at_most)
     removed = [before - after for before, after in itertools.pairwise([n, *kept])]
     return PruningRecipe(keep_fractions(removed, n), recipe.model, n)
 

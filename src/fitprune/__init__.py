@@ -17,24 +17,24 @@ from fitprune._version import __version__ as __version__
 
 _HOMES = {
     "AttentionStats": "fitting.stats",
+    "Fitter": "fitting.fit",
     "LatencyProfile": "costs.latency",
-    "Pruner": "engine.prune",
+    "Pruner": "engine.pruner",
     "PruningRecipe": "recipes.recipe",
     "Sample": "calibration.samples",
     "analyze": "analysis.analyze",
     "attach": "engine.prune",
     "evaluate": "evaluation.evaluate",
     "fit": "fitting.fit",
-    "fit_output": "output_search.search",
     "fit_sequential": "baselines.authors_fit",
     "kept_positions": "engine.prune",
     "load_model": "families.loading",
     "load_samples": "calibration.samples",
     "make_batches": "calibration.batches",
     "measure": "calibration.measure",
-    "merge": "fitting.stats",
     "profile_latency": "speed.profiling",
     "prune": "engine.prune",
+    "search": "output_search.search",
     "time_recipes": "speed.benchmark",
 }
 __all__ = [*_HOMES, "__version__"]
@@ -47,16 +47,16 @@ if TYPE_CHECKING:
     from fitprune.calibration.samples import Sample as Sample
     from fitprune.calibration.samples import load_samples as load_samples
     from fitprune.costs.latency import LatencyProfile as LatencyProfile
-    from fitprune.engine.prune import Pruner as Pruner
     from fitprune.engine.prune import attach as attach
     from fitprune.engine.prune import kept_positions as kept_positions
     from fitprune.engine.prune import prune as prune
+    from fitprune.engine.pruner import Pruner as Pruner
     from fitprune.evaluation.evaluate import evaluate as evaluate
     from fitprune.families.loading import load_model as load_model
+    from fitprune.fitting.fit import Fitter as Fitter
     from fitprune.fitting.fit import fit as fit
     from fitprune.fitting.stats import AttentionStats as AttentionStats
-    from fitprune.fitting.stats import merge as merge
-    from fitprune.output_search.search import fit_output as fit_output
+    from fitprune.output_search.search import search as search
     from fitprune.recipes.recipe import PruningRecipe as PruningRecipe
     from fitprune.speed.benchmark import time_recipes as time_recipes
     from fitprune.speed.profiling import profile_latency as profile_latency

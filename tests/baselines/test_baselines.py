@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fitprune import PruningRecipe, measure, prune
-from fitprune.baselines.table import BASELINES, Sizes, make_method
+from fitprune.baselines.base import Sizes
+from fitprune.baselines.table import BASELINES, make_method
 from fitprune.engine.prune import kept_positions
 from fitprune.families.adapter import adapt
 from fitprune.fitting.budget import OutOfReach, checked_budget
 from fitprune.fitting.fit import Fitter
-from fitprune.recipes.model_card import card_of
-from fitprune.scoring import scorers
+from fitprune.scoring import attention_scorers, diversity
 from fitprune.scoring.diversity import dpp_order, least_similar_order, max_min_order
 from fitprune.scoring.scorers import Scorer
 from helpers.models import CACHE, IMAGE, batch_of, cache_in, prompts, replay, tiny_inputs, tiny_model
@@ -270,18 +270,18 @@ def by_chance(seed):
 
 # The functions themselves, without names; and the flags that prune needs.
 PLAIN = {
-    "fitprune": Scorer(scorers.self_times_cross),
+    "fitprune": Scorer(attention_scorers.self_times_cross),
     "random": Scorer(by_chance(7), query_aware=False),
     "random-input": Scorer(by_chance(7), query_aware=False),
-    "uniform": Scorer(scorers.self_times_cross),
-    "last-layer-first": Scorer(scorers.self_times_cross),
-    "fastv": Scorer(scorers.by_last_row),
-    "pyramiddrop": Scorer(scorers.by_last_row),
-    "vtw": Scorer(scorers.by_place, query_aware=False),
-    "divprune": Scorer(scorers.by_max_min, query_aware=False),
-    "cdpruner": Scorer(scorers.by_dpp),
-    "dart": Scorer(scorers.by_duplication),
-    "visionzip": Scorer(scorers.by_cls, query_aware=False, reads_vision=True),
+    "uniform": Scorer(attention_scorers.self_times_cross),
+    "last-layer-first": Scorer(attention_scorers.self_times_cross),
+    "fastv": Scorer(attention_scorers.by_last_row),
+    "pyramiddrop": Scorer(attention_scorers.by_last_row),
+    "vtw": Scorer(attention_scorers.by_place, query_aware=False),
+    "divprune": Scorer(diversity.by_max_min, query_aware=False),
+    "cdpruner": Scorer(diversity.by_dpp),
+    "dart": Scorer(diversity.by_duplication, reads_previous=True),
+    "visionzip": Scorer(attention_scorers.by_cls, query_aware=False, reads_vision=True),
 }
 
 
@@ -334,7 +334,7 @@ def test_a_file_of_a_version_that_left_the_scorer_out_is_refused_with_what_to_ad
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_card_names_what_ranks_the_tokens_and_cites_fitprune_for_its_own_alone(name, fitter):
     recipe = method(name, fitter, 0.5, seed=7)
-    card = card_of(recipe, "lab/x", None)
+    card = recipe.card("lab/x")
     assert f"Tokens are ranked by `{recipe.scorer['name']}`" in card
     assert ('with parameters `{"seed": 7}`' in card) == (recipe.scorer["name"] == "random")
     assert ("The method is FitPrune" in card) == ("ye2025fitprune" in card) == (name == "fitprune")

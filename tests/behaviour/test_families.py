@@ -9,13 +9,12 @@ import torch
 import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
 
-from fitprune import PruningRecipe, fit, fit_output, fit_sequential, make_batches, measure, prune
+from fitprune import PruningRecipe, fit, fit_sequential, make_batches, measure, prune, search
 from fitprune.baselines.table import make_method
 from fitprune.calibration.samples import Sample
 from fitprune.costs import flops
 from fitprune.engine.prune import kept_positions
-from fitprune.evaluation.evaluate import readable
-from fitprune.evaluation.rows import Entry
+from fitprune.evaluation.entries import Entry, readable
 from fitprune.families.adapter import adapt
 from fitprune.families.config import fingerprint_of, say_generic
 from fitprune.families.images import read_images
@@ -166,7 +165,7 @@ class GatheredOracle:
 
 
 def whole_inputs(model, sample, answer):
-    """The prompt with the answer behind it, as one dense prefill."""
+    """The prompt with the answer after it, as one dense prefill."""
     inputs = dict(sample)
     typed = adapt(model).family.answer_type
     inputs["input_ids"] = torch.cat([sample["input_ids"], answer[None]], 1)
@@ -618,7 +617,7 @@ def test_every_fit_runs(name):
     halves = [row.collate(samples[:2])], [row.collate(samples[2:])]
     for recipe in (
         fit_sequential(model, samples, flops_reduction=0.15, stats=stats),
-        fit_output(model, halves[0], stats, validation=halves[1], flops_reduction=0.15, max_new_tokens=3, passes=2),
+        search(model, halves[0], stats, validation=halves[1], flops_reduction=0.15, max_new_tokens=3, passes=2),
     ):
         cost = recipe.cost()
         assert 0 < cost.flops_reduction < 0.3  # the sequential one rounds each layer down

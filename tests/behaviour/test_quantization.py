@@ -10,7 +10,7 @@ from fitprune import PruningRecipe, fit, load_model, load_samples, make_batches,
 from fitprune._support import assets
 from fitprune.cli.main import main
 from fitprune.families.adapter import adapt
-from fitprune.families.loading import QUANTIZATIONS, quantization_config
+from fitprune.families.quantization import QUANTIZATIONS, quantization_config
 from helpers.models import Oracle, greedy_logits, tiny_inputs, tiny_model
 
 KEEP = (1.0, 0.75, 0.75, 0.5, 0.25)

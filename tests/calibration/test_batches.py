@@ -7,17 +7,18 @@ import shutil
 
 import pytest
 import tokenizers
-import torch
 from PIL import Image
-from transformers import AutoProcessor
 
 from fitprune import AttentionStats, load_samples, make_batches
 from fitprune._support import assets
-from fitprune.calibration.batches import chat_prompt, encode, format_prompt, usable
-from fitprune.calibration.samples import BadSample, Sample
+from fitprune.calibration.batches import usable
+from fitprune.calibration.entry import BadSample
+from fitprune.calibration.prompts import chat_prompt, encode
+from fitprune.calibration.samples import Sample
 from fitprune.cli.main import main
 from helpers import families as F
 from helpers.models import tiny_model
+from helpers.questions import assert_same, turn
 
 # got_ocr2's processor makes pages to read and not prompts; mistral3 has none here; rows with a dash, and these two,
 # have the processor of another row.
@@ -71,18 +72,6 @@ def starts(row, adds, start):
     """How many BOS a prompt has: PaliGemma's processor writes one of its own, LFM2's tokenizer is told to add none."""
     own = row.name.startswith("paligemma")
     return own + bool(start or (adds in ("BOS", "both") and row.name != "lfm2_vl"))
-
-
-def turn(*content, role="user"):
-    parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in content]
-    return {"role": role, "content": parts}
-
-
-def assert_same(one, two):
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        same = torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name]
-        assert same, name
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -164,62 +153,6 @@ def test_a_batch_of_which_some_prompts_begin_with_bos_is_refused():
 
 
 # -- templates -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def processor():
-    return AutoProcessor.from_pretrained(assets.folder("model"))
-
-
-@pytest.fixture
-def red():
-    return Sample("7", "what?", Image.new("RGB", (40, 30), "red"), where="q.jsonl:7")
-
-
-@pytest.mark.parametrize("wrap", [str, lambda template: {"default": template, "other": "x"}])
-def test_a_chat_template_at_the_tokenizer_alone_or_of_several_is_used(processor, red, wrap):
-    expected = next(make_batches([red], processor))
-    template = processor.chat_template
-    processor.chat_template = wrap(template)
-    assert_same(next(make_batches([red], processor)), expected)
-    processor.chat_template, processor.tokenizer.chat_template = None, wrap(template)
-    assert_same(next(make_batches([red], processor)), expected)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "has no chat template; state prompt_template"),
-        ({"tools": "x", "rag": "y"}, "the chat templates are tools, rag: one must be called 'default'"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "at fault: it prints a message's content as a list"),
-        ("{{ messages[0].content | tojson }}", "at fault: it prints a message's content as a list"),
-        ("{{ messages[0].content[1].text }}", "at fault: it writes no '<image>' where the image is"),
-        ("USER: <image> ASSISTANT:", "at fault: it does not write the question; state prompt_template"),
-        ("Answer the question 7319: <image>", "at fault: it does not write the question"),
-        ("{% for", "the chat template fails"),
-        ("{{ raise_exception('system first') }}", r"the chat template fails \(system first\)"),
-    ],
-)
-def test_a_template_that_forms_no_prompt_is_named_as_such(processor, red, template, message):
-    processor.chat_template = processor.tokenizer.chat_template = template
-    for batch_size in (1, 2):
-        with pytest.raises(ValueError, match=message) as caught:
-            next(make_batches([red, red], processor, batch_size=batch_size))
-        assert not isinstance(caught.value, BadSample)  # not one sample's fault: nothing is skipped
-
-
-def test_a_template_may_change_the_question_and_must_write_a_conversations_last_text(processor, red):
-    processor.chat_template = "<image>{{ messages[-1].content[1].text | upper | trim }}"
-    assert format_prompt(processor, "what? ") == "<image>WHAT?"
-    assert len(next(make_batches([red], processor))["input_ids"]) == 1
-    processor.chat_template = "<image>{{ messages[0].content[0].text }} question"
-    with pytest.raises(ValueError, match="at fault: it does not write the question"):
-        chat_prompt(processor, [turn("be short", role="system"), turn(red.image, "what?")])
-    assert chat_prompt(processor, [turn("what?")]) == "<image>what? question"
-
-
-def test_a_question_may_look_like_a_printed_list(processor):
-    assert "{'type': 'text'}" in format_prompt(processor, "what is {'type': 'text'}?")
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
@@ -341,7 +274,7 @@ def test_what_is_no_processor_is_refused_by_its_type(processor, red):
 
 @pytest.fixture
 def data(tmp_path):
-    """Four good questions of the embedded set, and two that no processor takes."""
+    """Four good questions of the bundled set, and two that no processor takes."""
     shutil.copytree(assets.folder("calibration") / "images", tmp_path / "images")
     lines = (assets.folder("calibration") / "metadata.jsonl").read_text().splitlines()[:4]
     bad = [json.loads(lines[0]) | {"text": text} for text in ("what " * 3000, "why " * 3000)]
@@ -370,6 +303,6 @@ def test_skip_bad_leaves_out_what_the_processor_refuses(data, capsys):
     assert json.loads((data / "results.json").read_text())["provenance"]["tasks"][f"{data}/q.jsonl"]["samples"] == 4
 
 
-def test_the_embedded_samples_are_all_usable(processor):
+def test_the_bundled_samples_are_all_usable(processor):
     found = load_samples(assets.folder("calibration"))
     assert usable(found, processor, model=tiny_model()) == found

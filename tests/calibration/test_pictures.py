@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from fitprune import load_samples
+from fitprune.calibration.entry import BadSample
 from fitprune.calibration.pictures import BadPicture, load_picture
-from fitprune.calibration.samples import BadSample, Sample
+from fitprune.calibration.samples import Sample
 from helpers.picture_cases import CASES, COLOURS, DEEP, GREY, RGB, RGBA, SHARES, SIZE, file, on_white, require_shown
 
 

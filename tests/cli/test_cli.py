@@ -18,7 +18,8 @@ from fitprune._support import assets, files
 from fitprune.analysis import save
 from fitprune.cli.main import main
 from fitprune.evaluation.report import write_report
-from fitprune.evaluation.results import Results, Row
+from fitprune.evaluation.results import Results
+from fitprune.evaluation.summary import Row
 
 COMMANDS = ["measure", "fit", "cost", "generate", "evaluate", "analyze", "report", "demo"]
 

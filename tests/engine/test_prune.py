@@ -12,8 +12,10 @@ from fitprune._support import assets
 from fitprune.costs import flops
 from fitprune.costs.flops import prefill_flops
 from fitprune.engine.prune import kept_positions
+from fitprune.engine.remover import removing
 from fitprune.families.adapter import adapt
 from fitprune.recipes.rounding import keep_fractions
+from fitprune.scoring.scorers import Scorer
 from helpers.models import (
     CACHE,
     COUNTED,
@@ -280,3 +282,27 @@ def test_bfloat16_on_cuda_decodes_as_the_oracle_does():
     with prune(model, recipe_for(model, inputs)):
         on_cpu, _ = greedy_logits(model, inputs, 8)
     assert relative(on_gpu.cpu(), on_cpu) < 1e-4
+
+
+def test_a_scorer_that_reads_the_layers_so_far_must_say_so():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    recipe = PruningRecipe((1.0, 0.5, 0.5, 0.5, 0.5), adapt(model).fingerprint, 16)
+
+    def score(view):
+        return view.prompt.received.gather(1, view.column)
+
+    with prune(model, recipe, score), pytest.raises(ValueError, match=r"made as Scorer\(\.\.\., accumulates=True\)"):
+        model(**inputs)
+    with prune(model, recipe, Scorer(score, accumulates=True)) as pruner:
+        model(**inputs)
+    assert pruner.last.kept[-1] == [[8]]
+
+
+def test_what_chooses_by_itself_has_no_numbers_to_keep():
+    model = tiny_model()
+    with (
+        removing(adapt(model), lambda view: view.left),
+        pytest.raises(ValueError, match="how many tokens are to be kept, which is not known"),
+    ):
+        model(**tiny_inputs(model))

@@ -13,19 +13,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fitprune import AttentionStats, PruningRecipe, evaluate, load_samples
 from fitprune._support import assets
-from fitprune._support.journal import Journal
-from fitprune.baselines.table import BASELINES, Sizes, make_method
+from fitprune.baselines.base import Sizes
+from fitprune.baselines.table import BASELINES, make_method
 from fitprune.cli.main import main
 from fitprune.evaluation import evaluate as evaluation
-from fitprune.evaluation.evaluate import entries_for
+from fitprune.evaluation.entries import Entry, entries_for
 from fitprune.evaluation.report import write_report
-from fitprune.evaluation.results import Bootstrap, Results, beside, interval, table, verdict
-from fitprune.evaluation.rows import Entry
+from fitprune.evaluation.results import Results, beside, table
+from fitprune.evaluation.tables import verdict
 from fitprune.families.adapter import adapt
-from fitprune.families.clip_tower import crops_of
 from fitprune.fitting.budget import checked_budget
 from fitprune.fitting.fit import Fitter
-from helpers.models import batch_of, prompts, tiny_model
 
 OPTIONS = ["--methods", "fitprune", "random", "dart", "--flops-reduction", "0.6", "0.9", "--seeds", "0", "1"]
 DATA = ["--data", "digit-scenes/test", "digit-details/test", "--samples", "12", "--batch-size", "5"]
@@ -111,7 +109,7 @@ def test_two_runs_give_the_same_bytes(done, stats, tmp_path):
 def test_a_run_killed_at_half_goes_on_and_gives_the_same_bytes(whole_lines, done, stats, tmp_path, monkeypatch, capsys):
     out = tmp_path / "results.json"
     journal = out.with_suffix(".samples.jsonl")
-    answer, answered = evaluation._answer, []
+    answer, answered = evaluation.answer_batch, []
 
     def dies_at_the_third_batch(*args):
         if len(answered) == 2:
@@ -119,7 +117,7 @@ def test_a_run_killed_at_half_goes_on_and_gives_the_same_bytes(whole_lines, done
         answered.append(1)
         return answer(*args)
 
-    monkeypatch.setattr(evaluation, "_answer", dies_at_the_third_batch)
+    monkeypatch.setattr(evaluation, "answer_batch", dies_at_the_third_batch)
     assert main(command(stats, out)) == 1
     assert "run the same command again to go on" in capsys.readouterr().err
     assert not out.exists()
@@ -127,12 +125,12 @@ def test_a_run_killed_at_half_goes_on_and_gives_the_same_bytes(whole_lines, done
     assert len(lines) == 1 + 10
     if not whole_lines:  # killed in the middle of a write
         journal.write_bytes(b"".join(lines[:-2]) + lines[-2][:37])
-    monkeypatch.setattr(evaluation, "_answer", lambda *args: answered.append(2) or answer(*args))
+    monkeypatch.setattr(evaluation, "answer_batch", lambda *args: answered.append(2) or answer(*args))
     assert main(command(stats, out)) == 0
     assert answered.count(2) == (4 if whole_lines else 5)  # 6 batches: those that were whole are not done again
     assert out.read_bytes() == done.read_bytes()
     assert journal.read_bytes() == done.with_suffix(".samples.jsonl").read_bytes()
-    monkeypatch.setattr(evaluation, "_answer", None)  # a finished run has nothing left to answer
+    monkeypatch.setattr(evaluation, "answer_batch", None)  # a finished run has nothing left to answer
     assert main(command(stats, out)) == 0
     assert out.read_bytes() == done.read_bytes()
 
@@ -243,14 +241,6 @@ def test_times_of_an_older_run_are_not_shown(done, tmp_path):
     assert beside("run-0.6", "x") != beside("run-0.7", "x")
 
 
-def test_llava_next_counts_each_images_own_crops():
-    model = tiny_model("llava_next")
-    batch = batch_of(prompts(model, [[3, 6], [3, 5], [2, 9], [2, 4]]))
-    crops = crops_of(adapt(model), batch["image_sizes"], 4)
-    assert [size[3] for size in evaluation._sizes(adapt(model), batch)] == crops
-    assert len(set(crops)) > 1
-
-
 def test_a_journal_of_another_run_is_refused_and_kept(done, stats, tmp_path, capsys):
     out = tmp_path / "results.json"
     before = done.with_suffix(".samples.jsonl").read_bytes()
@@ -261,55 +251,6 @@ def test_a_journal_of_another_run_is_refused_and_kept(done, stats, tmp_path, cap
     out.with_suffix(".samples.jsonl").write_text("something else\n")
     assert main(command(stats, out)) == 2
     assert "is no journal of this program" in capsys.readouterr().err
-
-
-def test_a_journal_counts_whole_lines_only(tmp_path, caplog):
-    book = Journal(tmp_path / "j", {"a": 1})
-    assert book.done() == {}
-    book.open()
-    book.append([{"place": 0, "x": "ä"}, {"place": 1, "x": 2}])
-    other = Journal(tmp_path / "j", {"a": 1}, rank=1)
-    other.open()
-    other.append([{"place": 2, "x": 3}])
-    with (tmp_path / "j").open("a") as file:
-        file.write('{"place": 3')
-    assert sorted(Journal(tmp_path / "j", {"a": 1}).done()) == [0, 1, 2]
-    book.open()
-    book.append([{"place": 3, "x": 4}])
-    found = book.done()
-    book.finish([found[place] for place in range(4)])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["j"]
-    assert [r["x"] for r in Journal(tmp_path / "j", {"a": 1}).done().values()] == ["ä", 2, 3, 4]
-    lines = (tmp_path / "j").read_bytes().splitlines()
-    damaged = [lines[0], b"{}", b"[1]", b"3", b"", b"\0\0", b'{"place": true}', lines[2], b'{"place": 9', lines[4]]
-    (tmp_path / "j").write_bytes(b"\n".join(damaged) + b"\n")
-    book = Journal(tmp_path / "j", {"a": 1}, lambda record: "x" in record)
-    assert sorted(book.done()) == [1, 3]
-    assert "j:2: damaged, left out" in caplog.text
-    book.open()
-    assert sorted(book.done()) == [1, 3]
-    with pytest.raises(ValueError, match=r"another run \(other a\)"):
-        Journal(tmp_path / "j", {"a": 2}).done()
-
-
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        hits = (rng.random((1, 200)) < 0.8).astype(np.float32)
-        low, high = interval(Bootstrap(200, seed=trial).means(hits))
-        covered += low <= 0.8 <= high
-    assert 0.90 <= covered / 200 <= 0.99
-
-
-def test_seeds_widen_the_interval():
-    sure = np.ones((3, 100), dtype=np.float32)
-    sure[:, :20] = 0
-    split = sure.copy()
-    split[0], split[1] = 1, 0.6
-    narrow, wide = (interval(Bootstrap(100).means(hits)) for hits in (sure, split))
-    assert wide[1] - wide[0] > narrow[1] - narrow[0]
-    assert interval(Bootstrap(100).means(np.ones((3, 100)))) == (1, 1)
 
 
 def test_methods_without_answers_or_with_wrong_names(stats, tmp_path, capsys):
@@ -370,14 +311,6 @@ def test_data_without_answers_has_agreement_and_no_accuracy(tmp_path):
     results.save(tmp_path / "r.json")
     assert Results.load(tmp_path / "r.json").rows == results.rows
     assert "-" in table(results)
-
-
-def test_results_of_another_version_are_refused(tmp_path):
-    damaged = '{"schema": 3, "provenance": {}, "tasks": [], "rows": ["x"], "best": [], "skipped": [], "recipes": {}}'
-    for text in (damaged, "{}", '{"schema": 2}', "no json", '{"schema": 3}', "[]"):
-        (tmp_path / "r.json").write_text(text)
-        with pytest.raises(ValueError, match=r"r\.json: not readable as results"):
-            Results.load(tmp_path / "r.json")
 
 
 def test_entries_state_what_was_left_out(stats):

@@ -9,10 +9,12 @@ import pytest
 from fitprune import PruningRecipe, evaluate, load_model, load_samples
 from fitprune._support import assets
 from fitprune.cli.main import main
-from fitprune.evaluation import results, rows
+from fitprune.evaluation import rows
+from fitprune.evaluation.entries import entries_of
 from fitprune.evaluation.metrics import METRICS, choose, evalai, exact, is_near, normalized, vqa
 from fitprune.evaluation.report import write_report
-from fitprune.evaluation.results import Results, table, verdict
+from fitprune.evaluation.results import Results, table
+from fitprune.evaluation.tables import matrix, verdict
 
 RECIPE = PruningRecipe.published("llava-1.5-7b", 60)
 
@@ -132,7 +134,7 @@ def test_the_metric_is_guessed_by_the_data(accepted, metric):
 def test_a_metric_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="metric='f1': must be one of exact, normalized, vqa"):
         choose("f1", [["a"]])
-    with pytest.raises(ValueError, match=r"no question has more accepted answers than 3.*state normalized or exact"):
+    with pytest.raises(ValueError, match=r"no question has more accepted answers than 3.*pass normalized or exact"):
         choose("vqa", [["a"] * 3, ["a"]])
     assert choose("vqa", [["a"] * 10, ["a"]]) == "vqa"
     assert choose("vqa", []) == "vqa"
@@ -173,7 +175,7 @@ def test_words_around_an_answer_are_noticed():
 
 def made(accepted, said, *, metric=None, budget=0.6, questions=()):
     """Results of answers made by hand: `said` has those of "dense" and of each method."""
-    entries = rows.entries_of({name: RECIPE for name in said if name != "dense"})
+    entries = entries_of({name: RECIPE for name in said if name != "dense"})
     entries = [dataclasses.replace(entry, budget=budget) for entry in entries]
     labels = {"dense": "dense", **{entry.name: entry.label for entry in entries}}
     records = [
@@ -292,7 +294,11 @@ def test_few_questions_cannot_tell_methods_apart(count, more, less, words):
     found = made([["b"]] * count, {"dense": ["b"] * count, "fitprune": ours, "dart": theirs})
     (best,) = found.best
     assert words in verdict(best)
-    assert best.cannot_tell == ("cannot tell" in verdict(best)) == ("*" not in results.matrix(found, "t"))
+    assert (
+        best.cannot_tell
+        == ("cannot tell" in verdict(best))
+        == ("*" not in matrix(found.tasks[0], found.rows, found.best))
+    )
     assert verdict(best) in table(found)
 
 
@@ -335,13 +341,13 @@ def test_results_print_as_their_table(tmp_path):
     [(RECIPE, ["recipe"]), ([RECIPE, RECIPE], ["recipe 1", "recipe 2"]), ({"a": RECIPE}, ["a"]), ([], []), ({}, [])],
 )
 def test_recipes_are_taken_alone_in_a_list_or_by_name(methods, names):
-    assert [entry.name for entry in rows.entries_of(methods)] == names
+    assert [entry.name for entry in entries_of(methods)] == names
 
 
 @pytest.mark.parametrize("methods", ["a.json", ["a.json"], {"a": "a.json"}, {"a": None}, None, 3])
 def test_what_is_no_method_is_named(methods):
     with pytest.raises(ValueError, match=r"methods hold a (str|NoneType|int): must be a recipe"):
-        rows.entries_of(methods)
+        entries_of(methods)
 
 
 def test_evaluate_says_what_samples_are():
@@ -370,7 +376,7 @@ def test_each_task_has_its_own_metric_and_another_needs_no_new_answers(tmp_path,
         ("normalized", True, 1),
         ("vqa", True, 0.3),
     ]
-    monkeypatch.setattr("fitprune.evaluation.evaluate._answer", None)
+    monkeypatch.setattr("fitprune.evaluation.evaluate.answer_batch", None)
     assert main([*command, "--metric", "exact"]) == 0
     found = Results.load(tmp_path / "r.json")
     assert [(task.metric, task.guess, task.dense) for task in found.tasks] == [("exact", False, 0), ("exact", False, 1)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fitprune import evaluate, load_model, measure, merge
+from fitprune import AttentionStats, evaluate, load_model, measure
 from fitprune._support import assets
 from fitprune.calibration.samples import Sample
 from fitprune.families import provenance
@@ -179,8 +179,8 @@ def test_statistics_of_several_files_count_a_sample_once_and_say_so(caplog):
     one, two, three = prompts(model, [[3, 6], [9, 12], [4, 4]])
     first, second = measure(model, [one, two, one]), measure(model, [two, three, three])
     caplog.clear()
-    merged = merge([first, second])
-    assert merged.digests == (*first.digests, *second.digests[1:])
+    whole = AttentionStats.concat([first, second])
+    assert whole.digests == (*first.digests, *second.digests[1:])
     assert "1 of 6 samples are in earlier statistics too and are left out: 5 are left" in caplog.text
 
 

@@ -45,7 +45,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the embedded model."""
+    """A copy of the bundled model."""
     return shutil.copytree(assets.folder("model"), tmp_path / "model")
 
 
@@ -64,9 +64,9 @@ def expect_refusal(name, message, kind, **options):
     [
         ("digit-scene", "digit-scene: no such file or folder; did you mean digit-scenes?"),
         ("Digit_Scenes", "did you mean digit-scenes?"),
-        ("digit-scenes/model", r"did you mean digit-scenes\? It is the one embedded model"),
-        ("digit-details", r"did you mean digit-scenes\? It is the one embedded model"),
-        ("gpt2", "gpt2: no such folder, and no hub name, which is owner/name; the embedded model is digit-scenes"),
+        ("digit-scenes/model", r"did you mean digit-scenes\? It is the one bundled model"),
+        ("digit-details", r"did you mean digit-scenes\? It is the one bundled model"),
+        ("gpt2", "gpt2: no such folder, and no hub name, which is owner/name; the bundled model is digit-scenes"),
         ("/nowhere/model", "no such folder"),
         ("./llava", "no such folder"),
         ("models/llava/7b", "no such folder"),
@@ -74,8 +74,8 @@ def expect_refusal(name, message, kind, **options):
         ("~/llava", "no such folder"),
         ("", "no such folder"),
         ("lab/tiny.json", "no such folder"),
-        ("digit-scenes/calibration", "is embedded data, not a model: the embedded model is digit-scenes"),
-        ("digit-details/test", "is embedded data, not a model: the embedded model is digit-scenes"),
+        ("digit-scenes/calibration", "is bundled data, not a model: the bundled model is digit-scenes"),
+        ("digit-details/test", "is bundled data, not a model: the bundled model is digit-scenes"),
     ],
 )
 def test_a_name_that_cannot_be_one_is_refused_without_the_hub(weights, no_network, name, message):
@@ -271,10 +271,10 @@ def adapter(folder, base, **said):
 
 def test_an_adapter_without_peft_is_named_as_what_it_is(weights, tmp_path, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
     message = "is a PEFT adapter of lab/base: pip install peft, or merge it .merge_and_unload. and save that model"
     expect_refusal(adapter(tmp_path / "a", "lab/base"), message, ImportError)
-    monkeypatch.setattr(loading, "_require_quantizer", lambda name: None)
+    monkeypatch.setattr(loading, "require_quantizer", lambda name: None)
     expect_refusal(adapter(tmp_path / "b", ""), "names no base model", ValueError)
     expect_refusal(
         adapter(tmp_path / "c", "lab/base"), "PEFT adapter, which is merged", ValueError, quantization="torchao-int8"
@@ -283,7 +283,7 @@ def test_an_adapter_without_peft_is_named_as_what_it_is(weights, tmp_path, monke
 
 def test_an_adapter_on_the_hub_is_named_as_what_it_is(weights, hub, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else found(name))
     hub.create("lab/lora")
     hub.put("lab/lora", {"adapter_config.json": b'{"base_model_name_or_path": "lab/base"}'})
     expect_refusal("lab/lora", "lab/lora is a PEFT adapter of lab/base: pip install peft", ImportError)

@@ -14,7 +14,7 @@ from fitprune import AttentionStats, PruningRecipe, fit
 from fitprune.costs.flops import visual_flops_reduction
 from fitprune.costs.sizes import DecoderSizes, ModelFingerprint
 from fitprune.fitting.budget import Budget, checked_budget
-from fitprune.fitting.few_layers import lost_attention, merge_layers
+from fitprune.fitting.few_layers import lost_attention, merge_layers, prices_of
 from fitprune.fitting.fit import Fitter
 from fitprune.fitting.rules import keep_highest
 from fitprune.recipes.rounding import kept_counts
@@ -69,7 +69,7 @@ def test_the_least_extra_loss_of_all_schedules_is_found(kind, at_most, number, d
     shape, starts = stats.model.decoder, stats.model.decoder.prunable
     budget = checked_budget(kind, 0.55 * n if kind == "mean_visual_tokens" else 0.45)
     fitted = Fitter(stats, visual_tokens=n).fit(budget).kept(n)
-    lost, prices, buckets = lost_attention(stats, n), budget.prices(shape, n), 400
+    lost, prices, buckets = lost_attention(stats, n), prices_of(budget, shape, n), 400
     kept, found = merge_layers(fitted, lost, prices, starts, at_most, buckets=buckets)
     assert budget.met_by(budget.measured(shape, n, kept))
     assert extra_loss(lost, removing(kept, n), kept, fitted, starts) == pytest.approx(found, abs=1e-5)

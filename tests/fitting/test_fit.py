@@ -9,9 +9,8 @@ from fitprune import AttentionStats, fit, fit_sequential, measure
 from fitprune.costs.flops import visual_flops_reduction
 from fitprune.costs.sizes import DecoderSizes, ModelFingerprint
 from fitprune.families.images import images_of
-from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.budget import Budget, budget_from, checked_budget
 from fitprune.fitting.fit import Fitter
-from fitprune.fitting.rules import keep_highest, lowest_in_both
 from helpers.models import tiny_inputs, tiny_model
 from helpers.statistics import SHAPE, synthetic
 
@@ -56,22 +55,6 @@ def test_the_order_of_budgets_does_not_matter(stats):
 def test_tolerance_zero_removes_nothing_and_one_everything(stats):
     assert sum(fit(stats, tolerance=0.0).counts(144)) == 0
     assert fit(stats, tolerance=1.0).counts(144) == [144, 0, 0, 0, 0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("tolerance", [0.05, 0.2, 0.6])
-def test_the_vectorised_walk_equals_the_rule_step_by_step(tolerance):
-    ragged = synthetic(samples=7, counts=(10, 25, 16))
-    expected = [0.0] * 8
-    for sample in range(7):
-        one = ragged.select([sample])
-        n = one.visual_tokens[0]
-        present = torch.ones(1, n, dtype=torch.bool)
-        for layer in range(8):
-            own, cross = one.self_attention[layer][None], one.cross_attention[layer][None]
-            leave = lowest_in_both(own, cross, present, (1 - tolerance) * own.sum(1), (1 - tolerance) * cross.sum(1))
-            present = present & ~leave
-            expected[layer] += int(present.sum()) / n / 7
-    assert Fitter(ragged).kept_fractions(tolerance) == pytest.approx(expected)
 
 
 def test_ragged_statistics_meet_the_budget_for_the_stated_size():
@@ -158,7 +141,7 @@ def test_the_sequential_fit_at_a_tolerance_equals_one_pass_at_the_first_layer():
     for index, batch in enumerate(batches):
         with (
             torch.no_grad(),
-            removing(adapt(model), lambda _, i=index: _within(_totals(stats)[i], 0.3, left[i], range(5))),
+            removing(adapt(model), _within(_totals(stats)[index], 0.3, left[index], range(5))),
         ):
             model(**batch, use_cache=False)
     assert (left[:, 0].double() / 16).mean().item() == pytest.approx(Fitter(stats).kept_fractions(0.3)[0])
@@ -200,19 +183,33 @@ def test_images_are_runs_of_visual_tokens():
     assert images_of(visual).tolist() == [[-1, 0, 0, -1, 1, -1], [0, 0, 0, 0, -1, -1]]
 
 
-def test_the_lowest_scores_leave_each_image_by_its_own_share():
-    image = torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1]])
-    score = torch.tensor([[0.0, 3, 1, 2, 0, 5, 4, 0]])
-    stays = keep_highest(score, image, torch.tensor([[1, 1]]))
-    assert stays.tolist() == [[True, True, False, False, True, True, False, True]]
+@pytest.mark.parametrize("kind", ["flops_reduction", "tolerance"])
+def test_a_list_of_budgets_gives_a_recipe_each_as_one_fitter_does(stats, kind):
+    values, fitter = [0.6, 0.2, 0.4], Fitter(stats)
+    recipes = fit(stats, **{kind: values}, max_removal_layers=3)
+    assert recipes == [fitter.fit(**{kind: value}, max_removal_layers=3) for value in values]
+    assert [recipe.provenance["budget"] for recipe in recipes] == [{kind: value} for value in values]
+    assert fit(stats, **{kind: (0.6,)}) == [fit(stats, **{kind: 0.6})]
 
 
-def test_scores_of_minus_infinity_still_leave_the_right_number():
-    image = torch.tensor([[-1, 0, 0, 0, -1]])
-    score = torch.tensor([[0.0, float("-inf"), float("-inf"), 1.0, 0.0]])
-    assert keep_highest(score, image, torch.tensor([[2]])).tolist() == [[True, False, True, True, True]]
+def test_a_budget_by_keyword_is_the_budget_of_its_kind():
+    assert budget_from(flops_reduction=0.5, tolerance=None) == Budget("flops_reduction", 0.5)
+    assert budget_from(tolerance=[0, 1]) == [Budget("tolerance", 0.0), Budget("tolerance", 1.0)]
 
 
-def test_of_equal_scores_the_later_token_stays():
-    image = torch.zeros(1, 6, dtype=torch.long)
-    assert keep_highest(torch.ones(1, 6), image, torch.tensor([[2]])).tolist() == [[False] * 4 + [True] * 2]
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"flops_reduction": []}, r"flops_reduction=\[\]: must hold at least one value; pass a number or a list"),
+        ({"flops_reduction": [[0.4]]}, r"flops_reduction\[0\]=\[0.4\]: must be a finite number"),
+        ({"flops_reduction": [0.4, "0.6"]}, r"flops_reduction\[1\]='0.6': must be a finite number"),
+        ({"flops_reduction": [0.4, True]}, r"flops_reduction\[1\]=True: must be a finite number"),
+        ({"flops_reduction": [float("nan")]}, r"flops_reduction\[0\]=nan: must be a finite number"),
+        ({"tolerance": [0.4, 2]}, r"tolerance\[1\]=2: must be between 0 and 1"),
+        ({"flops_reduction": [0.4], "tolerance": [0.1]}, "2 budgets stated .*pass exactly one of"),
+        ({"kv_reduction": 0.4}, "budget 'kv_reduction': must be one of flops_reduction"),
+    ],
+)
+def test_a_budget_in_a_list_is_named_with_its_place(stats, budget, message):
+    with pytest.raises(ValueError, match=message):
+        Fitter(stats).fit(**budget)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fitprune import AttentionStats, PruningRecipe, measure, merge
+from fitprune import AttentionStats, PruningRecipe, measure
 from fitprune._support import files
 from fitprune.families.adapter import adapt
 from helpers.models import tiny_inputs, tiny_model
@@ -31,12 +31,12 @@ def test_file_round_trip(tmp_path, family):
     assert len(loaded) == 3
 
 
-def test_merging_parts_gives_the_whole_and_counts_a_sample_once():
+def test_concatenated_parts_give_the_whole_and_counts_a_sample_once():
     model = tiny_model()
     batches = [tiny_inputs(model, seed=s) for s in range(4)]
     whole = measure(model, batches)
     parts = [measure(model, batches[:2]), measure(model, batches[1:])]
-    assert same(merge(parts), whole)
+    assert same(AttentionStats.concat(parts), whole)
 
 
 def test_a_batched_measurement_equals_single_samples():
@@ -106,7 +106,7 @@ def test_only_own_parts_are_forgotten(tmp_path):
 
 
 def test_a_link_is_followed_and_special_files_are_refused(tmp_path):
-    thing = PruningRecipe.dense(adapt(tiny_model()).shape, 16)
+    thing = PruningRecipe.dense(adapt(tiny_model()).fingerprint, 16)
     (tmp_path / "link").symlink_to(tmp_path / "target")
     thing.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
@@ -125,14 +125,14 @@ def test_parts_of_another_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match="of another model: layers 5 there, 4 here"):
         measure(other, [inputs], parts=tmp_path)
     with pytest.raises(ValueError, match="of another model"):
-        merge([measure(model, [inputs]), measure(other, [inputs])])
+        AttentionStats.concat([measure(model, [inputs]), measure(other, [inputs])])
 
 
 def test_an_empty_calibration_set_is_refused():
     with pytest.raises(ValueError, match="at least one sample"):
         measure(tiny_model(), [])
     with pytest.raises(ValueError, match="at least one AttentionStats"):
-        merge([])
+        AttentionStats.concat([])
 
 
 def test_samples_without_image_or_question_are_refused():
@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
 
 def test_an_unwritable_path_names_itself(tmp_path):
     (tmp_path / "file").write_text("")
-    thing = PruningRecipe.dense(adapt(tiny_model()).shape, 16)
+    thing = PruningRecipe.dense(adapt(tiny_model()).fingerprint, 16)
     with pytest.raises(OSError, match="choose another output path"):
         thing.save(tmp_path / "file" / "r.json")
     with pytest.raises(OSError, match="is a folder"):

@@ -178,7 +178,7 @@ def _processed(processor, prompts, nested, options):
 
 
 def missing(part, shape):
-    """What `torch.nn.functional.pad` has to add behind each axis but the first, the last axis first."""
+    """What `torch.nn.functional.pad` has to add at the end of each axis but the first, the last axis first."""
     return [n for d in reversed(range(len(shape))) for n in (0, shape[d] - part.shape[d + 1])]
 
 
@@ -307,7 +307,7 @@ LLAVA_ROWS = [
         lambda ids: llava_config(tf.LlavaConfig, tf.Qwen3Config(**TEXT, head_dim=16), ids, image_seq_length=16),
         llava_processor, **LLAVA,
     ),
-    # Text models that a LLaVA may have: norms behind, windows, experts, sinks, an MLP without gate.
+    # Text models that a LLaVA may have: norms after a layer's parts, windows, experts, sinks, an MLP without gate.
     *(
         row(
             f"llava-{name}", tf.LlavaForConditionalGeneration,

@@ -1,4 +1,4 @@
-"""Statistics of no model, as many and as wide as a test wants."""
+"""Attention statistics that no model was measured for."""
 
 import torch
 

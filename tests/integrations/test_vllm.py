@@ -350,10 +350,10 @@ def test_a_prompt_in_several_steps_stays_dense():
     batch = SimpleNamespace(req_ids=["a", "b"], num_prompt_tokens=[6, 6])
     pruner = Pruner.__new__(Pruner)
     pruner._runner = SimpleNamespace(input_batch=batch, requests={"a": request, "b": other}, device=torch.device("cpu"))
-    pruner._query_aware, pruner._plan, pruner._norm = True, lambda image: image, None
+    pruner._query_aware, pruner._quotas, pruner._norm = True, lambda image: image, None
     assert pruner._request(0, 4) is None
     assert pruner._request(0, 6) is None
-    assert pruner._request(1, 6).choose.tolist() == [[-1, 0, 0, 0, 0, -1]]
+    assert pruner._request(1, 6).prompt.quotas.tolist() == [[-1, 0, 0, 0, 0, -1]]
     assert pruner._request(1, 8).question.tolist() == [
         [False] * 5 + [True] + [False] * 2
     ]  # with two tokens of an answer

@@ -141,7 +141,7 @@ def test_names_that_are_no_recipe_say_what_was_looked_for(recipe, tmp_path, monk
     with pytest.raises(FileNotFoundError, match="/x/y/z: no such folder, and no hub name"):
         PruningRecipe.from_pretrained("/x/y/z")
     for argument in ({"repo_id": "lab/x"}, {"private": False}, {"create_pr": True}):
-        with pytest.raises(ValueError, match=f"{next(iter(argument))}: is for the hub; state push_to_hub=True"):
+        with pytest.raises(ValueError, match=f"{next(iter(argument))}: is for the hub; pass push_to_hub=True"):
             recipe.save_pretrained("good", **argument)
 
 
@@ -257,7 +257,7 @@ def test_a_recipe_beside_the_weights_is_taken(recipe, tmp_path):
 
 def test_without_a_recipe_beside_it_a_model_says_where_it_looked(hub, recipe, tmp_path, offline):
     nowhere = tiny_model()
-    with pytest.raises(ValueError, match=r"recipe=None: this model knows no folder or hub name .*; pass a recipe"):
+    with pytest.raises(ValueError, match=r"recipe=None: this model has no folder or hub name .*; pass a recipe"):
         prune(nowhere).__enter__()
     nowhere.name_or_path = str(tmp_path)
     with pytest.raises(

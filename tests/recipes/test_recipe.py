@@ -105,7 +105,7 @@ def test_json_and_file_round_trip(tmp_path):
         ({"visual_tokens": 0}, "visual_tokens=0"),
         ({"visual_tokens": True}, "visual_tokens=True"),
         ({"visual_tokens": 10**400}, "must be an integer from 1"),
-        ({"model": SHAPE.to_dict() | {"vision": []}}, "not a model shape"),
+        ({"model": SHAPE.to_dict() | {"vision": []}}, "not a model's sizes"),
         (
             {"model": SHAPE.to_dict() | {"vision": SHAPE.to_dict()["vision"] | {"image_size": 1}}},
             "at least patch_size=8",
@@ -120,8 +120,8 @@ def test_json_and_file_round_trip(tmp_path):
             )
             for wrong in ({"hidden": "x"}, {"kv_heads": 0}, {"layers": 4.0}, {"layers": None}, {"vocab": -1})
         ],
-        ({"model": {"model_type": "llava"}}, "not a model shape"),
-        ({"model": {"model_type": "llava", "decoder": {}, "colour": 1}}, "not a model shape"),
+        ({"model": {"model_type": "llava"}}, "not a model's sizes"),
+        ({"model": {"model_type": "llava", "decoder": {}, "colour": 1}}, "not a model's sizes"),
     ],
 )
 def test_a_wrong_recipe_file_is_refused(tmp_path, change, message):
@@ -139,8 +139,8 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
         PruningRecipe.load(tmp_path / "r.json")
 
 
-def test_a_key_that_stands_twice_is_refused():
-    with pytest.raises(ValueError, match="stands twice"):
+def test_a_key_that_is_listed_twice_is_refused():
+    with pytest.raises(ValueError, match="is listed twice"):
         PruningRecipe.from_json(recipe().to_json().replace('"schema": 1', '"schema": 1, "schema": 1'))
 
 
@@ -263,11 +263,11 @@ def test_a_notebook_draws_a_bar_for_each_layer_and_runs_nothing(value):
             lambda: fitprune.fit(stats_of(), prefill_latency_reduction=0.1, profile="p"),
             "profile is a str: must be",
         ),
-        (lambda: fitprune.fit_output(None, [], "s", flops_reduction=0.5), "stats is a str: must be AttentionStats"),
+        (lambda: fitprune.search(None, [], "s", flops_reduction=0.5), "stats is a str: must be AttentionStats"),
         (lambda: fitprune.analyze([stats_of()]), "stats is a list: must be AttentionStats, or several by name"),
         (lambda: fitprune.analyze({"a": "b"}), "stats is a dict: must be AttentionStats, or several by name"),
-        (lambda: fitprune.merge([stats_of(), "b"]), "parts holds a str: must be AttentionStats"),
-        (lambda: fitprune.merge(stats_of()), "parts is AttentionStats: must be a list of them"),
+        (lambda: AttentionStats.concat([stats_of(), "b"]), "parts holds a str: must be AttentionStats"),
+        (lambda: AttentionStats.concat(stats_of()), "parts is AttentionStats: must be a list of them"),
         (lambda: fitprune.profile_latency(None, "inputs"), "inputs is a str: must be a processor's output"),
         (lambda: fitprune.time_recipes(None, [], {}), "inputs is a list: must be a processor's output"),
         (lambda: fitprune.time_recipes(None, {"input_ids": 1}, [recipe()]), "recipes is a list: must be a mapping"),

@@ -7,16 +7,10 @@ import pytest
 import torch
 
 from fitprune import PruningRecipe, prune
-from fitprune.costs.flops import SCORE_BLOCK
 from fitprune.engine.prune import kept_positions
 from fitprune.families.adapter import adapt
-from fitprune.families.images import images_of
-from fitprune.fitting.rules import keep_highest
-from fitprune.scoring import received
-from fitprune.scoring.diversity import relevant_and_different
-from fitprune.scoring.received import HEAD_KINDS, head_attention, text_after
-from fitprune.scoring.scorers import SCORERS, Scorer, get_scorer
-from fitprune.scoring.softmax import Softmax
+from fitprune.scoring import by_head, received
+from fitprune.scoring.scorers import SCORERS, Scorer, get_scorer, register_scorer
 from helpers.models import IMAGE, batch_of, prompts, tiny_model
 
 TERMS = [["mean", 0, 1.0], ["max", 1, 0.5], ["last", 2, 2.0], ["self", 3, 0.25], ["mean", 3, 0.7]]
@@ -65,61 +59,12 @@ def padded(model):
     return batch_of(prompts(model, [[3, 6], [5, 2, 4], [2, 9]]))
 
 
-# --- attention by head
+# --- every scorer
 
 
-def naive_head_attention(query, key, image, question, scaling, valid):
-    """The definition, sample by sample and head by head, from whole maps."""
-    batch, heads, length, _ = query.shape
-    past = key.shape[2] - length
-    found = {kind: torch.zeros(batch, heads, length, dtype=torch.float64) for kind in HEAD_KINDS}
-    for row in range(batch):
-        for head in range(heads):
-            products = scaling * query[row, head].double() @ key[row, head * key.shape[1] // heads].double().T
-            hidden = torch.triu(torch.ones(length, past + length, dtype=torch.bool), past + 1) | ~valid[row]
-            weights = products.masked_fill(hidden, -1e300).softmax(-1)[:, past:]
-            visual = image[row] >= 0
-            if question[row].any():
-                asked = weights[question[row]]
-                found["mean"][row, head] = asked.mean(0) * visual
-                found["max"][row, head] = asked.amax(0) * visual
-                found["last"][row, head] = asked[-1] * visual
-            for number in range(int(image[row].max()) + 1):
-                member = image[row] == number
-                found["self"][row, head] += weights[member].mean(0) * member
-    return found
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("length", [12, 70, 201])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("past", [0, 37])
-def test_attention_by_head_equals_the_full_map(groups, length, padded, past, monkeypatch):
-    torch.manual_seed(length + groups)
-    query, key = torch.randn(4, 4, length, 8) * 2, torch.randn(4, groups, past + length, 8) * 2
-    visual = torch.zeros(4, length, dtype=torch.bool)  # the last sample has no image
-    for row, (first, last) in enumerate([(2, length - 3), (3, length // 2 + 2), (4, length - 2)]):
-        visual[row, first:last] = True
-    visual[1, 5] = False  # text between images
-    valid = torch.ones(4, past + length, dtype=torch.bool)
-    if padded:
-        valid[:3, :past] = torch.tensor([True, False, True])[:, None]
-        valid[0, past : past + 2] = valid[1, past : past + 3] = valid[2, past : past + 1] = False
-    image, question = images_of(visual), text_after(visual, valid[:, past:])
-    question[2] = False  # an image, but no question
-    given = {"softmax": Softmax(0.3, valid if padded else None)}
-    found = head_attention(query, key, image, question, **given)
-    expected = naive_head_attention(query, key, image, question, 0.3, valid)
-    assert set(found) == set(HEAD_KINDS)
-    for kind in HEAD_KINDS:
-        assert found[kind].dtype == torch.float32
-        assert torch.allclose(found[kind].double(), expected[kind], rtol=1e-5, atol=1e-7)
-        alone = head_attention(query, key, image, question, kinds=(kind,), **given)
-        assert list(alone) == [kind]
-        assert torch.allclose(alone[kind], found[kind], rtol=1e-5, atol=1e-7)
-    monkeypatch.setattr(received, "BLOCK_BYTES", 2 * 4 * SCORE_BLOCK * (past + length) * 4)  # two samples at a time
-    for kind, one in head_attention(query, key, image, question, **given).items():
-        assert torch.allclose(one, found[kind], rtol=1e-5, atol=1e-7)
+def test_every_scorer_has_a_case():
+    assert set(PARAMETERS) <= set(SCORERS)
+    assert {*ATTENTION, *BASELINES, "by-stage"} == set(SCORERS)
 
 
 def test_a_long_batch_may_hold_a_sample_without_an_image(monkeypatch):
@@ -129,94 +74,13 @@ def test_a_long_batch_may_hold_a_sample_without_an_image(monkeypatch):
     recipe = recipe_of(model)
     batch = batch_of(samples)
     expected = {name: kept(model, recipe, batch, spec(name)) for name in INSIDE}
+    monkeypatch.setattr(by_head, "BLOCK_BYTES", 1)
     monkeypatch.setattr(received, "BLOCK_BYTES", 1)
     monkeypatch.setattr(received, "TILE_BYTES", 1)
     for name in INSIDE:
         found = kept(model, recipe, batch, spec(name))
         assert found == expected[name]
         assert found[4][1] == list(range(7, 27))
-
-
-# --- relevant and different
-
-
-def naive_picks(relevance, features, member, count, weight):
-    """The tokens of one sample, in the order in which they are picked."""
-    own = [i for i in range(len(member)) if member[i]]
-    rank = {i: (place + 1) / len(own) for place, i in enumerate(sorted(own, key=lambda i: (float(relevance[i]), i)))}
-    centred = features.double() - features[own].double().mean(0)
-    picked = []
-    while len(picked) < count:
-        worth = {}
-        for i in own:
-            likeness = [float(torch.cosine_similarity(centred[i], centred[j], dim=0)) for j in picked]
-            worth[i] = rank[i] - weight * max([0.0, *likeness])
-        picked.append(max((i for i in own if i not in picked), key=worth.get))
-    return picked
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
-@pytest.mark.parametrize("kind", ["distinct", "ties", "infinite"])
-def test_relevant_and_different_equals_the_definition(weight, kind):
-    for seed in range(5):
-        torch.manual_seed(seed)
-        relevance, features = torch.randn(4, 11), torch.randn(4, 11, 3) + 2
-        if kind == "ties":
-            relevance = relevance.round()
-            features[:, 7] = features[:, 2]  # alike in all
-        if kind == "infinite":
-            relevance[:, ::3] = -torch.inf
-        member = torch.rand(4, 11) < 0.8
-        member[0] = True
-        relevance = torch.where(member, relevance, 9.0)  # what does not take part may be of any relevance
-        features = torch.where(member[..., None], features, 1e4)
-        counts = torch.tensor([5, 0, 1, int(member[3].sum())])
-        found = relevant_and_different(relevance, features, member, counts, weight)
-        assert found.dtype == torch.float32
-        for row in range(4):
-            picked = naive_picks(relevance[row], features[row], member[row], int(counts[row]), weight)
-            expected = torch.zeros(11)
-            expected[picked] = torch.arange(len(picked), 0, -1.0)
-            assert found[row].tolist() == expected.tolist()
-        none = relevant_and_different(relevance, features, member, torch.zeros_like(counts), weight)
-        assert not none.any()
-
-
-def test_what_does_not_take_part_may_be_no_number():
-    torch.manual_seed(0)
-    relevance, features = torch.randn(2, 11), torch.randn(2, 11, 3)
-    member, counts = torch.arange(11).expand(2, -1) < 8, torch.tensor([4, 2])
-    expected = relevant_and_different(relevance, features, member, counts, 0.5)
-    features[:, 8:] = torch.nan
-    assert torch.equal(relevant_and_different(relevance, features, member, counts, 0.5), expected)
-
-
-def test_without_weight_the_highest_are_picked():
-    torch.manual_seed(0)
-    relevance, features = torch.randn(3, 20).mul(2).round(), torch.randn(3, 20, 4)
-    image = torch.randint(-1, 1, (3, 20))
-    counts = torch.tensor([4, 0, 6])
-    found = relevant_and_different(relevance, features, image == 0, counts, 0.0)
-    assert torch.equal((found > 0) | (image < 0), keep_highest(relevance, image, counts[:, None]))
-
-
-def test_a_likeness_to_what_was_picked_costs_rank():
-    features = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [-1.0, 0.3], [-0.9, -0.4]]])
-    relevance, member, counts = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.ones(1, 4, dtype=torch.bool), [2]
-
-    def pick(weight):
-        return relevant_and_different(relevance, features, member, torch.tensor(counts), weight)[0].tolist()
-
-    assert pick(0.0) == [2, 1, 0, 0]
-    assert pick(1.0) == [2, 0, 1, 0]
-
-
-# --- every scorer
-
-
-def test_every_scorer_has_a_case():
-    assert set(PARAMETERS) <= set(SCORERS)
-    assert {*ATTENTION, *BASELINES, "by-stage"} == set(SCORERS)
 
 
 @pytest.mark.parametrize(("family", "side"), [("llava", "right"), ("llava_next", "left")])
@@ -448,8 +312,8 @@ def test_prune_obeys_the_recipes_scorer_unless_told_another(model, padded):
     assert not torch.equal(logits(own), logits(plain))
 
 
-def test_an_entry_in_the_registry_gives_a_scorer_of_ones_own_a_name(model, padded, monkeypatch, tmp_path):
-    monkeypatch.setitem(SCORERS, "late", lambda power: Scorer(lambda view: view.place.float() ** power))
+def test_an_entry_in_the_registry_gives_a_scorer_of_ones_own_a_name(model, padded, registry, tmp_path):
+    register_scorer("late", lambda *, power: Scorer(lambda view: view.place.float() ** power))
     recipe_of(model, scorer={"name": "late", "parameters": {"power": 2}}).save(tmp_path / "r.json")
     assert kept(model, tmp_path / "r.json", padded) == kept(model, recipe_of(model), padded, "place")
     with pytest.raises(ValueError, match="scorer 'late': missing parameter 'power'"):
@@ -466,8 +330,8 @@ def test_a_recipe_can_be_the_key_of_a_dict(model):
 @pytest.mark.parametrize(
     ("scorer", "message"),
     [
-        ("fitprun", r"scorer='fitprun': must be one of \['accumulated', .*'value'\] or a function of LayerView"),
-        ({"name": "randm"}, r"scorer='randm': must be one of \['accumulated'"),
+        ("fitprun", "scorer='fitprun': must be one of accumulated, .*, value; install the package .* register_scorer"),
+        ({"name": "randm"}, "scorer='randm': must be one of accumulated, by-stage"),
         ({"parameters": {}}, "scorer=.*: must be an object with a 'name'"),
         ({"name": "random"}, "scorer 'random': missing parameter 'seed'"),
         *[

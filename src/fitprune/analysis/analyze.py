@@ -35,7 +35,7 @@ from fitprune.analysis.stability import (
 )
 from fitprune.fitting.budget import Budget, checked_budget
 from fitprune.fitting.fit import Fitter
-from fitprune.fitting.stats import AttentionStats, merge
+from fitprune.fitting.stats import AttentionStats
 
 BUDGETS = (0.4, 0.6, 0.8)  # FLOPs reductions
 
@@ -110,7 +110,7 @@ def analyze(
     checked = [checked_budget("flops_reduction", value) for value in budgets]
     if not checked or len(set(checked)) < len(checked):
         raise ValueError(f"budgets={list(budgets)}: pass at least one, and each once")
-    joined = merge(sources.values())
+    joined = AttentionStats.concat(sources.values())
     fitter = Fitter(joined)
     fitted = fit_budgets(fitter, checked)  # first: a budget that cannot be met is found before long work
     ranks, position = rank_agreement(joined), position_bias(joined)

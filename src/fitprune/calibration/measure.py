@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from fitprune._support.processes import Processes
+from fitprune.engine.arguments import valid_columns
 from fitprune.engine.attention_tap import tap_attention
-from fitprune.engine.calls import valid_columns
 from fitprune.families.adapter import AdaptedModel, adapt
 from fitprune.families.images import read_images, visual_mask
 from fitprune.families.inputs import NOT_MEASURED, input_digests, to_model
@@ -113,10 +113,14 @@ def measure(
 
 
 def checked(batches: Any, own: Callable[[int], bool] = lambda _: True) -> Iterator[Mapping[str, Any]]:
-    """Pass batches on, those whose number is `own`.
+    """Pass on the batches of this process.
+
+    Args:
+        batches: batches of all processes.
+        own: whether the batch of a number is this process's.
 
     Raises:
-        ValueError: at once, these are none that can be gone through; or later, one of them is no batch.
+        ValueError: `batches` cannot be iterated over; or, when it is reached, one of them is no batch.
     """
     wanted = "must be a list of batches, as make_batches(samples, processor) gives them"
     if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
@@ -169,14 +173,14 @@ def _are_parts(adapted: AdaptedModel, files: Sequence[Path], provenance: dict[st
     if not all(file.exists() for file in files):
         return False
     try:
-        found = [AttentionStats.load(file) for file in files]
+        loaded = [AttentionStats.load(file) for file in files]
     except ValueError as error:
         logger.warning("measured again: %s", error)
         return False
-    for part in found:
+    for part in loaded:
         part.model.require_same(adapted.fingerprint, what=f"a part in {files[0].parent}")
     # Other weights, dtype or versions: not what this run would measure.
-    return all(part.provenance == provenance for part in found)
+    return all(part.provenance == provenance for part in loaded)
 
 
 def _measure_batch(
@@ -200,15 +204,15 @@ def _measure_batch(
     def look(layer: int, at: Attention) -> None:
         here = at.query.device  # a model may be spread over several
         if here not in sums:
-            sums[here] = Sums(seen.image.to(here), question.to(here))
+            sums[here] = Sums(images.image.to(here), question.to(here))
         softmax = at.softmax
         if padded is not None:
             softmax = dataclasses.replace(softmax, valid=padded.to(here))
         received[layer] = sums[here].received(at.query, at.key, softmax, at.lse)
 
     with torch.no_grad(), tap_attention(adapted, lambda layer, _: functools.partial(look, layer)):
-        seen = read_images(adapted, inputs)
-        model(**{**inputs, **seen.changed}, use_cache=False, logits_to_keep=1)
+        images = read_images(adapted, inputs)
+        model(**{**inputs, **images.changed}, use_cache=False, logits_to_keep=1)
     # A layer without attention shows none; nothing leaves there.
     nothing = torch.zeros_like(next(iter(received.values())).self_attention)
     ordered = [received.get(layer, ReceivedAttention(nothing, nothing)) for layer in range(len(adapted.layers))]

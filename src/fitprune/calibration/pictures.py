@@ -1,6 +1,6 @@
-"""Pictures from wherever they come, as a viewer shows them, in RGB. Knows no data formats and no models.
+"""Load pictures of any kind as a viewer shows them, in RGB. Knows no data formats and no models.
 
-The rules. Where nothing else is said, the picture is that of `transformers.image_utils.load_image`.
+The rules, where they differ from `transformers.image_utils.load_image`:
 
 * The orientation that a camera wrote (EXIF) is applied; one that cannot be read is left out.
 * What is transparent lies on white, in every mode. `load_image` drops alpha: black letters on nothing turn black.
@@ -8,7 +8,7 @@ The rules. Where nothing else is said, the picture is that of `transformers.imag
 * Other integers and floats go by their range: floats up to 1 are shares of white; up to 255 they are as they are; up to
   65,535 they are 16 bits. Floats may lie a little outside (to 5% above white, 0.05 below black), as resizing leaves
   them, and are cut there. Further out, or not finite, they are refused: nobody knows what is black and what white.
-* A file of several frames is refused, but for a phone's MPO, whose first frame is what is shown.
+* A file of several frames is refused, except a phone's MPO, whose first frame is the picture.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 _URL = re.compile(r"(?!data:)[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # one slash: Path("https://x") has no second
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]+")
 _SHORTEST = 40  # characters of base64; a picture of 2x2 pixels has more
-_STRETCHED = {
-    "L;2": 255 // 3,
-    "L;4": 255 // 15,
-}  # Pillow widens a PNG's pixels of so few bits, and not its clear colour
+# Pillow widens a PNG's pixels of 2 or 4 bits to 8, and not its transparent colour.
+_STRETCHED = {"L;2": 255 // 3, "L;4": 255 // 15}
 _ONE_COLOUR = ("1", "L", "P", "RGB")  # modes in which one colour may be named as transparent, beside I;16
 
 
@@ -58,12 +56,12 @@ class InDataset:
     folder: Path = Path()
 
     def read(self) -> Any:
-        """Give what the dataset stores: a dict of bytes and path, or a list of them, bytes or text."""
+        """Return what the dataset stores: a dict of bytes and path, or a list of them, bytes or text."""
         return self.dataset[self.row][self.column].to_pylist()[0]
 
 
 def load_picture(source: Any, folder: Path = Path()) -> Image.Image:
-    """Give the picture that a viewer shows, in RGB; the module's docstring has the rules.
+    """Load the picture that a viewer shows, in RGB; the module's docstring has the rules.
 
     Args:
         source: a file's name, its bytes or an open file; base64 text or a `data:` URL; a dict of `bytes` or `path`, as
@@ -87,7 +85,7 @@ def load_picture(source: Any, folder: Path = Path()) -> Image.Image:
         source = Path(source)
     name = "its image"
     if isinstance(source, (Path, str)):
-        name = shown(str(source), 100) if isinstance(source, Path) else f"its image {shown(source, 40)!r}"
+        name = excerpt(str(source), 100) if isinstance(source, Path) else f"its image {excerpt(source, 40)!r}"
     try:
         if isinstance(source, Image.Image):
             return _as_shown(source, name)
@@ -102,13 +100,17 @@ def load_picture(source: Any, folder: Path = Path()) -> Image.Image:
         raise BadPicture(f"{name} {what} an image file that Pillow reads") from None
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadPicture(f"{name} cannot be decoded ({shown(reason, 150)})") from None
+        raise BadPicture(f"{name} cannot be decoded ({excerpt(reason, 150)})") from None
 
 
 def located(text: str, folder: Path) -> Path | str:
-    """Tell a file's name, which becomes a path, from a picture in the text itself: base64 or a `data:` URL.
+    """Decide whether text is a file's name, which becomes a path, or holds the picture: base64 or a `data:` URL.
 
-    A file of that name goes before base64.
+    If there is a file of that name, it is used, even if the text is base64 too.
+
+    Args:
+        text: the text.
+        folder: where a relative name begins.
 
     Raises:
         BadPicture: it is the address of a picture elsewhere.
@@ -116,14 +118,14 @@ def located(text: str, folder: Path) -> Path | str:
     if text[:5].lower() == "data:":
         return text
     if _URL.match(text):
-        raise BadPicture(f"{shown(text)} is a URL, and nothing is downloaded: save the picture and name its file")
+        raise BadPicture(f"{excerpt(text)} is a URL, and nothing is downloaded: save the picture and name its file")
     path = folder / text
     if len(text) >= _SHORTEST and _BASE64.fullmatch(text) and not os.path.isfile(path):
         return text
     return path
 
 
-def shown(text: str, most: int = 60) -> str:
+def excerpt(text: str, most: int = 60) -> str:
     """Shorten text for a message, from its middle; what cannot be printed is escaped."""
     if len(text) > most:
         text = f"{text[: most // 2]}...{text[3 - most // 2 :]}"
@@ -131,7 +133,7 @@ def shown(text: str, most: int = 60) -> str:
 
 
 def _opened(source: Any, name: str) -> Any:
-    """Give what `Image.open` takes."""
+    """Return what `Image.open` takes."""
     if isinstance(source, Path):
         _require_file(source, name)
         return source
@@ -197,7 +199,7 @@ def _of_array(array: np.ndarray[Any, Any], name: str) -> Image.Image:
 
 
 def _as_shown(image: Image.Image, name: str) -> Image.Image:
-    """Give a new image in RGB; the module's docstring has the rules."""
+    """Make a new image in RGB; the module's docstring has the rules."""
     if (frames := _frames(image)) > 1 and image.format != "MPO":
         raise BadPicture(f"{name} is animated ({frames} frames); save the frame that is meant")
     if min(image.size) < 2:
@@ -216,10 +218,10 @@ def _as_shown(image: Image.Image, name: str) -> Image.Image:
             grey = _ranged(values, name)
         if getattr(image, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:
             grey = 255 - grey  # white is zero; Pillow turns those of 8 bits and fewer itself
-        found = Image.fromarray(grey)
+        picture = Image.fromarray(grey)
         if isinstance(clear, int):
-            found.paste(255, mask=Image.fromarray(values == clear))
-        return found.convert("RGB")
+            picture.paste(255, mask=Image.fromarray(values == clear))
+        return picture.convert("RGB")
     if clear is not None and image.mode in _ONE_COLOUR:
         if isinstance(clear, tuple) and max(clear) > 255:  # Pillow cuts a PNG's 16 bits to 8, and not this
             clear = tuple(value >> 8 for value in clear)
@@ -248,10 +250,10 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # viewers show a picture with broken EXIF as it lies
         orientation = 1
-    found = image.copy()
-    found.info = {}
-    found.getexif()[ExifTags.Base.Orientation] = orientation
-    return ImageOps.exif_transpose(found)
+    upright = image.copy()
+    upright.info = {}
+    upright.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(upright)
 
 
 def _ranged(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 from fitprune._support import assets, files
 from fitprune._support.text_tables import plural, scaled
 from fitprune._version import __version__
+from fitprune.costs.sizes import MOST_TOKENS
 from fitprune.evaluation.metrics import METRICS
 from fitprune.recipes.recipe import PruningRecipe
-from fitprune.recipes.rounding import MOST_TOKENS
 
 LONGEST_MESSAGE = 600  # characters of an error; what is longer quotes a file, and is cut in the middle
 
@@ -195,7 +195,7 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
     from fitprune.calibration.batches import make_batches
     from fitprune.calibration.samples import recombined
     from fitprune.fitting.fit import Fitter
-    from fitprune.output_search.search import OutputFitter
+    from fitprune.output_search.search import Searcher
 
     missing = [name for name in ("model", "data") if getattr(args, name) is None]
     if missing:
@@ -228,7 +228,7 @@ def _fit_output(args: argparse.Namespace, stats: Any, budgets: Sequence[Any], on
         )
         for half in (samples[:middle], samples[middle:])
     )
-    searcher = OutputFitter(
+    searcher = Searcher(
         model,
         search,
         stats,
@@ -378,8 +378,9 @@ def _timed_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from fitprune.calibration.batches import format_prompt, make_batches
+    from fitprune.calibration.batches import make_batches
     from fitprune.calibration.pictures import located
+    from fitprune.calibration.prompts import format_prompt
     from fitprune.calibration.samples import Sample
     from fitprune.engine.prune import prune
     from fitprune.families.inputs import to_model
@@ -396,9 +397,9 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from fitprune.evaluation.entries import Entry
     from fitprune.evaluation.evaluate import evaluate
     from fitprune.evaluation.results import beside, table
-    from fitprune.evaluation.rows import Entry
     from fitprune.families.adapter import adapt
     from fitprune.recipes.find import fitted_to
 
@@ -452,7 +453,7 @@ def _output_budget(recipe: PruningRecipe) -> float | None:
 def _solved(args: argparse.Namespace) -> tuple[list[Any], list[dict[str, Any]]]:
     """Solve --methods for --flops-reduction; also says what cannot be solved."""
     from fitprune.baselines.table import BASELINES
-    from fitprune.evaluation.evaluate import entries_for
+    from fitprune.evaluation.entries import entries_for
     from fitprune.fitting.fit import Fitter
     from fitprune.fitting.stats import AttentionStats
 

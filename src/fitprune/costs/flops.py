@@ -1,6 +1,6 @@
 """What a decoder costs when its visual tokens change in number from layer to layer.
 
-Pure Python: knows shapes and counts, no model. Two accountings, never mixed:
+Pure Python: knows sizes and counts, no model. Two accountings, never mixed:
 
 * the paper's: multiply-accumulates of the visual tokens alone (`visual_macs`), which is what `flops_reduction` and the
   published percentages mean;
@@ -11,7 +11,7 @@ Symbols: n visual tokens that enter a layer, k that leave in it, d hidden size, 
 query heads and of all key/value heads.
 
 Tokens leave in two places: `removed[l]` of them inside layer l, between its attention and its MLP, and `before[l]`
-(none if not given) between the layer before it, or the embeddings, and layer l.
+(by default none) between layer l and the layer before it, or the embeddings.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from fitprune.costs.counts import entering_counts
 from fitprune.costs.sizes import DecoderSizes, ModelFingerprint
 
 SCORE_BLOCK = 320  # query rows scored at a time; `attention` works in these, and the cost of scoring follows them
-LSE_COLUMNS = 2  # that the log-sum-exp takes behind a query: rounding two numbers of 8 bits is nothing to products'
+LSE_COLUMNS = 2  # columns of the log-sum-exp after a query's: the rounding of two 8-bit numbers vanishes in a product's
 
 
 def visual_macs(
@@ -61,16 +62,6 @@ def visual_flops_reduction(
     return 1 - visual_macs(decoder, visual_tokens, removed, before) / dense if dense else 0.0
 
 
-def entering_counts(visual_tokens: int, removed: Sequence[int], before: Sequence[int] | None = None) -> list[int]:
-    """Count the visual tokens that enter each layer, which are those that its KV cache holds."""
-    counts, n = [], visual_tokens
-    for inside, between in zip(removed, before or [0] * len(removed), strict=True):
-        n -= between
-        counts.append(n)
-        n -= inside
-    return counts
-
-
 def kv_bytes(
     decoder: DecoderSizes,
     visual_tokens: int,
@@ -82,8 +73,8 @@ def kv_bytes(
 ) -> int:
     """Count the bytes of one sample's KV cache after prefill, all layers; `value_bytes` is 2 for 16-bit types."""
     entering = entering_counts(visual_tokens, removed, before)
-    held = sum(entering[layer] + text_tokens for layer in decoder.attention_layers)
-    return 2 * held * decoder.kv_width * value_bytes
+    cached = sum(entering[layer] + text_tokens for layer in decoder.attention_layers)
+    return 2 * cached * decoder.kv_width * value_bytes
 
 
 def mean_visual_tokens(visual_tokens: int, removed: Sequence[int], before: Sequence[int] | None = None) -> float:
@@ -92,14 +83,15 @@ def mean_visual_tokens(visual_tokens: int, removed: Sequence[int], before: Seque
 
 
 def balanced(rows: int, most: int) -> int:
-    """Choose the size of blocks: as few as can be of at most `most` rows, and all about as large."""
+    """Choose the block size: as few blocks as possible of at most `most` rows, all about equally large."""
     return max(1, -(-rows // max(1, -(-rows // most))))
 
 
 def score_width(head_dim: int, value_bytes: int = 2) -> int:
     """Count the columns of the products that score: the head's, and those of the log-sum-exp.
 
-    To numbers of 32 bits it is added; of shorter ones LSE_COLUMNS hold it, in up to 32, as matrix units like it.
+    In 32 bits the log-sum-exp is added afterwards. Shorter numbers take LSE_COLUMNS for it, rounded up to 32 columns,
+    which matrix units prefer.
     """
     if not LSE_COLUMNS or value_bytes >= 4:
         return head_dim
@@ -113,7 +105,7 @@ def scoring_flops(
 
     Rows are the visual tokens and the text after them, in blocks of at most SCORE_BLOCK (see `balanced`), each against
     the visual keys up to its last row; in a bidirectional decoder against all visual keys. A product has `score_width`
-    columns. Where attention tells no log-sum-exp (LSE_COLUMNS 0), a softmax needs the keys of text too.
+    columns. Where attention returns no log-sum-exp (LSE_COLUMNS 0), a softmax needs the keys of text too.
     """
     rows = visual_tokens + text_after
     keys, first = (visual_tokens, 0) if LSE_COLUMNS else (text_before + rows, text_before)
@@ -121,8 +113,8 @@ def scoring_flops(
     if decoder.bidirectional:
         return 2 * width * rows * keys
     size = balanced(rows, SCORE_BLOCK)
-    blocks = max(rows - 1, 0) // size  # before the last one
-    partly = min(max((keys - first) // size, 0), blocks)  # of those, the ones that do not look at all keys
+    blocks = max(rows - 1, 0) // size  # without the last one
+    partly = min(max((keys - first) // size, 0), blocks)  # those of them that do not look at all keys
     pairs = size * (partly * first + size * partly * (partly + 1) // 2 + (blocks - partly) * keys)
     pairs += (rows - blocks * size) * min(first + rows, keys)
     return 2 * width * pairs
@@ -163,7 +155,7 @@ def prefill_flops(
     counted.
 
     Args:
-        model: sizes; without a vision shape, the tower counts nothing.
+        model: sizes; without those of a vision tower, the tower counts nothing.
         visual_tokens: visual tokens of the prompt.
         removed: tokens that leave inside each layer; all zeros is the dense model.
         before: tokens that leave before each layer.
@@ -173,12 +165,12 @@ def prefill_flops(
         logits: positions that the output head is applied to.
         value_bytes: of the model's dtype; scoring has fewer columns where it is 4.
     """
-    shape, text = model.decoder, text_before + text_after
+    sizes, text = model.decoder, text_before + text_after
     decoder = scoring = 0
     for layer, (n, count) in enumerate(zip(entering_counts(visual_tokens, removed, before), removed, strict=True)):
-        decoder += 2 * shape.mixer_macs(layer, n + text)
+        decoder += 2 * sizes.mixer_macs(layer, n + text)
         if count:
-            scoring += scoring_flops(shape, n, text_before, text_after, value_bytes)
-        decoder += 2 * (n - count + text) * shape.mlp_macs(layer)
-    vision = crops * model.vision.flops(shape.hidden) if model.vision else 0
-    return PrefillFlops(vision=vision, decoder=decoder, scoring=scoring, head=2 * logits * shape.hidden * shape.vocab)
+            scoring += scoring_flops(sizes, n, text_before, text_after, value_bytes)
+        decoder += 2 * (n - count + text) * sizes.mlp_macs(layer)
+    vision = crops * model.vision.flops(sizes.hidden) if model.vision else 0
+    return PrefillFlops(vision=vision, decoder=decoder, scoring=scoring, head=2 * logits * sizes.hidden * sizes.vocab)

@@ -1,7 +1,7 @@
-"""A latency profile: what the parts of a model's prefill take on one device, against the number of tokens. Data.
+"""A latency profile: seconds of the parts of a model's prefill on one device, by the number of tokens. Data.
 
-It predicts the time of a pruned prefill, and so lets a recipe be fitted to a latency. Source:
-`fitprune.speed.profiling`.
+It predicts the time of a pruned prefill, and so lets a recipe be fitted to a latency. `fitprune.speed.profiling` makes
+it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import os
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fitprune._support import files
-from fitprune.costs.sizes import ModelFingerprint
-from fitprune.recipes.rounding import MOST_TOKENS
+from fitprune._support import checked, files
+from fitprune._support.messages import short
+from fitprune.costs.counts import Counts
+from fitprune.costs.sizes import MOST_TOKENS, ModelFingerprint
 
 FORMAT = "fitprune-profile-1"
 MOST_SECONDS = 1e6
@@ -28,12 +28,13 @@ class LatencyProfile:
 
     Attributes:
         model: the model.
-        tokens: tokens of a sample, visual and text, that were measured; ascending.
-        mixer_seconds: for each, one layer's attention with its norms (or what a layer has instead), mean over layers.
+        tokens: measured numbers of tokens of a sample, visual and text together; ascending.
+        mixer_seconds: for each of them, one layer's attention with its norms (or what a layer has instead), mean over
+            layers.
         mlp_seconds: for each, one layer's MLP, mean over layers.
-        removal_seconds: for each, what scoring and removing tokens inside one layer takes.
+        removal_seconds: for each, scoring and removing tokens inside one layer.
         outside_seconds: a prefill's time outside of the layers: vision tower, projector, embeddings, head.
-        visual_tokens: of the prompt that the last was measured with.
+        visual_tokens: of the prompt whose length is the last of `tokens`.
         text_tokens: of that prompt.
         batch: samples run together.
         device: its name, and the number of threads of a CPU.
@@ -58,8 +59,8 @@ class LatencyProfile:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        rows = ("tokens", "mixer_seconds", "mlp_seconds", "removal_seconds")
-        for name in rows:
+        seconds = ("mixer_seconds", "mlp_seconds", "removal_seconds")
+        for name in ("tokens", *seconds):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != len(self.tokens) or not self.tokens:
                 raise ValueError(
@@ -67,20 +68,14 @@ class LatencyProfile:
                     "token counts, and at least one; profile again"
                 )
         for name in ("visual_tokens", "text_tokens", "batch"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(
-                    f"{name}={reprlib.repr(getattr(self, name))}: must be an integer of at least 1 and at most "
-                    f"{MOST_TOKENS:,}; profile again"
-                )
-        if not all(map(_is_count, self.tokens)) or list(self.tokens) != sorted(set(self.tokens)):
-            raise ValueError(
-                f"tokens={reprlib.repr(list(self.tokens))}: must be ascending integers of at least 1 and at most "
-                f"{MOST_TOKENS:,}; profile again"
-            )
-        for name in (*rows[1:], "outside_seconds"):
-            for value in (self.outside_seconds,) if name == "outside_seconds" else getattr(self, name):
-                if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MOST_SECONDS:
-                    raise ValueError(f"{name} holds {reprlib.repr(value)}: must be seconds above 0; profile again")
+            checked.whole(name, getattr(self, name), 1, MOST_TOKENS, "; profile again")
+        for place, count in enumerate(self.tokens):
+            checked.whole(f"tokens[{place}]", count, 1, MOST_TOKENS, "; profile again")
+        if list(self.tokens) != sorted(set(self.tokens)):
+            raise ValueError(f"tokens={short(list(self.tokens))}: must be ascending; profile again")
+        _require_seconds("outside_seconds", (self.outside_seconds,))
+        for name in seconds:
+            _require_seconds(name, getattr(self, name))
 
     def __repr__(self) -> str:
         return (
@@ -110,9 +105,9 @@ class LatencyProfile:
             ValueError: the prompt is longer than what was measured.
         """
         text = self.text_tokens if text_tokens is None else text_tokens
-        entering = [visual_tokens, *kept[:-1]] if entering is None else entering
+        counts = Counts(visual_tokens, kept, entering or ())  # type: ignore[arg-type]  # fractional in a fit
         total = self.outside_seconds
-        for enters, left in zip(entering, kept, strict=True):
+        for enters, left in zip(counts.entering, counts.kept, strict=True):
             total += self.seconds_at(self.mixer_seconds, enters + text) + self.seconds_at(self.mlp_seconds, left + text)
             if scoring and left < enters:
                 total += self.seconds_at(self.removal_seconds, enters + text)
@@ -123,7 +118,11 @@ class LatencyProfile:
         return self.prefill_seconds(visual_tokens, [visual_tokens] * self.model.decoder.layers, text_tokens=text_tokens)
 
     def seconds_at(self, seconds: Sequence[float], tokens: float) -> float:
-        """Interpolate one of the lists; below the first count its time, for the weights must be read anyway.
+        """Interpolate one of the lists; below the first count, give its time: the weights must be read anyway.
+
+        Args:
+            seconds: one for each of `self.tokens`.
+            tokens: how many there are.
 
         Raises:
             ValueError: `tokens` is above the last count.
@@ -137,6 +136,9 @@ class LatencyProfile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, whole or not at all.
 
+        Args:
+            path: the file.
+
         Raises:
             OSError: `path` cannot be written.
         """
@@ -146,6 +148,9 @@ class LatencyProfile:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyProfile:
         """Read `save`'s file.
+
+        Args:
+            path: the file.
 
         Raises:
             OSError: the file cannot be read.
@@ -174,14 +179,17 @@ def interpolated(points: Sequence[float], values: Sequence[float], at: float) ->
     return values[right - 1] + (at - low) / (high - low) * (values[right] - values[right - 1])
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MOST_TOKENS
+def _require_seconds(name: str, values: Sequence[Any]) -> None:
+    """Refuse what is no duration."""
+    for value in values:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MOST_SECONDS:
+            raise ValueError(f"{name} holds {short(value)}: must be seconds above 0; profile again")
 
 
 def token_grid(longest: int) -> list[int]:
     """Choose token counts to measure up to `longest`.
 
-    In pairs around multiples of 32, since matrix units take rows by the dozen: one more token may cost a tenth more.
+    In pairs around multiples of 32, since matrix units take rows in blocks: one more token may cost a tenth more.
     """
     steps = [*range(32, 512, 32), *range(512, 1024, 128), *range(1024, 10**6, 256)]
     return sorted({16, longest, *(n + more for n in steps for more in (0, 1))} & set(range(1, longest + 1)))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 from collections.abc import Collection
 from typing import Any
 
-MOST_LAYERS = 1024  # eight times the deepest decoder; what is above is a damaged or hostile file
+from fitprune._support import checked
+from fitprune._support.messages import short
 
-
+# Above these a file is damaged or hostile.
+MOST_TOKENS = 1_000_000  # of one image or prompt: more than a context holds
+MOST_LAYERS = 1024  # eight times the deepest decoder
 MOST_SIZE = 10_000_000  # of a width, a vocabulary, a picture
-
-
 MOST_MACS = 10**18
-
 
 LINEAR_CHUNK = 64  # tokens that a linear-attention layer takes at a time
 
@@ -34,7 +33,7 @@ class DecoderSizes:
         linear_layers: layers without softmax attention (linear attention, convolution): they have no keys to cache, and
             nothing to rank tokens by, so none leave there.
         linear_macs: multiply-accumulates of such a layer's mixer, for each token.
-        linear_chunk_macs: the same, for each chunk of LINEAR_CHUNK tokens begun.
+        linear_chunk_macs: the same, for each chunk of LINEAR_CHUNK tokens, the last one partly filled.
         mlps: for each layer the multiply-accumulates of its MLP for one token, where it is not the gated one that
             `intermediate` and `router` describe in every layer; else empty.
     """
@@ -60,17 +59,15 @@ class DecoderSizes:
         _require_sizes(self, may_be_zero=optional, others=("query_gate", "bidirectional", "linear_layers", "mlps"))
         for name in ("query_gate", "bidirectional"):
             if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false")
+                raise ValueError(f"{name}={short(getattr(self, name))}: must be true or false")
         object.__setattr__(self, "linear_layers", tuple(self.linear_layers))
         linear = self.linear_layers
         if len(linear) > self.layers or any(type(n) is not int or not 0 <= n < self.layers for n in linear):
-            raise ValueError(f"linear_layers={reprlib.repr(linear)}: must be layers from 0 to {self.layers - 1}")
+            raise ValueError(f"linear_layers={short(linear)}: must be layers from 0 to {self.layers - 1}")
         object.__setattr__(self, "mlps", tuple(self.mlps))
         counts = all(type(n) is int and 1 <= n <= MOST_MACS for n in self.mlps)
         if (self.mlps and len(self.mlps) != self.layers) or not counts:
-            raise ValueError(
-                f"mlps={reprlib.repr(self.mlps)}: must be empty or a count for each of the {self.layers} layers"
-            )
+            raise ValueError(f"mlps={short(self.mlps)}: must be empty or a count for each of the {self.layers} layers")
         if not self.prunable:
             raise ValueError(f"first_prunable={self.first_prunable}: no layer with attention is left to prune")
 
@@ -123,7 +120,7 @@ class VisionSizes:
     Attributes:
         layers, hidden, intermediate, image_size, patch_size: of the ViT, as in transformers.
         class_tokens: tokens in the tower beside the patches.
-        beside_macs: multiply-accumulates for one image of what stands beside the ViT: LLaVA-HR's ConvNeXt and adapters.
+        beside_macs: multiply-accumulates for one image of what runs beside the ViT: LLaVA-HR's ConvNeXt and adapters.
     """
 
     layers: int
@@ -154,21 +151,17 @@ class VisionSizes:
 
 
 def _require_sizes(
-    shape: DecoderSizes | VisionSizes, may_be_zero: Collection[str] = (), others: Collection[str] = ()
+    sizes: DecoderSizes | VisionSizes, may_be_zero: Collection[str] = (), others: Collection[str] = ()
 ) -> None:
     """Refuse sizes that no model has, so that a damaged file fails where it is read; `others` are no sizes."""
-    for field in dataclasses.fields(shape):
-        value, least = getattr(shape, field.name), 0 if field.name in may_be_zero else 1
-        most = MOST_LAYERS if field.name == "layers" else MOST_MACS if field.name.endswith("_macs") else MOST_SIZE
-        if field.name not in others and (type(value) is not int or not least <= value <= most):
-            raise ValueError(
-                f"{field.name}={reprlib.repr(value)}: must be an integer of at least {least} and at most {most:,}"
-            )
+    for name in (field.name for field in dataclasses.fields(sizes) if field.name not in others):
+        most = MOST_LAYERS if name == "layers" else MOST_MACS if name.endswith("_macs") else MOST_SIZE
+        checked.whole(name, getattr(sizes, name), 0 if name in may_be_zero else 1, most)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFingerprint:
-    """What a recipe or statistics must agree with before they are used on a model: its fingerprint.
+    """What recipes and statistics must agree with before they are used on a model.
 
     Attributes:
         model_type: the config's.
@@ -188,30 +181,32 @@ class ModelFingerprint:
         for name in ("model_type", "config_hash"):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "model_type"):
-                raise ValueError(f"{name}={reprlib.repr(value)}: must be a string")
-        known = self.image_token_id is not None
-        if known and (type(self.image_token_id) is not int or abs(self.image_token_id) > MOST_SIZE):
-            raise ValueError(f"image_token_id={reprlib.repr(self.image_token_id)}: must be the id of a token")
+                raise ValueError(f"{name}={short(value)}: must be a string")
+        if self.image_token_id is not None:
+            checked.whole("image_token_id", self.image_token_id, -MOST_SIZE, MOST_SIZE)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; what is at its default or unknown is left out."""
+        """Give plain data for JSON; what is at its default or unknown is left out."""
         data = dataclasses.asdict(self)
-        for part, shape in (("decoder", DecoderSizes), ("vision", VisionSizes)):
-            kept = {field.name: field.default for field in dataclasses.fields(shape) if field.name != "vocab"}
+        for part, sizes in (("decoder", DecoderSizes), ("vision", VisionSizes)):
+            defaults = {field.name: field.default for field in dataclasses.fields(sizes) if field.name != "vocab"}
             if data[part] is not None:
-                data[part] = {k: v for k, v in data[part].items() if k not in kept or v != kept[k]}
+                data[part] = {k: v for k, v in data[part].items() if k not in defaults or v != defaults[k]}
         return {key: value for key, value in data.items() if value is not None or key == "vision"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelFingerprint:
         """Read `to_dict`'s data.
 
+        Args:
+            data: a dictionary as JSON holds it.
+
         Raises:
             ValueError: a key is missing or unknown.
         """
         try:
             if not isinstance(data["model_type"], str):
-                raise ValueError(f"model_type={reprlib.repr(data['model_type'])}: must be a string")
+                raise ValueError(f"model_type={short(data['model_type'])}: must be a string")
             vision = data.get("vision")
             rest = {key: value for key, value in data.items() if key not in ("decoder", "vision")}
             return cls(
@@ -220,22 +215,26 @@ class ModelFingerprint:
                 **rest,
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"model={reprlib.repr(data)}: not a model shape ({error}); fit or measure again") from None
+            raise ValueError(f"model={short(data)}: not a model's sizes ({error}); fit or measure again") from None
 
     def require_same(self, other: ModelFingerprint, *, what: str) -> None:
-        """Refuse `what` (made for `self`) on a model of shape `other`.
+        """Refuse `what`, which was made for `self`, on the model `other`.
+
+        Args:
+            other: the model at hand.
+            what: the subject of the error, such as "recipe".
 
         Raises:
-            ValueError: the shapes differ; the message names each difference.
+            ValueError: the models differ; the message names each difference.
         """
         mine, theirs = (
             {
-                "model_type": s.model_type,
-                **{k: v for k, v in dataclasses.asdict(s.decoder).items() if k != "vocab"},
-                "image_token_id": s.image_token_id,
-                "config_hash": s.config_hash,
+                "model_type": model.model_type,
+                **{k: v for k, v in dataclasses.asdict(model.decoder).items() if k != "vocab"},
+                "image_token_id": model.image_token_id,
+                "config_hash": model.config_hash,
             }
-            for s in (self, other)
+            for model in (self, other)
         )
         unknown = [k for k in ("image_token_id", "config_hash") if mine[k] is None or theirs[k] is None]
         differing = [

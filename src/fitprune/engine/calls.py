@@ -1,194 +1,144 @@
-"""What a call of the model asks for, and what of it cannot be pruned rightly.
-
-Reads the arguments of `model(...)` by their names in transformers (`given`); knows nothing of layers.
-
-Shapes: B batch, P columns of the past (as many as before pruning), Q columns of this call.
-"""
+"""Whose call is running: the one owner of what is looked up by thread, by task, or by a call's images."""
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import contextvars
+import dataclasses
+import threading
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
+from fitprune.engine.kept import Prefill
+from fitprune.engine.running import RunningPrefill, RunningStep
 from fitprune.families.adapter import AdaptedModel
-from fitprune.families.images import PIXELS, modality_of, visual_mask
 
-_COMPILED = (
-    "compiled code does not see the hooks that prune puts on, and would run dense; use the model before torch.compile "
-    "(a wrapper has it as _orig_mod)"
-)
+Running = RunningPrefill | RunningStep
 
-
-def require_uncompiled(adapted: AdaptedModel) -> None:
-    """Refuse a model that torch.compile has wrapped, or whose decoder it has compiled in place."""
-    for module in (adapted.model, adapted.model.base_model, *adapted.decoder.modules()):
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise ValueError(f"{type(module).__name__} is compiled: {_COMPILED}")
+# The decoders whose calls run dense, of a thread or of a task of asyncio; once for each block that pauses them.
+_PAUSED: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("paused", default=())
 
 
-def require_uncompiled_call() -> None:
-    """Refuse a call that comes from a torch.compile'd wrapper around the model."""
-    frame = sys._getframe()
-    while frame := frame.f_back:  # type: ignore[assignment]  # None ends the loop, and is not used after it
-        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals["__name__"].startswith("torch._dynamo"):
-            raise ValueError(f"the model was called through torch.compile: {_COMPILED}")
+@contextlib.contextmanager
+def paused(adapted: AdaptedModel) -> Iterator[None]:
+    """Let the calls of this thread or task run as in the dense model, until the block ends."""
+    _PAUSED.set((*_PAUSED.get(), adapted.decoder))
+    try:
+        yield
+    finally:  # blocks may end in another order than they began
+        remaining = list(_PAUSED.get())
+        remaining.remove(adapted.decoder)
+        _PAUSED.set(tuple(remaining))
 
 
-def call_length(given: dict[str, Any]) -> int:
-    """Count the columns of a call: Q."""
-    return int(_tokens(given).shape[1])
+@dataclasses.dataclass(frozen=True)
+class _UncachedStep:
+    """The last step of decoding without a cache.
 
-
-def _tokens(given: dict[str, Any]) -> torch.Tensor:
-    """Ids [B, Q], or the embeddings [B, Q, d] in their place."""
-    tokens: torch.Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-    return tokens
-
-
-def valid_columns(given: dict[str, Any], cache: Any = None) -> tuple[torch.Tensor | None, int]:
-    """Read padding and the length of the past, which `cache` holds: ([B, P + Q] bool or None, P)."""
-    mask = given.get("attention_mask")
-    length, past = call_length(given), 0 if cache is None else cache.get_seq_length()
-    if mask is None:
-        return None, past
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        what = f"has {mask.ndim} dimensions" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
-        raise ValueError(f"attention_mask {what}: must be a tensor [batch, tokens] for prune")
-    if mask.shape[1] != past + length:
-        raise ValueError(
-            f"attention_mask covers {mask.shape[1]} tokens: must cover {past + length}, the {past} in the KV cache "
-            f"(as many as before pruning) and the {length} of this call"
-        )
-    batch = len(_tokens(given))
-    if mask.shape[0] not in (1, batch):
-        raise ValueError(f"attention_mask has {mask.shape[0]} rows for {batch} samples: must be as many")
-    valid = mask.bool().expand(batch, -1)
-    return None if bool(valid.all()) else valid, past
-
-
-def require_left_padding(adapted: AdaptedModel, valid: torch.Tensor | None) -> None:
-    """Refuse padding between tokens [B, P + Q], for families where it changes what a row is."""
-    if valid is None or not (why := adapted.needs_left_padding):
-        return
-    # Tokens in more than one run; padding behind the last token changes nothing yet.
-    between = valid[:, 0].long() + (~valid[:, :-1] & valid[:, 1:]).sum(1) > 1
-    if bool(between.any()):
-        raise ValueError(
-            f"attention_mask: sample {int(between.int().argmax())} has padding between tokens, and from a "
-            f"{adapted.fingerprint.model_type} model such a row is not what its sample is alone, since {why}: pad "
-            "on the left (tokenizer.padding_side = 'left')"
-        )
-
-
-def require_no_visual_tokens(adapted: AdaptedModel, given: dict[str, Any], cache: Any) -> None:
-    """Refuse a call without images that has visual tokens, or does not tell.
-
-    A decoding step may have an image token that the model wrote, or a draft that proposes some.
+    Attributes:
+        images: its images.
+        prompt: [B, N], the prompt that the decoding began with.
+        length: columns of the step, answer included.
     """
-    ids = given.get("input_ids")
-    begins = cache is None or cache.get_seq_length() == 0
-    if ids is None:
-        if begins or call_length(given) > 1:
+
+    images: weakref.ref[Any]
+    prompt: torch.Tensor
+    length: int
+
+
+class Calls:
+    """The calls of one model that run now, by thread, and what earlier ones left for later ones.
+
+    Attributes:
+        lock: while it is held no call begins.
+    """
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self.lock = threading.Lock()
+        self._decoder = adapted.decoder
+        # By thread, innermost last: a hook may call the model again. None is a call that neither prunes nor continues.
+        self._running: dict[int, list[Running | None]] = {}
+        self._uncached: dict[int, _UncachedStep] = {}  # by the id of the images
+        self._of_thread = threading.local()
+        self._latest: Prefill | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether calls of this thread or task run dense."""
+        return self._decoder in _PAUSED.get()
+
+    def enter(self) -> None:
+        """Note that a call of this thread begins; `leave` undoes it in any case."""
+        with self.lock:
+            self._running.setdefault(threading.get_ident(), []).append(None)
+
+    def begin(self, running: Running) -> None:
+        """Set what this thread's innermost call does."""
+        self._running[threading.get_ident()][-1] = running
+
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is inside a call."""
+        return bool(self._running.get(threading.get_ident()))
+
+    @property
+    def current(self) -> Running | None:
+        """What this thread's innermost call does; None if it runs as in the dense model."""
+        calls = self._running.get(threading.get_ident())
+        return calls[-1] if calls else None
+
+    @property
+    def prefill(self) -> RunningPrefill | None:
+        """The prefill that this thread's innermost call is; None if it is another call."""
+        return current if isinstance(current := self.current, RunningPrefill) else None
+
+    def leave(self) -> None:
+        """Discard this thread's innermost call, which has ended or failed."""
+        calls = self._running.get(threading.get_ident(), [])
+        if calls:
+            calls.pop()
+        if not calls:
+            self._running.pop(threading.get_ident(), None)
+
+    def is_only_one(self) -> bool:
+        """Whether this thread's outermost call is the only one that runs."""
+        return list(self._running) == [threading.get_ident()] and len(self._running[threading.get_ident()]) == 1
+
+    def require_no_others(self) -> None:
+        """Refuse to end while other threads are inside a call, which loses its hooks.
+
+        Raises:
+            ValueError: some are.
+        """
+        if others := set(self._running) - {threading.get_ident()}:
             raise ValueError(
-                "inputs_embeds are given without pixel_values: which of them are visual tokens is unknown; pass "
-                "input_ids, or pixel_values and inputs_embeds that hold the image token's embedding"
+                f"{len(others)} other thread(s) are inside a call of the pruned model, which now fails or is wrong: "
+                "join them before leaving the prune block"
             )
-        return
-    asked = given.get("logits_to_keep")
-    draft = max(int(asked) - 1, 0) if isinstance(asked, int) else 0
-    if ids.shape[1] - draft <= 1:
-        return
-    tokens = visual_mask(adapted, ids)[:, : ids.shape[1] - draft]
-    if int(tokens.sum()) > len(ids):  # one a row may be the model's own
-        what = modality_of(adapted, ids[:, : ids.shape[1] - draft][tokens])
-        raise ValueError(
-            f"the prompt has {int(tokens.sum())} visual tokens, but no {what} is given: pass the processor's "
-            f"{PIXELS[what][0]}, and do not cut the prompt into chunks (prefill_chunk_size); a draft model of assisted "
-            "decoding, which gets no images, must not be pruned itself"
-        )
 
+    def finish(self, record: Prefill) -> None:
+        """Keep what a prefill of this thread kept."""
+        self._latest = self._of_thread.last = record
 
-def counted_positions(valid: torch.Tensor | None, past: int, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Correct the positions, [B, Q], with which generate goes on behind right padding; None where they are right.
+    @property
+    def last(self) -> Prefill | None:
+        """What this thread's last prefill with images kept, or any thread's where this one had none."""
+        return getattr(self._of_thread, "last", self._latest)
 
-    generate counts on from the last column: where that is padding, whose position is 0, the row goes on at 1. Other
-    positions are the caller's own and stay.
-    """
-    if valid is None or position_ids is None or position_ids.ndim != 2:
-        return None
-    counted = valid.long().cumsum(1)
-    inside = ~valid & (counted > 0)
-    column = torch.arange(valid.shape[1], device=valid.device)
-    last_padding = torch.where(inside, column, -1).amax(1, keepdim=True)
-    own = slice(past, None)
-    from_padding = (column - last_padding)[:, own]
-    behind = (last_padding >= 0) & (column[own] > last_padding)
-    wrong = (position_ids == from_padding) & behind
-    if not bool(wrong.any()):
-        return None
-    # All of a row's columns behind the padding count on from it, or none does.
-    wrong = wrong & ((position_ids == from_padding) | ~behind).all(1, keepdim=True)
-    return torch.where(wrong, counted[:, own] - 1, position_ids)
+    def prompt_length(self, images: Any, ids: torch.Tensor) -> int:
+        """Length of the prompt in a call without a cache, which may repeat the last one with one more token.
 
-
-def predicted_rows(given: dict[str, Any], visual: torch.Tensor) -> torch.Tensor:
-    """Mark the rows that labels give a target to, [B, Q]; refuse targets of rows that may leave."""
-    if (target := given.get("shift_labels")) is None:
-        if given.get("labels") is None:
-            return torch.zeros_like(visual)
-        target = nn.functional.pad(given["labels"][:, 1:], (0, 1), value=-100)
-    predicted = (target != -100).to(visual.device)
-    if bool((predicted & visual).any()):
-        sample, column = (predicted & visual).nonzero()[0].tolist()
-        raise ValueError(
-            f"labels: sample {sample} has a target to be predicted by the visual token at {column}, which may be "
-            "pruned; set labels to -100 at visual tokens and at the token after each image"
-        )
-    return predicted
-
-
-def first_answer(given: dict[str, Any], visual: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Find each row's first column of the answer, [B, 1].
-
-    It lies behind the first column after the images whose logit is asked for (in a right-padded prompt that may be
-    padding) or that labels give a target to; Q without such.
-
-    Args:
-        given: the arguments of the call.
-        visual: [B, Q] bool.
-        predicted: [B, Q] bool, columns with a target.
-    """
-    length = visual.shape[1]
-    column = torch.arange(length, device=visual.device)
-    asked = _asked_columns(given.get("logits_to_keep"), visual)
-    if not bool(asked.all()):  # every logit asked for is none asked for
-        predicted = predicted | asked
-    behind = column > torch.where(visual, column, -1).amax(1, keepdim=True)
-    return torch.where(predicted & behind, column + 1, length).amin(1, keepdim=True)
-
-
-def _asked_columns(logits_to_keep: Any, like: torch.Tensor) -> torch.Tensor:
-    """Mark the columns that `logits_to_keep` keeps, [B, Q], in any form that transformers takes."""
-    batch, length = like.shape
-    asked = torch.zeros_like(like)
-    if isinstance(logits_to_keep, torch.Tensor):
-        logits_to_keep = logits_to_keep.to(like.device)
-        if logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
-            asked |= logits_to_keep
-            return asked
-        if logits_to_keep.ndim == 2:
-            return asked.scatter(1, logits_to_keep.expand(batch, -1) % length, True)
-    elif logits_to_keep is None or isinstance(logits_to_keep, int):
-        logits_to_keep = slice(-(logits_to_keep or 0), None)
-    asked[:, logits_to_keep] = True
-    return asked
-
-
-def require_rows(visual: torch.Tensor, rows: torch.Tensor, problem: str) -> None:
-    """Refuse samples with an image but without such rows."""
-    lacking = visual.any(1) & ~rows.any(1)
-    if bool(lacking.any()):
-        raise ValueError(f"sample {int(lacking.int().argmax())} of the batch {problem}")
+        Args:
+            images: the call's images; a decoding passes the same object at every step.
+            ids: [B, N], prompt and answer so far.
+        """
+        self._uncached = {key: step for key, step in self._uncached.items() if step.images() is not None}
+        before, prompt, length = self._uncached.get(id(images)), ids, ids.shape[1]
+        if before is not None and before.length == length - 1 and before.prompt.shape[0] == len(ids):
+            # Beams reorder the answer so far, never the prompt.
+            prompt = before.prompt if torch.equal(ids[:, : before.prompt.shape[1]], before.prompt) else ids
+        self._uncached[id(images)] = _UncachedStep(weakref.ref(images), prompt, length)
+        return int(prompt.shape[1])

@@ -1,4 +1,4 @@
-"""Pictures: which tokens stay on an image, and how many after each layer. Needs matplotlib (extra `figures`)."""
+"""Draw which tokens stay on an image, and how many after each layer. Needs matplotlib (extra `figures`)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from fitprune.recipes.recipe import PruningRecipe
 
 def draw_keep_curves(recipes: Mapping[str, PruningRecipe], path: str | os.PathLike[str]) -> None:
     """Draw the fraction of visual tokens present after each layer, one line for each recipe.
+
+    Args:
+        recipes: name -> recipe.
+        path: picture to write.
 
     Raises:
         OSError: `path` cannot be written.

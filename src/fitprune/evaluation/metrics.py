@@ -1,7 +1,7 @@
-"""How right an answer is: metrics, each a function of an answer and the accepted ones, from 0 to 1. Pure Python.
+"""Metrics: each scores an answer from 0 to 1 by the accepted ones. Pure Python.
 
-A metric's name is its function's; `METRICS` has them all. A blank accepted answer stands for none, except where a
-metric says otherwise.
+A metric's name is its function's; `METRICS` has them all. A blank accepted answer counts as none, unless a metric says
+otherwise.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ FEWEST_ANNOTATORS = 4  # of fewer, each is left out once, and three others canno
 
 
 def exact(answer: str, accepted: Sequence[str]) -> float:
-    """Say 1 if the answer, stripped and in lower case, is one of the accepted ones."""
+    """Return 1 if the answer, stripped and in lower case, is one of the accepted ones."""
     return float(answer.strip().lower() in {text.strip().lower() for text in accepted if text.strip()})
 
 
 def normalized(answer: str, accepted: Sequence[str]) -> float:
-    """Say 1 if the answer is one of the accepted ones, both normalised as VQA does it (`evalai`), and more carefully.
+    """Return 1 if the answer is one of the accepted ones, both normalised as for VQA (`evalai`), and more carefully.
 
     Typographic and full-width characters count as plain ones, quotes and asterisks around words go, as a colon after
     one does; "-3" keeps its sign, "3,5" is two numbers, and articles stay where nothing else is left ("A", "the").
@@ -34,7 +34,7 @@ def normalized(answer: str, accepted: Sequence[str]) -> float:
 def vqa(answer: str, accepted: Sequence[str]) -> float:
     """Score VQA's soft accuracy: min(1, matches / 3), mean over the annotators left out one at a time.
 
-    Of fewer than four accepted answers any one is right, as `normalized` has it: they are no annotators to be counted.
+    Of fewer than four accepted answers any one is right, as for `normalized`: there are too few annotators to count.
 
     Quirks: one annotator of ten gives 0.3, two 0.6, three 0.9, four and more 1; a blank annotator counts, and an answer
     of which nothing is left ("", "the") agrees with those of which nothing is left ("", "a").
@@ -52,7 +52,7 @@ METRICS: dict[str, Metric] = {metric.__name__: metric for metric in (exact, norm
 
 
 def choose(metric: str | None, accepted: Sequence[Sequence[str]]) -> str:
-    """Name the metric to use: the one stated, or by the data: "vqa" for ten annotators' answers, else "normalized".
+    """Name the metric: the one passed, or by the data: "vqa" for ten annotators' answers, else "normalized".
 
     Most questions decide: more than half have ten answers, some (not blank) the same, as alternatives never are.
 
@@ -64,23 +64,23 @@ def choose(metric: str | None, accepted: Sequence[Sequence[str]]) -> str:
         ValueError: there is no such metric, or it cannot be made of these answers.
     """
     if metric is None:
-        said = [[text for text in texts if text.strip()] for texts in accepted if len(texts) == ANNOTATORS]
-        return "vqa" if 2 * sum(len(set(texts)) < len(texts) for texts in said) > len(accepted) else "normalized"
+        annotated = [[text for text in texts if text.strip()] for texts in accepted if len(texts) == ANNOTATORS]
+        return "vqa" if 2 * sum(len(set(texts)) < len(texts) for texts in annotated) > len(accepted) else "normalized"
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r}: must be one of {', '.join(METRICS)}")
     if metric == "vqa" and accepted and (most := max(map(len, accepted))) < FEWEST_ANNOTATORS:
         raise ValueError(
             f"metric='vqa': no question has more accepted answers than {most}, where VQA's soft accuracy is of ten "
-            f"annotators, at least {FEWEST_ANNOTATORS}: state normalized or exact"
+            f"annotators, at least {FEWEST_ANNOTATORS}: pass normalized or exact"
         )
     return metric
 
 
 def is_near(answer: str, accepted: Sequence[str]) -> bool:
-    """Say whether the answer holds an accepted one among other words, or lies in one: "A. cat" and "A"."""
+    """Whether the answer holds an accepted one among other words, or lies in one: "A. cat" and "A"."""
     texts = [_joined(_words(_folded(text))) for text in (answer, *accepted)]
-    said, *ours = [f" {text} " if text else "" for text in texts]
-    return any(bool(said and text) and (text in said or said in text) for text in ours)
+    ours, *theirs = [f" {text} " if text else "" for text in texts]
+    return any(bool(ours and text) and (text in ours or ours in text) for text in theirs)
 
 
 @functools.lru_cache(2**16)
@@ -117,7 +117,7 @@ def _words(text: str) -> list[str]:
     cut = text
     for mark in _MARKS:
         cut = cut.replace(mark, "" if f"{mark} " in text or f" {mark}" in text else " ")
-    cut = re.sub(r"\.(?!\d)", "", cut, count=32)  # so many and no more: theirs passes a flag as the count
+    cut = re.sub(r"\.(?!\d)", "", cut, count=32)  # 32 and no more: theirs passes a flag as the count
     return [_NUMBERS.get(word, word) for word in cut.split()]
 
 

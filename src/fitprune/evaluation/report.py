@@ -14,12 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fitprune._support import files
-from fitprune._support.plots import canvas, svg_text
+from fitprune.evaluation.curves import accuracy_curves, keep_curves
 from fitprune.evaluation.metrics import METRICS
-from fitprune.evaluation.results import DENSE, Results, Row, Task, label, marked, percent, verdict
-
-# Okabe and Ito's colours, told apart by colour-blind eyes too; a second round is dashed.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+from fitprune.evaluation.results import Results
+from fitprune.evaluation.summary import DENSE, Row, Task, label
+from fitprune.evaluation.tables import highest, percent, time_ratios, verdict
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#1b1b1b;background:#fff}
@@ -40,6 +39,10 @@ pre{background:#f5f5f5;padding:.8em;overflow-x:auto;font-size:12px}
 
 def write_report(results: Results, path: str | os.PathLike[str]) -> None:
     """Write the page, whole or not at all.
+
+    Args:
+        results: what to report.
+        path: HTML file to write.
 
     Raises:
         ValueError: the results are damaged.
@@ -67,19 +70,19 @@ def _page(results: Results) -> Iterator[str]:
     )
     yield from _verdicts(results)
     for task in results.tasks:
-        rows = [row for row in results.rows if row.task == task.name]
+        rows = results.rows_on(task.name)
         yield f"<h2>{html.escape(task.heading)}</h2>"
         for warning in task.warnings():
             yield f"<p class=not>{html.escape(warning)}</p>"
-        yield from _matrix(rows, task, marked(results, task))
+        yield from _matrix(rows, task, highest(task, rows, results.best))
         if max(Counter(row.method for row in rows).values()) > 1:  # one budget is no curve
-            yield f"<figure>{_curves(rows, task)}</figure>"
+            yield f"<figure>{accuracy_curves(rows, task)}</figure>"
         yield "<details><summary>Every figure</summary>" + _full(rows, results) + "</details>"
         if rows[0].accuracy_by_kind and task.comparable:
             yield "<details><summary>Accuracy on each kind of question</summary>" + _kinds(rows) + "</details>"
     if results.recipes.keys():
         yield "<h2>Visual tokens that enter each layer</h2>"
-        yield f"<figure>{_keep_curves(results)}</figure>"
+        yield f"<figure>{keep_curves(results.rows, results.recipes)}</figure>"
     if results.examples:
         yield "<h2>Examples</h2>"
         yield (
@@ -109,36 +112,35 @@ def _verdicts(results: Results) -> Iterator[str]:
     yield "</ul>"
 
 
-def _budgets(rows: Sequence[Row]) -> list[float]:
-    return sorted({row.budget for row in rows if row.budget is not None})
-
-
-def _matrix(rows: Sequence[Row], task: Task, best: Mapping[float, float]) -> Iterator[str]:
-    """Accuracy, methods down and budgets across; the best of each budget marked."""
-    budgets = _budgets(rows)
+def _matrix(rows: Sequence[Row], task: Task, most: Mapping[float, float]) -> Iterator[str]:
+    """Write the accuracy, methods down and budgets across, with the best of each budget marked."""
     dense = next(row for row in rows if row.method == DENSE)
-    alone = [row for row in rows if row.budget is None and row.method != DENSE]
-    lines = [] if dense.accuracy is None else [f"<p>Dense: {_accuracy(dense)}</p>"]
-    lines += [
-        f"<p>{html.escape(row.method)}: {_figure(row, task)} at -{percent(row.flops_reduction)}</p>" for row in alone
-    ]
-    if budgets:
-        head = "".join(f"<th>{100 * budget:g}%</th>" for budget in budgets)
-        lines.append(f"<div class=wide><table><thead><tr><th>FLOPs cut</th>{head}</tr></thead><tbody>")
-        for name in dict.fromkeys(row.method for row in rows if row.budget is not None):
-            cells = []
-            for budget in budgets:
-                row = next((r for r in rows if r.method == name and r.budget == budget), None)
-                mark = " class=best" if row and row.accuracy == best.get(budget) is not None else ""
-                cells.append(f"<td{mark}>{_figure(row, task) if row else '-'}</td>")
-            ours = " class=ours" if name == "fitprune" else ""
-            lines.append(f"<tr{ours}><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
-        lines.append("</tbody></table></div>")
-    yield from lines
+    if dense.accuracy is not None:
+        yield f"<p>Dense: {_accuracy(dense)}</p>"
+    for row in rows:
+        if row.budget is None and row.method != DENSE:
+            yield f"<p>{html.escape(row.method)}: {_figure(row, task)} at -{percent(row.flops_reduction)}</p>"
+    cells = {(row.method, row.budget): row for row in reversed(rows) if row.budget is not None}
+    budgets = sorted({row.budget for row in rows if row.budget is not None})
+    if not budgets:
+        return
+    head = "".join(f"<th>{100 * budget:g}%</th>" for budget in budgets)
+    yield f"<div class=wide><table><thead><tr><th>FLOPs cut</th>{head}</tr></thead><tbody>"
+    for name in dict.fromkeys(row.method for row in rows if row.budget is not None):
+        line = "".join(_cell(cells.get((name, budget)), task, most.get(budget)) for budget in budgets)
+        ours = " class=ours" if name == "fitprune" else ""
+        yield f"<tr{ours}><td>{html.escape(name)}</td>{line}</tr>"
+    yield "</tbody></table></div>"
+
+
+def _cell(row: Row | None, task: Task, most: float | None) -> str:
+    if row is None:
+        return "<td>-</td>"
+    return f"<td{' class=best' if row.accuracy == most is not None else ''}>{_figure(row, task)}</td>"
 
 
 def _figure(row: Row, task: Task) -> str:
-    """Accuracy where it compares something, else agreement."""
+    """Write the accuracy, or the agreement if accuracies compare nothing."""
     return _accuracy(row) if task.comparable else f"{percent(row.agreement)} <span class=low>agreement</span>"
 
 
@@ -150,14 +152,13 @@ def _accuracy(row: Row) -> str:
 
 
 def _full(rows: Sequence[Row], results: Results) -> str:
-    times = {(t["method"], t["budget"]): t for t in results.timings.get("rows", ())}
+    times = results.times()
     head = (
         "method", "seeds", "FLOPs cut", "prefill FLOPs", "tokens/layer", "tokens left", "KV bytes", "accuracy",
         "of dense", "agreement", "KL", "prefill time", "decode time",
     )  # fmt: skip
     body = []
     for row in rows:
-        timed = times.get((row.method, row.budget))
         span = row.relative_interval
         relative = percent(row.relative_accuracy) + (
             f" ({100 * span[0]:.1f}&ndash;{100 * span[1]:.1f})" if span else ""
@@ -167,7 +168,7 @@ def _full(rows: Sequence[Row], results: Results) -> str:
                 html.escape(row.label), str(row.seeds), percent(row.flops_reduction), f"{row.prefill_flops_ratio:.2f}x",
                 f"{row.mean_visual_tokens:.1f}", f"{row.visual_tokens_left:.0f}", f"{row.kv_bytes:,.0f}",
                 _accuracy(row), relative, percent(row.agreement), f"{row.divergence:.4f}",
-                f"{timed['prefill_ratio']:.2f}x" if timed else "-", f"{timed['decode_ratio']:.2f}x" if timed else "-",
+                *time_ratios(row, times),
             )
         )  # fmt: skip
     return _table(head, body)
@@ -185,109 +186,24 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
-def _curves(rows: Sequence[Row], task: Task) -> str:
-    """Accuracy (agreement, where that compares nothing) against FLOPs, a line with its interval for each method."""
-    figure, axes = canvas(10.5, 5.2)
-    dense = next(row for row in rows if row.method == DENSE)
-    value = _height(dense, task)[0]
-    axes.axhline(value, color="#000", linewidth=1, linestyle=":", label=f"dense {value:.1f}")
-    names = _names(rows)
-    for number, name in enumerate(names):
-        points = sorted((100 * row.flops_reduction, *_height(row, task)) for row in rows if row.method == name)
-        ours = name == "fitprune"
-        aside = 0.25 * (number - len(names) / 2)  # so that intervals at one budget can be told apart
-        axes.errorbar(
-            [x + aside for x, _, _ in points],
-            [y for _, y, _ in points],
-            yerr=[[s[0] for *_, s in points], [s[1] for *_, s in points]],
-            **_look(name, names),
-            marker="o",
-            markersize=4 if ours else 3,
-            capsize=2,
-            elinewidth=0.6,
-            label=name.replace("$", r"\$"),
-        )
-    what = "accuracy, %" if task.comparable else "agreement with dense, %"
-    axes.set(xlabel="visual-token FLOPs removed, %", ylabel=what)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return svg_text(figure)
-
-
-def _names(rows: Sequence[Row]) -> list[str]:
-    """The methods, in the order of the results."""
-    return list(dict.fromkeys(row.method for row in rows if row.method != DENSE))
-
-
-def _look(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """How a method's line looks, the same in every picture of the page."""
-    if name == "fitprune":
-        return {"color": "#000", "linestyle": "-", "linewidth": 2.4, "zorder": 3}
-    turn, number = divmod([other for other in names if other != "fitprune"].index(name), len(_COLOURS))
-    return {"color": _COLOURS[number], "linestyle": ("-", "--", ":")[turn % 3], "linewidth": 1.2, "zorder": 2}
-
-
-def _height(row: Row, task: Task) -> tuple[float, tuple[float, float]]:
-    """The point of a row, in percent, and how far its interval reaches down and up."""
-    if row.accuracy is None or row.accuracy_interval is None or not task.comparable:
-        return 100 * row.agreement, (0.0, 0.0)
-    low, high = row.accuracy_interval
-    return 100 * row.accuracy, (max(0.0, 100 * (row.accuracy - low)), max(0.0, 100 * (high - row.accuracy)))
-
-
-def _entering(recipe: Mapping[str, Any]) -> list[float]:
-    return recipe.get("enter") or [1.0, *recipe["keep"][:-1]]
-
-
-def _keep_curves(results: Results) -> str:
-    """For each budget, the share of visual tokens that enters each layer, by method."""
-    budgets = _budgets(results.rows)
-    shown: list[float | None] = [budget for budget in budgets if budget in (0.4, 0.6, 0.8)]
-    shown = shown or [*budgets[:3]] or [None]
-    columns = len(shown)
-    figure, axes = canvas(3.6 * columns + 1.4, 3.4, 1, columns)
-    grid = list(axes) if columns > 1 else [axes]
-    names = _names(results.rows)
-    for axes, budget in zip(grid, shown, strict=True):
-        for name in names:
-            recipe = results.recipes.get(label(name, budget))
-            if recipe is None:
-                continue
-            entering = _entering(recipe)
-            axes.step(
-                range(len(entering)),
-                [100 * share for share in entering],
-                where="mid",
-                **_look(name, names),
-                label=name.replace("$", r"\$"),
-            )
-        axes.set(xlabel="decoder layer", ylim=(-3, 103), title=f"{100 * budget:g}% cut" if budget is not None else "")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25)
-    grid[0].set_ylabel("visual tokens that enter, %")
-    grid[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return svg_text(figure)
-
-
 def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
-    """One sample: the picture under each method at a few layers, then what was said."""
+    """Write one sample: the picture under each method at a few layers, then the answers."""
     task = next(task for task in results.tasks if task.name == example["task"])
     accepted = [f"{text} ({n})" if n > 1 else text for text, n in Counter(example["accepted"]).items() if text.strip()]
     facts = f"{example['task']}, {example['kind'] or 'question'}, accepted: {' / '.join(accepted) or '-'}"
     yield f"<h3>{html.escape(example['question'])} <span class=low>{html.escape(facts)}</span></h3>"
     picture = html.escape(example["picture"])
     yield "<div class=strip><div style='width:9em;text-align:left'><b>dense</b><br>"
-    yield f"{_said(example, DENSE, task)}</div>"
+    yield f"{_answer(example, DENSE, task)}</div>"
     yield f"<div><div class=image><img alt='' src='{picture}'></div>"
     yield "all layers</div></div>"
-    shown = _pictured(example)
     layers = len(next(iter(results.recipes.values()))["keep"]) if results.recipes else 0
     chosen = sorted({1, layers // 4, layers // 2, layers - 1} & set(range(1, max(layers, 1))))
-    for name in shown:
+    for name in _pictured(example):
         entered = example["layers_entered"][name]
         side = math.isqrt(len(entered))
         yield f"<div class=strip><div style='width:9em;text-align:left'><b>{html.escape(name)}</b><br>"
-        yield f"{_said(example, name, task)}</div>"
+        yield f"{_answer(example, name, task)}</div>"
         if side * side != len(entered):
             yield f"<div>{len(entered)} tokens form no square grid: not drawn</div></div>"
             continue
@@ -296,23 +212,23 @@ def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
             yield f"<div><div class=image><img alt='' src='{picture}'>{_veil(kept, side)}</div>"
             yield f"layer {layer}: {sum(kept)}</div>"
         yield "</div>"
-    rows = [(html.escape(name), _said(example, name, task)) for name in example["said"]]
-    yield "<details><summary>All answers</summary>" + _table(("method", "answer"), rows) + "</details>"
+    lines = [(html.escape(name), _answer(example, name, task)) for name in example["said"]]
+    yield "<details><summary>All answers</summary>" + _table(("method", "answer"), lines) + "</details>"
 
 
-def _said(example: Mapping[str, Any], name: str, task: Task) -> str:
-    """An answer, coloured where accepted answers mean something, and marked where dense answers otherwise."""
-    said, mark = example["said"][name], ""
+def _answer(example: Mapping[str, Any], name: str, task: Task) -> str:
+    """Write an answer, coloured if accepted answers mean something, and marked if the dense model's differs."""
+    answer, mark = example["said"][name], ""
     if task.metric and task.comparable and any(text.strip() for text in example["accepted"]):
-        score = METRICS[task.metric](said, example["accepted"])
+        score = METRICS[task.metric](answer, example["accepted"])
         mark = f" class={'right' if score > 0 else 'wrong'}"
         mark += f" title='{score:.2g} of 1'" if 0 < score < 1 else ""
-    changed = "" if said == example["said"][DENSE] else " <span class=changed>&ne; dense</span>"
-    return f"&ldquo;<span{mark}>{html.escape(said)}</span>&rdquo;{changed}"
+    changed = "" if answer == example["said"][DENSE] else " <span class=changed>&ne; dense</span>"
+    return f"&ldquo;<span{mark}>{html.escape(answer)}</span>&rdquo;{changed}"
 
 
 def _pictured(example: Mapping[str, Any]) -> list[str]:
-    """Labels worth a strip: FitPrune's at the middle budgets, or the first few there are."""
+    """Choose the labels that get a strip of pictures: FitPrune's at the middle budgets, or the first three."""
     names = list(example["layers_entered"])
     ours = [name for name in names if name.startswith("fitprune ")]
     middle = [name for name in ours if name.endswith((" 60%", " 80%", " 90%"))]

@@ -1,4 +1,4 @@
-"""From the records of an evaluation to its figures: a row for each method and budget, and the best. Runs no model."""
+"""Compute the figures of an evaluation from the records of its answers. Runs no model."""
 
 from __future__ import annotations
 
@@ -11,90 +11,26 @@ import numpy as np
 
 from fitprune._support.journal import Record
 from fitprune.calibration.samples import Sample
+from fitprune.costs.cost import Cost
 from fitprune.costs.sizes import ModelFingerprint
-from fitprune.evaluation import metrics, results
-from fitprune.evaluation.results import DENSE, Best, Bootstrap, Row, Task, interval
-from fitprune.recipes.recipe import Cost, PruningRecipe
+from fitprune.evaluation import metrics
+from fitprune.evaluation.bootstrap import Bootstrap, Interval, interval, is_sure
+from fitprune.evaluation.entries import Entry, grouped
+from fitprune.evaluation.summary import ALMOST_NOTHING, DENSE, Best, Row, Task
+from fitprune.recipes.recipe import PruningRecipe
 
-SEVERAL = 6  # questions that differ and get one answer
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One column of an evaluation.
-
-    Attributes:
-        name: the method's name, the same for all its budgets and seeds.
-        recipe: what the method is; it names its scorer.
-        budget: what was asked for; None for a recipe given as such.
-        seed: of a method that draws at random; None for others.
-
-    Raises:
-        ValueError: the recipe draws by another seed.
-    """
-
-    name: str
-    recipe: PruningRecipe
-    budget: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        drawn = self.recipe.scorer.get("parameters", {}).get("seed", self.seed)
-        if self.seed is not None and drawn != self.seed:
-            raise ValueError(
-                f"seed={self.seed}: the recipe of {self.name!r} draws by seed {drawn}; state that, or None"
-            )
-
-    @property
-    def label(self) -> str:
-        """Name, budget and seed in one."""
-        return results.label(self.name, self.budget) + ("" if self.seed is None else f" seed {self.seed}")
-
-
-def entries_of(methods: Any) -> list[Entry]:
-    """Make entries of a recipe, of several (named "recipe 1", ...), of name -> recipe; entries stay as they are.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if isinstance(methods, Mapping):
-        pairs = list(methods.items())
-    elif isinstance(methods, Sequence):
-        pairs = [(f"recipe {number}", used) for number, used in enumerate(methods, 1)]
-    else:
-        pairs = [("recipe", methods)]
-    entries = []
-    for name, used in pairs:
-        if not isinstance(used, (PruningRecipe, Entry)):
-            raise ValueError(
-                f"methods hold a {type(used).__name__}: must be a recipe, a list of them, name -> recipe, or what "
-                "entries_for gives; PruningRecipe.named reads a file"
-            )
-        entries.append(used if isinstance(used, Entry) else Entry(name, used))
-    return entries
-
-
-def grouped(entries: Sequence[Entry]) -> Iterator[tuple[str, float | None, list[Entry]]]:
-    """Gather the seeds of each method and budget."""
-    groups: dict[tuple[str, float | None], list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault((entry.name, entry.budget), []).append(entry)
-    for (name, budget), group in groups.items():
-        yield name, budget, group
-
-
-def firsts(entries: Sequence[Entry]) -> list[Entry]:
-    """Of each method and budget the first seed."""
-    return [group[0] for _, _, group in grouped(entries)]
+SEVERAL = 6  # different questions; if they all get one answer, a warning says so
+MANY_NEAR = 0.1  # share of the questions in which dense is wrong by words around alone that is worth a warning
+ROOM = 0.05  # lead over FitPrune; if a method may have a larger one, the questions are too few
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """One task's records, and how right each answer is.
+    """One task's records, and the score of each answer.
 
     Attributes:
         task: the task.
-        records: all of them.
+        records: all its records.
         kinds: the kind of each question with accepted answers.
         scores: label -> [questions with accepted answers], from 0 to 1.
     """
@@ -106,7 +42,11 @@ class Judged:
 
 
 def chosen_metrics(tasks: Mapping[str, Sequence[Sample]], metric: str | None) -> dict[str, str]:
-    """Name the metric of each task: the one stated, or by its data.
+    """Name the metric of each task: the one that is passed, or the one that its data asks for.
+
+    Args:
+        tasks: task name -> questions.
+        metric: a name of `fitprune.evaluation.metrics.METRICS`, or None.
 
     Raises:
         ValueError: there is no such metric, or it cannot be made of a task's answers.
@@ -129,9 +69,9 @@ def judge(
 
     Args:
         names: task -> metric.
-        guess: whether the metrics were chosen by the data.
-        entries: what answered, beside the dense model.
-        records: the answers.
+        guess: whether the data chose the metrics.
+        entries: the methods.
+        records: the answers of all tasks.
     """
     for name, metric in names.items():
         own = [record for record in records if record["task"] == name]
@@ -141,76 +81,95 @@ def judge(
             label: np.array([score(r["said"][label], r["accepted"]) for r in judged], dtype=np.float32)
             for label in [DENSE, *(entry.label for entry in entries)]
         }
-        task = Task(name, len(own), 0, None, False, None)
+        task = Task(name, len(own), 0, None, False, None, always=_one_answer(own))
         if judged:
-            task = Task(name, len(own), len(judged), metric, guess, *_checked(judged, scores[DENSE]))
-        task = dataclasses.replace(task, always=_always(own))
+            wording = _check_wording(judged, scores[DENSE])
+            task = dataclasses.replace(task, answerable=len(judged), metric=metric, guess=guess, **wording)
         yield Judged(task, own, [record["kind"] for record in judged], scores)
 
 
-def _checked(judged: Sequence[Record], dense: np.ndarray[Any, Any]) -> tuple[float, int, tuple[str, str] | None]:
-    """The dense model's accuracy, and whether that is of wording: how often it is, and an example."""
+def _check_wording(judged: Sequence[Record], dense: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Compute the dense model's accuracy, and whether it measures the wording: how often, and an example."""
     accuracy = _rounded(dense.mean())
     wrong = [record for record, score in zip(judged, dense, strict=True) if score == 0]
     near = [record for record in wrong if metrics.is_near(record["said"][DENSE], record["accepted"])]
-    if accuracy >= results.ALMOST_NOTHING and len(near) <= results.MANY_NEAR * len(judged):
-        return accuracy, len(near), None
-    shown = [*near, *wrong][0]
-    return accuracy, len(near), (next(filter(str.strip, shown["accepted"])), shown["said"][DENSE])
+    task = {"dense": accuracy, "near": len(near)}
+    if accuracy >= ALMOST_NOTHING and len(near) <= MANY_NEAR * len(judged):
+        return task
+    example = [*near, *wrong][0]
+    return {**task, "mismatch": (next(filter(str.strip, example["accepted"])), example["said"][DENSE])}
 
 
-def _always(records: Sequence[Record]) -> str | None:
-    """What the dense model answers to every question, where these are several and do not all accept it."""
-    said = {record["said"][DENSE] for record in records}
+def _one_answer(records: Sequence[Record]) -> str | None:
+    """Find the dense model's answer to all questions, if it has only one, they are several, and not all accept it."""
+    answers = {record["said"][DENSE] for record in records}
     questions = {(record["question"], *record["accepted"]) for record in records}
     accepts = all(metrics.normalized(record["said"][DENSE], record["accepted"]) for record in records)
-    return said.pop() if len(said) == 1 and len(questions) >= SEVERAL and not accepts else None
+    return answers.pop() if len(answers) == 1 and len(questions) >= SEVERAL and not accepts else None
 
 
 def rows_of(
-    shape: ModelFingerprint, parts: Sequence[Judged], entries: Sequence[Entry], value_bytes: int
+    fingerprint: ModelFingerprint, parts: Sequence[Judged], entries: Sequence[Entry], value_bytes: int
 ) -> Iterator[Row]:
-    """Make the figures of each task: dense, then every method at every budget."""
+    """Compute the figures of each task: dense, then every method at every budget.
+
+    Args:
+        fingerprint: the model's.
+        parts: the tasks with their scores.
+        entries: the methods.
+        value_bytes: bytes of a value of the KV cache.
+    """
     for part in parts:
-        own, dense = part.records, part.scores[DENSE]
-        boot = Bootstrap(len(dense)) if len(dense) else None
-        base = None if boot is None else boot.means(dense[None])
+        boot = Bootstrap(part.task.answerable) if part.task.answerable else None
         groups: list[tuple[str, float | None, list[Entry]]] = [(DENSE, None, []), *grouped(entries)]
         for name, budget, group in groups:
             labels = [entry.label for entry in group] or [DENSE]
-            priced = group[0].recipe if group else PruningRecipe.dense(shape, own[0]["sizes"][0] or 1)
-            costs = _costs(priced, own, value_bytes)
-            scores = np.stack([part.scores[each] for each in labels])
-            accuracy = spread = relative = relative_spread = None
-            if boot is not None and base is not None:
-                draws = boot.means(scores)
-                accuracy, spread = _rounded(scores.mean()), interval(draws)
-                if part.task.comparable:
-                    relative = _rounded(scores.mean() / dense.mean())
-                    relative_spread = interval(draws / np.maximum(base, 1 / len(dense)))
-            same = [record["said"][each] == record["said"][DENSE] for each in labels for record in own]
-            of_kind = {kind: np.array(part.kinds) == kind for kind in sorted({*part.kinds} - {""})}
+            visual = part.records[0]["sizes"][0]
+            recipe = group[0].recipe if group else PruningRecipe.dense(fingerprint, visual or 1)
             yield Row(
                 task=part.task.name,
                 method=name,
                 budget=budget,
                 seeds=len(labels),
-                samples=len(own),
-                accuracy=accuracy,
-                accuracy_interval=spread,
-                relative_accuracy=relative,
-                relative_interval=relative_spread,
-                agreement=_rounded(np.mean(same)),
-                divergence=_rounded(np.mean([record["divergence"][each] for each in labels for record in own])),
-                accuracy_by_kind={
-                    kind: _rounded(np.mean([row[where].mean() for row in scores])) for kind, where in of_kind.items()
-                },
-                **costs,
+                samples=len(part.records),
+                **_accuracy_of(part, labels, boot),
+                **_agreement_of(part.records, labels),
+                **_costs_of(recipe, part.records, value_bytes),
             )
 
 
-def _costs(recipe: PruningRecipe, records: Sequence[Record], value_bytes: int) -> dict[str, float]:
-    """Average what a recipe costs over the samples."""
+def _accuracy_of(part: Judged, labels: Sequence[str], boot: Bootstrap | None) -> dict[str, Any]:
+    """Compute accuracy, absolute and relative to dense, over seeds, with intervals; None without accepted answers."""
+    scores = np.stack([part.scores[label] for label in labels])  # [seeds, questions]
+    accuracy = spread = relative = relative_spread = None
+    if boot is not None:
+        draws = boot.means(scores)
+        accuracy, spread = _rounded(scores.mean()), interval(draws)
+        if part.task.comparable:
+            dense = part.scores[DENSE]
+            relative = _rounded(scores.mean() / dense.mean())
+            relative_spread = interval(draws / np.maximum(boot.means(dense[None]), 1 / len(dense)))
+    of_kind = {kind: np.array(part.kinds) == kind for kind in sorted({*part.kinds} - {""})}
+    return {
+        "accuracy": accuracy,
+        "accuracy_interval": spread,
+        "relative_accuracy": relative,
+        "relative_interval": relative_spread,
+        "accuracy_by_kind": {
+            kind: _rounded(np.mean([row[where].mean() for row in scores])) for kind, where in of_kind.items()
+        },
+    }
+
+
+def _agreement_of(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Any]:
+    """Average how often answers are the dense model's, and the divergence from it, over samples and seeds."""
+    same = [record["said"][label] == record["said"][DENSE] for label in labels for record in records]
+    divergence = [record["divergence"][label] for label in labels for record in records]
+    return {"agreement": _rounded(np.mean(same)), "divergence": _rounded(np.mean(divergence))}
+
+
+def _costs_of(recipe: PruningRecipe, records: Sequence[Record], value_bytes: int) -> dict[str, Any]:
+    """Average the costs of a recipe over the samples that have an image."""
 
     @functools.cache
     def cost(visual: int, before: int, text: int, crops: int) -> Cost:
@@ -218,66 +177,72 @@ def _costs(recipe: PruningRecipe, records: Sequence[Record], value_bytes: int) -
             visual_tokens=visual, text_before=before, text_tokens=text, crops=crops, value_bytes=value_bytes
         )
 
-    found = [cost(*record["sizes"]) for record in records if record["sizes"][0]]
+    costs = [cost(*record["sizes"]) for record in records if record["sizes"][0]]
 
     def mean(values: list[float]) -> float:
         return _rounded(np.mean(values)) if values else 0.0
 
     return {
-        "flops_reduction": mean([c.flops_reduction for c in found]),
-        "prefill_flops_ratio": mean([c.prefill_flops / c.dense_prefill_flops for c in found]),
-        "mean_visual_tokens": mean([c.mean_visual_tokens for c in found]),
-        "visual_tokens_left": mean([c.kept[-1] for c in found]),
-        "kv_bytes": mean([c.kv_bytes for c in found]),
+        "flops_reduction": mean([c.flops_reduction for c in costs]),
+        "prefill_flops_ratio": mean([c.prefill_flops / c.dense_prefill_flops for c in costs]),
+        "mean_visual_tokens": mean([c.mean_visual_tokens for c in costs]),
+        "visual_tokens_left": mean([c.kept[-1] for c in costs]),
+        "kv_bytes": mean([c.kv_bytes for c in costs]),
     }
 
 
 def best_of(parts: Sequence[Judged], entries: Sequence[Entry]) -> Iterator[Best]:
-    """Find, at each budget, the most accurate method, and how sure its lead over FitPrune is."""
-    groups = [group for group in grouped(entries) if group[1] is not None]
+    """Find the most accurate method at each budget, and how sure its lead over FitPrune is.
+
+    Args:
+        parts: the tasks with their scores.
+        entries: the methods.
+    """
+    groups = list(grouped(entries))
     for part in parts:
         if not part.task.comparable:
             continue
-        for budget in dict.fromkeys(budget for _, budget, _ in groups):
+        for budget in dict.fromkeys(budget for _, budget, _ in groups if budget is not None):
             scores = {
                 name: np.stack([part.scores[entry.label] for entry in group])
                 for name, at, group in groups
                 if at == budget
             }
-            if "fitprune" not in scores or len(scores) < 2 or budget is None:
-                continue
-            count = part.task.answerable
-            boot = Bootstrap(count)
-            ours = boot.means(scores["fitprune"])
-            means = {name: _rounded(values.mean()) for name, values in scores.items()}
-            leads = {name: _rounded(mean - means["fitprune"]) for name, mean in means.items()}
-            spreads = {name: interval(boot.means(values) - ours) for name, values in scores.items()}
-            # FitPrune comes first among equals, so that a tie is no defeat.
-            best = max(means, key=lambda name: (means[name], name == "fitprune"))
-            yield Best(
-                part.task.name,
-                budget,
-                best,
-                leads[best],
-                spreads[best],
-                count,
-                tuple(name for name, mean in means.items() if mean == means[best] and name != best),
-                tuple(name for name in means if name != "fitprune" and _is_unsure(leads[name], spreads[name], count)),
-            )
+            if "fitprune" in scores and len(scores) > 1:
+                yield _best(part.task, budget, scores)
 
 
-def _is_unsure(lead: float, spread: results.Interval, count: int) -> bool:
+def _best(task: Task, budget: float, scores: Mapping[str, np.ndarray[Any, Any]]) -> Best:
+    """Compare the methods at one budget by their scores [seeds, questions]."""
+    boot = Bootstrap(task.answerable)
+    ours = boot.means(scores["fitprune"])
+    means = {name: _rounded(values.mean()) for name, values in scores.items()}
+    leads = {name: _rounded(mean - means["fitprune"]) for name, mean in means.items()}
+    spreads = {name: interval(boot.means(values) - ours) for name, values in scores.items()}
+    # Among equals FitPrune comes first: a tie is no defeat.
+    best = max(means, key=lambda name: (means[name], name == "fitprune"))
+    return Best(
+        task=task.name,
+        budget=budget,
+        method=best,
+        lead=leads[best],
+        interval=spreads[best],
+        questions=task.answerable,
+        equals=tuple(name for name, mean in means.items() if mean == means[best] and name != best),
+        unsure=tuple(
+            name for name in means if name != "fitprune" and _is_unsure(leads[name], spreads[name], task.answerable)
+        ),
+    )
+
+
+def _is_unsure(lead: float, spread: Interval, count: int) -> bool:
     """Whether a method may be much more accurate than FitPrune, as far as these questions say."""
     low, high = spread
     # What happens in none of n questions may happen in 3 / n of them (rule of three).
     room = max(high, 3 / count)
-    return (
-        room > results.ROOM
-        and not results.is_sure(lead, spread, count)
-        and not results.is_sure(-lead, (-high, -low), count)
-    )
+    return room > ROOM and not is_sure(lead, spread, count) and not is_sure(-lead, (-high, -low), count)
 
 
 def _rounded(value: Any) -> float:
-    """Six digits: what comes after them is rounding noise of sums."""
+    """Round to six digits: the others are rounding noise of sums."""
     return round(float(value), 6)

@@ -1,7 +1,7 @@
-"""The one place that knows how models are built: where their parts are, and how large.
+"""Find the parts of a model, under the same names for every family.
 
-What is particular about a family stands in `families`; here are the parts that families share under several names.
-Everything else works on what `adapt` returns.
+What is particular about a family is in its row of the table; here are the parts that many families have, under the
+names that they have for them. All other packages work on what `adapt` returns.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from fitprune._support.host import first_attribute, layer_windows
 from fitprune.costs.sizes import DecoderSizes, ModelFingerprint
-from fitprune.families.config import family_of, fingerprint_of, first_attribute, say_generic, token_ids
-from fitprune.families.table import GENERIC, Family
+from fitprune.families.config import family_of, fingerprint_of, say_generic, token_ids
+from fitprune.families.table import GENERIC, Family, Part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +48,13 @@ class AdaptedModel:
 
     @property
     def needs_left_padding(self) -> str:
-        """Why padding behind a token makes a row differ from its sample alone; empty where it does not."""
+        """Why padding after a token makes a row differ from its sample alone; empty where it does not."""
         if self.fingerprint.decoder.linear_layers:
             return "its layers without attention run over padding as over tokens"
         if any(self.windows):
             return "its windows count padding as tokens"
         if self.fingerprint.decoder.bidirectional:
-            return "its image tokens attend to what is behind them"
+            return "its image tokens attend to what comes after them"
         if "mrope_section" in (getattr(self.decoder.config, "rope_parameters", None) or {}):
             return "its multimodal positions go on from the last column"
         return ""
@@ -61,7 +62,7 @@ class AdaptedModel:
 
 def unwrapped(model: Any) -> Any:
     """Take a model out of what wraps it: PEFT, a pipeline, DataParallel, DistributedDataParallel; others stay."""
-    for _ in range(8):  # no deeper: some objects have a new `model` whenever they are asked
+    for _ in range(8):  # no deeper: some objects make a new `model` at every access
         if callable(getattr(model, "get_base_model", None)):  # PEFT
             inner = model.get_base_model()
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -75,7 +76,10 @@ def unwrapped(model: Any) -> Any:
 
 
 def adapt(model: Any) -> AdaptedModel:
-    """Find the parts of a model, which may be wrapped (see `unwrapped`).
+    """Find the parts of a model.
+
+    Args:
+        model: the model, perhaps wrapped (see `unwrapped`).
 
     Raises:
         ValueError: the family is refused, or the model has no decoder layers of the common shape.
@@ -84,12 +88,12 @@ def adapt(model: Any) -> AdaptedModel:
     config = getattr(model, "config", None)
     if config is None:
         raise ValueError(
-            f"model is a {type(model).__name__}: must be a transformers model with a config; what wraps one mostly "
-            "has it as .model, .module or .get_base_model()"
+            f"model is a {type(model).__name__}: must be a transformers model with a config; a wrapper mostly has the "
+            "model as .model, .module or .get_base_model()"
         )
-    fingerprint = fingerprint_of(config)
+    fingerprint, family = fingerprint_of(config), family_of(config)
     base = getattr(model, "base_model", None)
-    decoder = first_attribute(base, "language_model", "text_model")
+    decoder = _part(family, "decoder", base, "language_model", "text_model")
     decoder = getattr(decoder, "model", decoder)  # some wrap the text model's own ...ForCausalLM
     layers = getattr(decoder, "layers", None)
     if base is model or not isinstance(layers, nn.ModuleList) or len(layers) == 0:
@@ -100,9 +104,8 @@ def adapt(model: Any) -> AdaptedModel:
     if len(layers) != fingerprint.decoder.layers:
         raise ValueError(f"model has {len(layers)} decoder layers but its config says {fingerprint.decoder.layers}")
     attentions = tuple(getattr(layer, "self_attn", None) for layer in layers)
-    mlps = tuple(first_attribute(layer, "mlp", "feed_forward", "block_sparse_moe") for layer in layers)
-    norm = first_attribute(decoder, "norm", "embedding_norm", "final_layernorm")
-    family = family_of(config)
+    mlps = tuple(_part(family, "mlp", layer, "mlp", "feed_forward", "block_sparse_moe") for layer in layers)
+    norm = _part(family, "norm", decoder, "norm", "embedding_norm", "final_layernorm")
     without = [n for n, attention in enumerate(attentions) if attention is None]
     encoder = getattr(base, "get_image_features", None)
     if without != list(fingerprint.decoder.linear_layers) or None in mlps or norm is None or encoder is None:
@@ -115,7 +118,8 @@ def adapt(model: Any) -> AdaptedModel:
         named = ", ".join(what for what, lacks in lacking.items() if lacks)
         raise ValueError(
             f"model_type={config.model_type!r}: {type(model).__name__} lacks {named}, and so the shape that fitprune "
-            "prunes; 'fitprune families' lists what is supported"
+            "prunes; if it has them under other names, register a family that says them (docs/extending.md); 'fitprune "
+            "families' lists what is supported"
         )
     if family is GENERIC:
         say_generic(config.model_type)
@@ -124,22 +128,44 @@ def adapt(model: Any) -> AdaptedModel:
             fingerprint, decoder=_priced(config.text_config, fingerprint.decoder, attentions, mlps)
         )
     except ValueError:
-        if getattr(config, "quantization_config", None) is None:  # weights may be packed, and not tell their sizes
+        if getattr(config, "quantization_config", None) is None:  # packed weights do not show their sizes
             raise
-    windows = _windows(decoder.config, len(layers))
-    return AdaptedModel(model, family, decoder, layers, attentions, mlps, norm, windows, fingerprint, token_ids(config))
+    windows = layer_windows(decoder.config, len(layers))
+    ids = token_ids(config, family)
+    return AdaptedModel(model, family, decoder, layers, attentions, mlps, norm, windows, fingerprint, ids)
 
 
-def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
-    """Read each layer's window off the cache that transformers makes for the decoder: configs say it in many ways."""
-    from transformers import DynamicCache
+def _part(family: Family, part: Part, whole: Any, *usual: str) -> Any:
+    """Find a part of a module under the name in the family's row, or else under a usual one; None if not there.
 
-    held = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
-    return tuple(held) if len(held) == layers else (None,) * layers
+    Args:
+        family: the row.
+        part: which part.
+        whole: the module that has it.
+        *usual: names to look under where the row has none.
+
+    Raises:
+        ValueError: the row says a name, and there is no such module.
+    """
+    if (name := family.parts.get(part)) is None:
+        return first_attribute(whole, *usual)
+    if not isinstance(module := getattr(whole, name, None), nn.Module):
+        there = [name for name, _ in whole.named_children()] if isinstance(whole, nn.Module) else []
+        raise ValueError(
+            f"family {family.model_type!r}: parts[{part!r}]={name!r}: {type(whole).__name__} has no such module; must "
+            f"be one of {there}: mend the family's row"
+        )
+    return module
 
 
 def _priced(text: Any, sizes: DecoderSizes, attentions: Sequence[Any], mlps: Sequence[Any]) -> DecoderSizes:
-    """Hold the cost model against the weights: an MLP of another kind is counted, another attention refused.
+    """Compare the cost model with the weights: an MLP of another kind is counted, another attention refused.
+
+    Args:
+        text: config of the text model.
+        sizes: as the config says them.
+        attentions: each layer's attention, None where it has none.
+        mlps: each layer's MLP.
 
     Raises:
         ValueError: an attention has other weights than queries, keys, values, output and perhaps a gate of the queries.
@@ -162,7 +188,11 @@ def _priced(text: Any, sizes: DecoderSizes, attentions: Sequence[Any], mlps: Seq
 
 
 def _macs(module: Any, chosen: int | None) -> int:
-    """Count a module's multiply-accumulates for one token, which goes through `chosen` of its experts.
+    """Count a module's multiply-accumulates for one token.
+
+    Args:
+        module: a layer's attention or MLP, or a part of it.
+        chosen: how many experts the token goes through; None where that is not known.
 
     Raises:
         ValueError: it has experts, and how many are chosen is not known.
@@ -173,7 +203,7 @@ def _macs(module: Any, chosen: int | None) -> int:
     experts = isinstance(module, nn.ModuleList) or any(w.ndim == 3 for w in module.parameters(recurse=False))
     if experts and chosen is None:
         raise ValueError(
-            f"{type(module).__name__} holds experts, and the config does not say as num_experts_per_tok how many a "
+            f"{type(module).__name__} has experts, and the config has no num_experts_per_tok, which says how many a "
             "token goes through: its cost is not modelled, so budgets would be wrong; not supported"
         )
     if isinstance(module, nn.ModuleList):

@@ -1,15 +1,17 @@
-"""What a model's config says: its family, its image tokens, its sizes, and a hash of its architecture."""
+"""Read a model's config: its family, its image tokens, and the fingerprint by which recipes know it."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
 import logging
-from typing import Any
+from typing import Any, get_args
 
-from fitprune.costs.sizes import LINEAR_CHUNK, DecoderSizes, ModelFingerprint, VisionSizes
-from fitprune.families.table import FAMILIES, GENERIC, Family
+from fitprune._support.host import first_attribute, token_id
+from fitprune.costs.sizes import DecoderSizes, ModelFingerprint, VisionSizes
+from fitprune.families.table import GENERIC, Family, Modality, find_family, served
 
 logger = logging.getLogger(__name__)
 
@@ -44,126 +46,53 @@ _ARCHITECTURE = (
 
 
 def fingerprint_of(config: Any) -> ModelFingerprint:
-    """Read type and sizes from a config.
+    """Read the fingerprint off a config.
+
+    Args:
+        config: a model's whole config.
 
     Raises:
         ValueError: the family is refused, or the config is of no multimodal model.
     """
+    family = family_of(config)
     try:
-        return _read_shape(config, family_of(config))
+        sizes, tower = family.sizes(config), family.tower(config)
+        digest = _config_hash(config, family)
     except ValueError:
         raise
     except Exception as error:  # configs of other families fail in ways of their own
         text_type = getattr(getattr(config, "text_config", None), "model_type", None)
         raise ValueError(
-            f"model_type={getattr(config, 'model_type', None)!r} with a text model {text_type!r}: not supported, "
-            f"because its config does not tell the decoder's sizes ({error}); see 'fitprune families'"
+            f"model_type={config.model_type!r} with a text model {text_type!r}: not supported, because its config does "
+            f"not have the decoder's sizes under a known name ({error}); see 'fitprune families', or register a family "
+            "with a rule for its sizes (docs/extending.md)"
         ) from None
+    for name, value, kinds in (("sizes", sizes, DecoderSizes), ("tower", tower, (VisionSizes, type(None)))):
+        if not isinstance(value, kinds):
+            raise ValueError(
+                f"family {family.model_type!r}: its rule {name} returned a {type(value).__name__}: must return "
+                f"{'DecoderSizes' if name == 'sizes' else 'VisionSizes or None'}; mend the family's row"
+            )
+    sizes = dataclasses.replace(sizes, bidirectional=family.bidirectional or sizes.bidirectional)
+    return ModelFingerprint(config.model_type, sizes, tower, token_ids(config, family)["image"], digest)
 
 
-def _read_shape(config: Any, family: Family) -> ModelFingerprint:
-    text, vision = config.text_config, config.vision_config
-    heads, hidden, layers = text.num_attention_heads, text.hidden_size, text.num_hidden_layers
-    if isinstance(text.intermediate_size, int):
-        intermediate, router = text.intermediate_size, 0
-    else:
-        intermediate, router = max(text.intermediate_size), 0
-    if getattr(text, "block_auto_adjust_ff_dim", False):  # LFM2 derives its width
-        multiple, factor = text.block_multiple_of, text.block_ffn_dim_multiplier or 1
-        intermediate = multiple * -(-int(factor * int(2 * intermediate / 3)) // multiple)
-    if (experts := first_attribute(text, "num_experts")) and isinstance(
-        getattr(text, "moe_intermediate_size", None), int
-    ):
-        # Of other mixtures `adapt` counts the weights.
-        intermediate, router = text.num_experts_per_tok * text.moe_intermediate_size, experts
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
-    linear = tuple(number for number, kind in enumerate(kinds[:layers]) if kind in ("linear_attention", "conv"))
-    costs = _linear_costs(text) if linear else (0, 0)
-    decoder = DecoderSizes(
-        layers=layers,
-        hidden=hidden,
-        intermediate=intermediate,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads,
-        vocab=text.vocab_size,
-        router=router,
-        query_gate="linear_attention" in kinds,
-        bidirectional=family.bidirectional or bool(getattr(text, "use_bidirectional_attention", None)),
-        first_prunable=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
-        linear_layers=linear,
-        linear_macs=costs[0],
-        linear_chunk_macs=costs[1],
-    )
-    return ModelFingerprint(
-        config.model_type, decoder, _tower(config.model_type, vision), token_ids(config)["image"], _config_hash(config)
-    )
-
-
-def _linear_costs(text: Any) -> tuple[int, int]:
-    """Price a mixer without softmax attention, a short convolution or gated delta rule: for a token, a chunk."""
-    hidden = text.hidden_size
-    if (kernel := getattr(text, "conv_L_cache", None)) is not None:
-        return 4 * hidden * hidden + kernel * hidden, 0
-    heads, key_dim, value_dim = text.linear_num_value_heads, text.linear_key_head_dim, text.linear_value_head_dim
-    keys, values = text.linear_num_key_heads * key_dim, heads * value_dim
-    mixed = 2 * keys + values
-    chunk = LINEAR_CHUNK * (2 * LINEAR_CHUNK * key_dim + LINEAR_CHUNK * value_dim + 3 * key_dim * value_dim)
-    return hidden * (mixed + 2 * values + 2 * heads) + mixed * text.linear_conv_kernel_dim, heads * chunk
-
-
-def _tower(model_type: str, vision: Any) -> VisionSizes | None:
-    """Read a CLIP tower's sizes; None where the cost model does not know tower or projector."""
-    if vision.model_type == "llava_hr_vision":
-        return VisionSizes(
-            layers=vision.num_hidden_layers,
-            hidden=vision.hidden_size,
-            intermediate=vision.intermediate_size,
-            image_size=vision.grid * vision.patch_size,
-            patch_size=vision.patch_size,
-            class_tokens=0,
-            beside_macs=_beside_macs(vision),
-        )
-    if vision.model_type != "clip_vision_model" or model_type not in ("llava", "llava_next", "llava_next_video"):
-        return None
-    return VisionSizes(
-        layers=vision.num_hidden_layers,
-        hidden=vision.hidden_size,
-        intermediate=vision.intermediate_size,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-    )
-
-
-def _beside_macs(vision: Any) -> int:
-    """Price what LLaVA-HR has beside CLIP: ConvNeXt, adapters, fusion."""
-    side, before, macs = vision.input_image_size // 4, 3, 0
-    for stage, (depth, width) in enumerate(zip(vision.convnext_depths, vision.convnext_hidden_sizes, strict=True)):
-        side //= 2 if stage else 1
-        macs += side**2 * before * width * (4 if stage else 16)  # patches of 4 x 4 pixels, then of 2 x 2
-        macs += depth * side**2 * (49 * width + 8 * width**2)
-        before = width
-    fast, slow, patches = vision.hidden_size, before, vision.grid**2
-    adapter = side**2 * slow * (slow + fast) + patches * fast * (49 + fast) + (2 * fast + 1) * (fast // 2)
-    return int(macs + (3 * adapter if vision.use_adapters else 0) + patches * fast * (fast + slow))
-
-
-def _config_hash(config: Any) -> str:
+def _config_hash(config: Any, family: Family) -> str:
     """Hash what a config says of the architecture; the same for fine-tunes, and in every version of transformers."""
     parts = {"": config, "text": config.text_config, "vision": config.vision_config}
-    said: dict[str, Any] = {"model_type": config.model_type, "text.model_type": config.text_config.model_type}
-    said |= {
+    entries: dict[str, Any] = {"model_type": config.model_type, "text.model_type": config.text_config.model_type}
+    entries |= {
         f"{part}.{names[0]}": value if isinstance(value, (int, float, str)) else [str(item) for item in value]
         for part, of in parts.items()
-        for names in _ARCHITECTURE
+        for names in (*_ARCHITECTURE, *((name,) for name in family.architecture))
         if (value := first_attribute(of, *names)) is not None
     }
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def say_generic(model_type: str) -> None:
-    """Say, once for each type of model, that no entry of `families` stands behind it."""
+    """Say, once for each type of model, that it has no row in the table of families."""
     logger.warning(
         "model_type=%r is not in the table of families (fitprune families): served by the generic adapter, as a "
         "decoder of the common shape",
@@ -171,25 +100,23 @@ def say_generic(model_type: str) -> None:
     )
 
 
-def first_attribute(whole: Any, *names: str) -> Any:
-    """The first of these attributes that there is."""
-    return next((part for name in names if (part := getattr(whole, name, None)) is not None), None)
-
-
 def family_of(config: Any) -> Family:
     """Find a config's family; GENERIC if it is not in the table.
+
+    Args:
+        config: a model's whole config.
 
     Raises:
         ValueError: the family is refused, or the config is of no multimodal model.
     """
     model_type = getattr(config, "model_type", None)
-    family = FAMILIES.get(str(model_type), GENERIC)
+    family = find_family(model_type)
     if family.refused:
         raise ValueError(f"model_type={model_type!r}: refused, because {family.refused}; see 'fitprune families'")
     text = getattr(config, "text_config", None)
     problem = ""
     lacking = [name for name in ("text_config", "vision_config") if getattr(config, name, None) is None]
-    lacking += [] if token_ids(config) else ["image_token_id"]
+    lacking += [] if token_ids(config, family) else [family.token_ids.get("image", "image_token_id")]
     if lacking:
         problem = f"has no {', '.join(lacking)}, as a multimodal model's config has"
     elif family is GENERIC and getattr(config, "is_encoder_decoder", False):
@@ -200,17 +127,18 @@ def family_of(config: Any) -> Family:
         problem = "has layers with inputs of their own for every token"
     if problem:
         raise ValueError(
-            f"model_type={model_type!r}: not supported, because it {problem}; must be one of "
-            f"{sorted(name for name, known in FAMILIES.items() if not known.refused)} or of their common shape"
+            f"model_type={model_type!r}: not supported, because it {problem}; must be one of {served()} or of their "
+            "common shape"
         )
     return family
 
 
-def token_ids(config: Any) -> dict[str, int]:
-    """Read the ids that mark visual tokens."""
-    found = {}
-    for modality in ("image", "video"):
-        token = first_attribute(config, f"{modality}_token_id", f"{modality}_token_index")
+def token_ids(config: Any, family: Family) -> dict[str, int]:
+    """Read the ids that mark visual tokens, by modality; empty where images have none."""
+    ids = {}
+    for modality in get_args(Modality):
+        name = family.token_ids.get(modality)
+        token = token_id(config, modality) if name is None else getattr(config, name, None)
         if isinstance(token, int):
-            found[modality] = token
-    return found if "image" in found else {}
+            ids[modality] = token
+    return ids if "image" in ids else {}

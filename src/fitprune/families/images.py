@@ -1,6 +1,8 @@
-"""Which positions of a prompt are visual tokens, and which image or video frame each belongs to.
+"""Find a prompt's visual tokens, and the image or video frame that each belongs to.
 
-The model's own encoders say how many tokens each image has; `families` says how their features are to be read.
+The model's own encoder says how many tokens each image has; the family's row says how its features are to be read. So
+the images are encoded here, before the model is called: its arguments `pixel_values` and `pixel_values_videos` become
+None, and the features go in as `mm_encoder_outputs`, as `generate` passes them (`Images.changed`).
 
 Shapes: B batch, N tokens of this call, d hidden size, I images (or frames) of the whole batch.
 """
@@ -14,9 +16,13 @@ from typing import Any
 
 import torch
 
+from fitprune._support.host import ENCODED
 from fitprune.families.adapter import AdaptedModel
+from fitprune.families.frames import frames_of
+from fitprune.families.image_rules import by_tiles, checked_numbers, from_zero
 
-# By modality, what processors and models call its pixels; Video-LLaVA has a name of its own in transformers 5.19.
+# By modality, the argument with its pixels, as processors and models name it; the second name is Video-LLaVA's in
+# transformers 5.19.
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 
@@ -29,7 +35,8 @@ class Images:
         image: [B, N] int64, number of the image or frame that each token belongs to, in the order of its sample; -1
             for text.
         features: each image's features [tokens, d] as the encoders give them: images, then videos.
-        changed: arguments that replace the call's own: its images, encoded.
+        changed: arguments that replace the call's own: each argument with pixels by None, and `mm_encoder_outputs`
+            with the features of all images. Empty where the call has its images encoded already.
     """
 
     visual: torch.Tensor
@@ -38,12 +45,12 @@ class Images:
     changed: dict[str, Any]
 
 
-def given_images(given: Mapping[str, Any]) -> Any:
-    """What a call gives of images or videos, encoded or not; None for a call of text alone."""
-    encoded = given.get("mm_encoder_outputs") or {}
-    found = [encoded.get(modality) for modality in PIXELS]
-    found += [given.get(name) for names in PIXELS.values() for name in names]
-    return next((images for images in found if images is not None), None)
+def given_images(call: Mapping[str, Any]) -> Any:
+    """Give the images or videos of a call, encoded or as pixels; None for a call of text alone."""
+    encoded = call.get(ENCODED) or {}
+    values = [encoded.get(modality) for modality in PIXELS]
+    values += [call.get(name) for names in PIXELS.values() for name in names]
+    return next((images for images in values if images is not None), None)
 
 
 def visual_mask(
@@ -61,7 +68,7 @@ def visual_mask(
 
 
 def modality_of(adapted: AdaptedModel, tokens: torch.Tensor) -> str:
-    """Say whether visual tokens, ids [N], are those of an "image" or of a "video"; by the first."""
+    """Say whether visual tokens, ids [N], are of an "image" or of a "video": what the first of them is."""
     return next(name for name, token in adapted.token_ids.items() if token == int(tokens[0]))
 
 
@@ -76,22 +83,22 @@ def _marked(
     return (inputs_embeds == embedding).all(-1)
 
 
-def read_images(adapted: AdaptedModel, given: Mapping[str, Any], cache: Any = None) -> Images:
+def read_images(adapted: AdaptedModel, call: Mapping[str, Any], cache: Any = None) -> Images:
     """Find a call's visual tokens and their images; encode these, unless that is done already.
 
     Args:
         adapted: the model.
-        given: the arguments of its call, with pixels or `mm_encoder_outputs` (as generate makes them).
+        call: the arguments of the model's call, with pixels or `mm_encoder_outputs` (as generate makes them).
         cache: the call's KV cache, if it has one.
 
     Raises:
-        ValueError: no image is given, features and visual tokens differ in number, or the features come from
-            generate's chunked prefill, which cuts through images.
+        ValueError: the call has no image, features and visual tokens differ in number, the family has no rule for
+            videos, or the features come from generate's chunked prefill, which cuts through images.
     """
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    if given_images(given) is None:
+    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+    if given_images(call) is None:
         raise ValueError("no image is given: pass the processor's pixel_values")
-    encoded, changed = _encoded(adapted, given)
+    encoded, changed = _pixels_to_features(adapted, call)
     visual = visual_mask(adapted, ids, embeds)
     owner, first, features = torch.full_like(visual, -1, dtype=torch.long), 0, []
     for modality, outputs in encoded.items():
@@ -101,17 +108,7 @@ def read_images(adapted: AdaptedModel, given: Mapping[str, Any], cache: Any = No
         if marked is None or not bool(marked.any()):  # some models mark a video's frames as images
             marked = _marked(adapted, "image", ids, embeds)
         _require_features(marked, parts, modality, cache)
-        how = adapted.family.images if modality == "image" else adapted.family.video
-        lengths = [len(part) for part in parts]
-        if how == "tiles":
-            own = _by_tiles(marked, ids)
-        elif how == "joined":
-            between = torch.nn.functional.pad(marked[:, :-2] & marked[:, 2:], (1, 1))
-            own = images_of(marked | between).masked_fill(~marked, -1)
-        elif how in ("runs", ""):
-            own = images_of(marked)
-        else:
-            own = images_of(marked, lengths if modality == "image" else _frames(adapted, how, lengths, marked, given))
+        own = _by_rule(adapted, modality, marked, [len(part) for part in parts], call)
         owner = torch.where(own >= 0, own + first, owner)
         first = int(owner.max()) + 1
     if bool((left := visual & (owner < 0)).any()):
@@ -120,29 +117,76 @@ def read_images(adapted: AdaptedModel, given: Mapping[str, Any], cache: Any = No
             f"the prompt has {int(left.sum())} visual tokens of {what}s that are not given: pass the {PIXELS[what][0]} "
             "of all of this turn's"
         )
-    return Images(visual, _numbered(owner), features, changed)
+    return Images(visual, from_zero(owner), features, changed)
 
 
-def _encoded(adapted: AdaptedModel, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Encode the images that are not, as generate does before it calls the model."""
-    outputs = {name: value for name, value in (given.get("mm_encoder_outputs") or {}).items() if value is not None}
+def _by_rule(
+    adapted: AdaptedModel, modality: str, marked: torch.Tensor, lengths: Sequence[int], call: Mapping[str, Any]
+) -> torch.Tensor:
+    """Number the images or frames of a modality by the rule of the family's row.
+
+    Args:
+        adapted: the model.
+        modality: "image" or "video".
+        marked: [B, N] bool, the modality's visual tokens.
+        lengths: of each image's or video's features.
+        call: the arguments of the model's call.
+
+    Returns:
+        [B, N] int64, -1 where `marked` is False.
+    """
+    family, ids = adapted.family, call.get("input_ids")
+    rule = family.images if modality == "image" else family.video
+    if callable(rule):
+        return checked_numbers(rule(marked, ids), marked, family.model_type)
+    if rule == "tiles":
+        return by_tiles(images_of(marked), ids)
+    if rule == "joined":
+        between = torch.nn.functional.pad(marked[:, :-2] & marked[:, 2:], (1, 1))
+        return images_of(marked | between).masked_fill(~marked, -1)
+    if rule == "runs":
+        return images_of(marked)
+    if rule == "":
+        raise ValueError(
+            f"family {family.model_type!r} has no rule for {modality}s: leave the {modality} out, or register a family "
+            "with one (docs/extending.md)"
+        )
+    return images_of(marked, lengths if modality == "image" else frames_of(adapted, lengths, marked, call))
+
+
+def _pixels_to_features(adapted: AdaptedModel, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Encode the images of a call that come as pixels, as generate does before it calls the model.
+
+    Args:
+        adapted: the model.
+        call: the arguments of its call.
+
+    Returns:
+        By modality the encoder's outputs; and the arguments that change, as `Images.changed` says.
+    """
+    outputs = {name: value for name, value in (call.get(ENCODED) or {}).items() if value is not None}
     changed: dict[str, Any] = {}
-    for modality, named in PIXELS.items():
-        pixels = next((name for name in named if given.get(name) is not None), None)
+    for modality, names in PIXELS.items():
+        pixels = next((name for name in names if call.get(name) is not None), None)
         if modality in outputs:
             if outputs[modality].last_hidden_state is None:
                 raise ValueError(
-                    "mm_encoder_outputs hold no last_hidden_state, as in generate's chunked prefill, whose chunks cut "
+                    "mm_encoder_outputs have no last_hidden_state, as in generate's chunked prefill, whose chunks cut "
                     f"images and questions: drop prefill_chunk_size, and pass features as get_{modality}_features "
                     "returns them"
                 )
         elif pixels is not None:
-            encode = getattr(adapted.model.base_model, f"get_{modality}_features")
-            names = [name for name in inspect.signature(encode).parameters if given.get(name) is not None]
-            outputs[modality] = encode(**{name: given[name] for name in names}, return_dict=True)
+            encode = getattr(adapted.model.base_model, f"get_{modality}_features", None)
+            if encode is None:
+                raise ValueError(
+                    f"{pixels} is passed, and model_type={adapted.model.config.model_type!r} has no "
+                    f"get_{modality}_features: leave it out"
+                )
+            taken = [name for name in inspect.signature(encode).parameters if call.get(name) is not None]
+            outputs[modality] = encode(**{name: call[name] for name in taken}, return_dict=True)
             changed[pixels] = None
     if changed:
-        changed["mm_encoder_outputs"] = outputs
+        changed[ENCODED] = outputs
     return {modality: outputs[modality] for modality in PIXELS if modality in outputs}, changed
 
 
@@ -154,97 +198,23 @@ def _features(outputs: Any) -> list[torch.Tensor]:
     return [part.reshape(-1, part.shape[-1]) for part in pooled]
 
 
-def feature_lengths(adapted: AdaptedModel, given: Mapping[str, Any], modality: str) -> list[int]:
+def feature_lengths(adapted: AdaptedModel, call: Mapping[str, Any], modality: str) -> list[int]:
     """Count the features of each image of a call, or of each video, as the model's own encoder gives them."""
     with torch.no_grad():
-        outputs = _encoded(adapted, given)[0].get(modality)
+        outputs = _pixels_to_features(adapted, call)[0].get(modality)
     return [] if outputs is None else [len(part) for part in _features(outputs)]
 
 
 def _require_features(marked: torch.Tensor, parts: Sequence[torch.Tensor], modality: str, cache: Any) -> None:
-    """Refuse a prompt whose visual tokens are not as many as its images' features."""
-    if (tokens := int(marked.sum())) != (there := sum(len(part) for part in parts)):
+    """Refuse a prompt that has not one visual token for each feature of its images."""
+    if (tokens := int(marked.sum())) != (length := sum(len(part) for part in parts)):
         remedy = "make the prompt with the model's own processor"
         if cache is not None and cache.get_seq_length():
             remedy += ", and pass only the images of this turn: those of earlier turns are in the KV cache"
         raise ValueError(
-            f"the prompt has {tokens} visual tokens, but its {len(parts)} {modality}(s) have {there} features: "
-            f"must be as many; {remedy}"
+            f"the prompt has {tokens} visual tokens, but its {len(parts)} {modality}(s) have {length} features: "
+            f"must be the same number; {remedy}"
         )
-
-
-def _by_tiles(marked: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """Number the images of each sample [B, N] where each is cut into tiles, which are runs of tokens.
-
-    Processors mark each tile by a token before it; an image's last tile, which shows it whole, has a marker of its own.
-    Every sample ends with such a tile, so its marker tells where images end.
-    """
-    if ids is None:
-        raise ValueError(
-            "inputs_embeds are given without input_ids: this model's images are cut into tiles, which only ids tell "
-            "apart; pass input_ids"
-        )
-    run = images_of(marked)
-    image = torch.full_like(run, -1)
-    for row, own in enumerate(run):
-        here = own >= 0
-        if not bool(here.any()):
-            continue
-        begins = torch.nonzero(here & (own != torch.nn.functional.pad(own[:-1], (1, 0), value=-1)))[:, 0]
-        marker = ids[row, (begins - 1).clamp(min=0)]
-        ends = (marker == marker[-1]).long()
-        image[row, here] = (ends.cumsum(0) - ends)[own[here]]
-    return image
-
-
-def _frames(
-    adapted: AdaptedModel, how: str, lengths: Sequence[int], marked: torch.Tensor, given: Mapping[str, Any]
-) -> list[int]:
-    """Cut each video's tokens into frames: tokens of every frame of the batch."""
-    if how == "features":
-        return list(lengths)
-    if how == "pooled":
-        vision, stride = adapted.model.config.vision_config, getattr(adapted.model.config, "spatial_pool_stride", 2)
-        side = -(-(vision.image_size // vision.patch_size) // stride)
-        sizes = [side * side] * len(lengths)
-    elif (grid := given.get("video_grid_thw")) is not None and len(grid) == len(lengths):
-        sizes = [length // int(frames) for length, frames in zip(lengths, grid[:, 0], strict=True)]
-    else:
-        sizes = _frame_sizes(lengths, marked, given.get("position_ids"))
-    frames = []
-    for length, size in zip(lengths, sizes, strict=True):
-        own = [size] * (length // size)
-        own[-1] += length - sum(own)  # a token that ends the video belongs to its last frame
-        frames += own
-    return frames
-
-
-def _frame_sizes(lengths: Sequence[int], marked: torch.Tensor, position_ids: torch.Tensor | None) -> list[int]:
-    """Read the size of each video's frames off its rotary positions: height and width begin anew with each frame."""
-    if position_ids is None or position_ids.ndim != 3:
-        raise ValueError(
-            "the frames of a video are unknown: pass video_grid_thw, or position_ids [3, batch, tokens] with the "
-            "features in mm_encoder_outputs"
-        )
-    place = position_ids[-2:].permute(1, 2, 0)[marked.to(position_ids.device)]  # [visual tokens, 2]
-    sizes, begin = [], 0
-    for length in lengths:
-        own = place[begin : begin + length]
-        again = torch.nonzero((own == own[0]).all(1))[:, 0]
-        sizes.append(int(again[1]) if len(again) > 1 else length)
-        begin += length
-    return sizes
-
-
-def _numbered(owner: torch.Tensor) -> torch.Tensor:
-    """Count each sample's images from 0, in the order of their tokens; -1 stays."""
-    image = torch.full_like(owner, -1)
-    for row, own in enumerate(owner):
-        here = torch.nonzero(own >= 0)[:, 0]
-        if len(here):
-            begins = torch.nn.functional.pad(own[here][1:] != own[here][:-1], (1, 0))
-            image[row, here] = begins.long().cumsum(0)
-    return image
 
 
 def images_of(visual: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
@@ -270,7 +240,7 @@ def images_of(visual: torch.Tensor, lengths: Sequence[int] | None = None) -> tor
 
 
 def tokens_of(image: torch.Tensor) -> list[list[int]]:
-    """Count the visual tokens of each image: per sample, as many counts as the sample with most images has.
+    """Count the visual tokens of each image: for each sample a list as long as that of the sample with most images.
 
     Args:
         image: [B, N] int64, number of the image each token belongs to, -1 for text.

@@ -1,7 +1,7 @@
-"""A processor's batch as the model takes it, and what of it is each sample's own.
+"""Move a processor's batch to the model, and name each of its samples by a hash of the sample's own inputs.
 
 Processors lay the images of all samples one after another, whole, cut into tiles or into patches. Here they are dealt
-back: each sample gets as many as its visual tokens show.
+back: each sample gets the number that its visual tokens show.
 
 Shapes: B samples, N columns, U units (images, tiles, patches or videos) of the whole batch.
 """
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from fitprune._support.host import execution_device
 from fitprune.families.adapter import AdaptedModel
 from fitprune.families.images import PIXELS, feature_lengths, images_of
 
-NOT_MEASURED = {"use_cache", "logits_to_keep"}  # of a call, what changes nothing that is measured
+NOT_MEASURED = {"use_cache", "logits_to_keep"}  # arguments of a call that change nothing that is measured
 _FOR_LOSS = {"labels", "shift_labels"}
 _PIXELS = [name for names in PIXELS.values() for name in names]
-# What else is laid image after image, or video after video; and what tells sizes.
+# What else is laid image after image, or video after video; and what has their sizes.
 _BESIDE = {"pixel_attention_mask", "batch_num_images", "second_per_grid_ts", "image_sizes_videos"}
 _SIZES = {"image": ("image_grid_thw", "spatial_shapes", "image_sizes"), "video": ("video_grid_thw",)}
 _LAID = {*_PIXELS, *_BESIDE, *_SIZES["image"], *_SIZES["video"]}
@@ -34,9 +35,7 @@ def to_model(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
     What a loss needs is left out: some processors give labels to a prompt too.
     """
-    device = model.device
-    if device.type == "meta":  # its first weights are offloaded: accelerate says where it runs
-        device = getattr(getattr(model, "_hf_hook", None), "execution_device", device)
+    device = execution_device(model)
 
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -50,8 +49,9 @@ def input_digests(adapted: AdaptedModel, batch: Mapping[str, Any]) -> list[str]:
     """Name each sample by a hash of its own inputs, whatever the batch around it.
 
     Its own are its ids without padding, its images and videos, and what the processor says of them; zeros that only
-    fill up a batch are cut off. Where an input cannot be dealt to the samples, all of it enters, and the sample's place
-    in the batch: such a sample has another name in another batch, and no two of one batch have the same.
+    fill up a batch are cut off. Where an input cannot be dealt to the samples, all of it enters the hash, and the
+    sample's place in the batch too: such a sample has another name in another batch, and no two of one batch have the
+    same.
     """
     inputs = {name: value for name, value in batch.items() if name not in NOT_MEASURED | _FOR_LOSS}
     inputs = {name: _as_tensor(value) for name, value in inputs.items() if value is not None}
@@ -84,7 +84,7 @@ class _Dealer:
 
     Args:
         adapted: the model.
-        inputs: what the processor made, less ids and mask.
+        inputs: what the processor made, without ids and mask.
         ids: [B, N].
         valid: [B, N] bool, False at padding.
     """
@@ -96,7 +96,7 @@ class _Dealer:
         self._lengths: dict[str, list[int]] = {}
 
     def deal(self, name: str) -> Sequence[Any] | None:
-        """Give each sample's part of an input; None where nothing says whose it is."""
+        """Give each sample's part of an input; None where nothing says which sample it belongs to."""
         value = self.inputs[name]
         if isinstance(value, (bool, int, float, str)) or (isinstance(value, torch.Tensor) and not value.ndim):
             return [value] * len(self.ids)
@@ -106,7 +106,7 @@ class _Dealer:
             return [value[..., row, keep] for row, keep in enumerate(self.valid)]
         modality = "video" if "video" in name or name == "second_per_grid_ts" else "image"
         sized = [size for size in _SIZES[modality] if size in self.inputs]
-        # Some processors give each sample as many tiles as the one with most has.
+        # Some processors fill every sample up to the tiles of the one with most.
         by_sample = self.adapted.family.images == "tiles" and modality == "image" and self._dimensions == 5
         if (by_sample or name not in _LAID) and len(value) == len(self.ids):
             parts: Sequence[torch.Tensor] = torch.split(value, 1)
@@ -123,13 +123,13 @@ class _Dealer:
         return max((self.inputs[name].ndim for name in PIXELS["image"] if name in self.inputs), default=0)
 
     def _counts(self, modality: str, sized: Sequence[str], units: int) -> list[int] | None:
-        """Count each sample's units; None where they do not come out even, whatever is known of their sizes."""
+        """Count each sample's units; None where no known sizes of units fall on whole samples."""
         marked = self._marked(modality)
         tokens = marked.sum(1).tolist()
         if sum(map(bool, tokens)) == 1:
             return [units if own else 0 for own in tokens]
         for sizes in self._sizes(modality, sized, marked, units):
-            if len(sizes) == units and (counts := _come_out(sizes, tokens)) is not None:
+            if len(sizes) == units and (counts := _whole_units(sizes, tokens)) is not None:
                 return counts
         return None
 
@@ -140,13 +140,13 @@ class _Dealer:
         return next((own for own in marked if bool(own.any())), marked[-1])
 
     def _sizes(self, modality: str, sized: Sequence[str], marked: torch.Tensor, units: int) -> Iterator[list[int]]:
-        """Say of how many tokens each unit is, or in which proportion: surest first, and what costs most last."""
+        """Give the tokens of each unit, or their proportions: the surest way first, the most expensive one last."""
         tokens = marked.sum(1)
         known = bool(self.adapted.family.model_type)
         yield tokens[tokens > 0].tolist()  # where there are no more units than samples, each has one
         for name in sized:
             value = self.inputs[name]
-            # Sizes of images that are cut into tiles tell tokens only to the model.
+            # From the sizes of images that are cut into tiles only the model can count tokens.
             if getattr(value, "ndim", 0) == 2 and (name != "image_sizes" or (known and self._dimensions == 4)):
                 yield value.prod(1).tolist()
         if units % max(int(tokens.sum()), 1) == 0 or (known and not sized):  # patches; tiles, or images of one size
@@ -154,13 +154,13 @@ class _Dealer:
         runs = images_of(marked)
         yield torch.cat([own[own >= 0].bincount() for own in runs]).tolist()
         if modality not in self._lengths:
-            given = to_model({"input_ids": self.ids, **self.inputs}, self.adapted.model)
-            self._lengths[modality] = feature_lengths(self.adapted, given, modality)
+            call = to_model({"input_ids": self.ids, **self.inputs}, self.adapted.model)
+            self._lengths[modality] = feature_lengths(self.adapted, call, modality)
         yield self._lengths[modality]
 
 
-def _come_out(sizes: list[int], tokens: list[int]) -> list[int] | None:
-    """Count the units that each sample's tokens are of, if all come out even.
+def _whole_units(sizes: list[int], tokens: list[int]) -> list[int] | None:
+    """Count the units that each sample's tokens belong to; None unless every sample has whole units.
 
     Args:
         sizes: of each unit, in tokens or in proportion to them.
@@ -172,13 +172,13 @@ def _come_out(sizes: list[int], tokens: list[int]) -> list[int] | None:
         return None
     ends = np.concatenate([[0], unit.cumsum()]) * total
     wanted = np.concatenate([[0], sample.cumsum()]) * size
-    found = ends.searchsorted(wanted)
-    counts: list[int] = np.diff(found).tolist()
-    return counts if (ends[found] == wanted).all() else None
+    places = ends.searchsorted(wanted)
+    counts: list[int] = np.diff(places).tolist()
+    return counts if (ends[places] == wanted).all() else None
 
 
 def _without_filling(part: torch.Tensor) -> torch.Tensor:
-    """Cut zeros off the end of every axis but the first: what makes one tensor of images of different sizes."""
+    """Cut zeros off the end of every axis but the first: they fill images of different sizes up to one tensor."""
     for axis in range(1, part.ndim):
         other = [n for n in range(part.ndim) if n != axis]
         last = (part != 0).sum(other).nonzero()
@@ -187,7 +187,7 @@ def _without_filling(part: torch.Tensor) -> torch.Tensor:
 
 
 def _update(digest: Any, name: str, value: Any) -> None:
-    """Add a value with its name, and a tensor's shape; square images stand without, their bytes tell it."""
+    """Add a value to a hash, with its name and a tensor's shape; a square image needs none beside its bytes."""
     if isinstance(value, Mapping):
         for key in sorted(value):
             _update(digest, f"{name}.{key}", value[key])

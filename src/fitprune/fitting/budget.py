@@ -1,17 +1,23 @@
-"""Budgets: what a user asks for, what each counts, and whether counts meet it."""
+"""Budgets: what a user asks for, what each kind counts, and whether counts meet it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import reprlib
 from collections.abc import Sequence
-from numbers import Real
+from typing import Any, Literal, get_args, overload
 
+from fitprune._support import checked
+from fitprune._support.messages import short
 from fitprune.costs import flops
+from fitprune.costs.counts import Counts
 from fitprune.costs.latency import LatencyProfile
 from fitprune.costs.sizes import DecoderSizes
-from fitprune.fitting import few_layers
+
+Kind = Literal[
+    "flops_reduction", "kv_cache_reduction", "mean_visual_tokens", "tolerance", "prefill_latency_reduction"
+]  # fmt: skip
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class OutOfReach(ValueError):
@@ -20,9 +26,9 @@ class OutOfReach(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What the user asks for: a kind that `measured` can evaluate, and its value; for a latency, on which device."""
+    """What the user asks for: a kind, its value and, for a latency, the profile of the device."""
 
-    kind: str
+    kind: Kind
     value: float
     profile: LatencyProfile | None = None
 
@@ -33,49 +39,21 @@ class Budget:
         kept: Sequence[float],
         entering: Sequence[float] | None = None,
     ) -> float:
-        """Evaluate this kind of budget for `kept` tokens after each layer. More removal never moves it backwards.
+        """Evaluate this kind of budget for `kept` tokens after each layer. More removal never moves it away from met.
 
-        `entering` are the tokens that enter each layer, where some leave between layers.
+        `entering` are the tokens that enter each layer, where some leave between layers. Counts are fractional while a
+        tolerance is searched; the arithmetic is the same as for whole ones.
         """
-        before = [visual_tokens, *kept[:-1]]
-        entering = before if entering is None else entering
+        counts = Counts(visual_tokens, kept, entering or ())  # type: ignore[arg-type]
         if self.kind == "mean_visual_tokens":
-            return sum(entering) / len(entering)
+            return sum(counts.entering) / len(counts.entering)
         if self.kind == "kv_cache_reduction":
-            cached = [entering[layer] for layer in decoder.attention_layers]
+            cached = [counts.entering[layer] for layer in decoder.attention_layers]
             return 1 - sum(cached) / len(cached) / visual_tokens
         if self.profile is not None:
             spent = self.profile.prefill_seconds(visual_tokens, kept, entering)
             return 1 - spent / self.profile.dense_seconds(visual_tokens)
-        removed = [a - b for a, b in zip(entering, kept, strict=True)]
-        between = [a - b for a, b in zip(before, entering, strict=True)]
-        # Counts are fractional while a tolerance is searched; the arithmetic is the same as for whole ones.
-        return flops.visual_flops_reduction(decoder, visual_tokens, removed, between)  # type: ignore[arg-type]
-
-    def prices(self, decoder: DecoderSizes, visual_tokens: int) -> few_layers.Prices:
-        """Write the budget as a sum over layers: `met_by(measured(...))` where no more than the limit is spent."""
-        if self.kind == "flops_reduction":
-            dense = flops.visual_macs(decoder, visual_tokens, [0] * decoder.layers)
-            return few_layers.Prices(
-                lambda layer, count: decoder.mixer_macs(layer, count, projected=0),
-                lambda layer, count: decoder.mixer_macs(layer, 0, projected=count) + count * decoder.mlp_macs(layer),
-                (1 - self.value) * dense,
-            )
-        if (profile := self.profile) is not None:
-            text, tokens_at = profile.text_tokens, profile.seconds_at
-            allowed = (1 - self.value) * profile.dense_seconds(visual_tokens) - profile.outside_seconds
-            return few_layers.Prices(
-                # What a layer takes for the text alone is in both, and cannot be saved.
-                lambda _, count: tokens_at(profile.mixer_seconds, count + text),
-                lambda _, count: tokens_at(profile.mlp_seconds, count + text),
-                allowed,
-            )
-        if self.kind == "kv_cache_reduction":
-            caching = set(decoder.attention_layers)
-            limit = (1 - self.value) * len(caching) * visual_tokens
-            entering = lambda layer, count: count if layer in caching else 0  # noqa: E731
-            return few_layers.Prices(entering, lambda layer, count: 0, limit)
-        return few_layers.Prices(lambda layer, count: count, lambda layer, count: 0, self.value * decoder.layers)
+        return flops.visual_flops_reduction(decoder, visual_tokens, counts.removed, counts.before)
 
     def met_by(self, measured: float) -> bool:
         """Say whether the budget is met, to within floating-point noise."""
@@ -84,38 +62,56 @@ class Budget:
         return measured >= self.value - 1e-12
 
 
-def one_budget(*, profile: LatencyProfile | None = None, **given: float | None) -> Budget:
-    """Pick the one stated budget and check its range."""
-    stated = {kind: value for kind, value in given.items() if value is not None}
-    if len(stated) != 1:
-        raise ValueError(
-            f"{len(stated)} budgets stated ({', '.join(stated) or 'none'}): state exactly one of {sorted(given)}"
-        )
-    kind, value = next(iter(stated.items()))
-    return checked_budget(kind, value, profile)
+@overload
+def budget_from(*, profile: LatencyProfile | None = None, **values: float | None) -> Budget: ...
+@overload
+def budget_from(*, profile: LatencyProfile | None = None, **values: Any) -> Budget | list[Budget]: ...
+def budget_from(*, profile: LatencyProfile | None = None, **values: Any) -> Budget | list[Budget]:
+    """Read the one budget that is passed, as in `budget_from(flops_reduction=0.6)`.
 
+    Args:
+        profile: of the device, for a latency alone.
+        **values: one of KINDS with its value, or with a list of values; the others may be None.
 
-def checked_budget(kind: str, value: float, profile: LatencyProfile | None = None) -> Budget:
-    """Make a budget, its value in range.
+    Returns:
+        A budget, or for a list of values a list of budgets.
 
     Raises:
-        ValueError: the value is no number or outside the kind's range; a latency has no profile, or another kind one.
+        ValueError: none is passed or several, a list is empty, or as for `checked_budget`.
     """
-    if (kind == "prefill_latency_reduction") != (profile is not None):
-        what = (
-            "needs a profile: make it with 'fitprune profile'" if profile is None else "needs no profile: leave it out"
+    passed = {kind: value for kind, value in values.items() if value is not None}
+    if len(passed) != 1:
+        raise ValueError(
+            f"{len(passed)} budgets stated ({', '.join(passed) or 'none'}): pass exactly one of "
+            f"{', '.join(values or KINDS)}"
         )
-        raise ValueError(f"{kind}={reprlib.repr(value)}: {what}")
-    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= 1e18:
-        raise ValueError(f"{kind}={reprlib.repr(value)}: must be a finite number")
+    [(kind, value)] = passed.items()
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return checked_budget(kind, value, profile)
+    if not value:
+        raise ValueError(f"{kind}={value}: must hold at least one value; pass a number or a list of numbers")
+    return [checked_budget(kind, one, profile, name=f"{kind}[{place}]") for place, one in enumerate(value)]
+
+
+def checked_budget(kind: str, value: Any, profile: LatencyProfile | None = None, *, name: str | None = None) -> Budget:
+    """Make a budget, or say what is wrong with its value (`name` in errors) or profile, which latencies alone have."""
+    if kind not in KINDS:
+        raise ValueError(f"budget {short(kind)}: must be one of {', '.join(KINDS)}")
+    stated = f"{name or kind}={short(value)}"
+    if (kind == "prefill_latency_reduction") != (profile is not None):
+        what = "a profile: make it with 'fitprune profile'" if profile is None else "no profile: leave it out"
+        raise ValueError(f"{stated}: needs {what}")
     if profile is not None and not isinstance(profile, LatencyProfile):
         raise ValueError(f"profile is a {type(profile).__name__}: must be a LatencyProfile, as of LatencyProfile.load")
+    checked.number(name or kind, value)
+    if abs(value) > 1e18:
+        raise ValueError(f"{stated}: must be a finite number")
     if kind.endswith("_reduction") and not 0 <= value < 1:
-        raise ValueError(f"{kind}={value}: must be at least 0 and below 1 (a fraction, not percent)")
-    if kind == "tolerance" and not 0 <= value <= 1:
-        raise ValueError(f"tolerance={value}: must be between 0 and 1")
+        raise ValueError(f"{stated}: must be at least 0 and below 1 (a fraction, not percent)")
+    if kind == "tolerance":
+        checked.fraction(name or kind, value)
     if kind == "mean_visual_tokens" and value <= 0:
-        raise ValueError(f"mean_visual_tokens={value}: must be above 0")
+        raise ValueError(f"{stated}: must be above 0")
     return Budget(kind, float(value), profile)
 
 

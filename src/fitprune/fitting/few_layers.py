@@ -1,10 +1,10 @@
-"""Fewer layers that remove: the schedule of at most so many removals that loses the least attention at equal budget.
+"""Fewer layers that remove: the schedule of at most n removals that loses the least attention at equal budget.
 
 A fitted recipe removes a few tokens at nearly every layer, and each such layer costs time: its tokens are scored and
 gathered. `merge_layers` chooses the layers that go on removing and how many tokens are left after each, exactly up to
 the rounding of costs, by dynamic programming over saved statistics.
 
-Symbols: P layers that tokens may leave (`DecoderSizes.prunable`), L layers, n visual tokens, S samples.
+Legend: P layers that tokens may leave (`DecoderSizes.prunable`), L layers, n visual tokens, S samples, C counts tried.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fitprune.costs import flops
+from fitprune.costs.sizes import DecoderSizes
+from fitprune.fitting.budget import Budget
 from fitprune.fitting.stats import AttentionStats
 from fitprune.recipes import rounding
 
@@ -37,13 +40,41 @@ class Prices:
     limit: float
 
 
+def prices_of(budget: Budget, decoder: DecoderSizes, visual_tokens: int) -> Prices:
+    """Write a budget as a sum over layers: `met_by(measured(...))` where no more than the limit is spent."""
+    if budget.kind == "flops_reduction":
+        dense = flops.visual_macs(decoder, visual_tokens, [0] * decoder.layers)
+        return Prices(
+            lambda layer, count: decoder.mixer_macs(layer, count, projected=0),
+            lambda layer, count: decoder.mixer_macs(layer, 0, projected=count) + count * decoder.mlp_macs(layer),
+            (1 - budget.value) * dense,
+        )
+    if (profile := budget.profile) is not None:
+        text, seconds_at = profile.text_tokens, profile.seconds_at
+        allowed = (1 - budget.value) * profile.dense_seconds(visual_tokens) - profile.outside_seconds
+        return Prices(
+            # What a layer takes for the text alone is in both, and cannot be saved.
+            lambda _, count: seconds_at(profile.mixer_seconds, count + text),
+            lambda _, count: seconds_at(profile.mlp_seconds, count + text),
+            allowed,
+        )
+    if budget.kind == "kv_cache_reduction":
+        caching = set(decoder.attention_layers)
+        limit = (1 - budget.value) * len(caching) * visual_tokens
+        return Prices(lambda layer, count: count if layer in caching else 0, lambda layer, count: 0, limit)
+    return Prices(lambda layer, count: count, lambda layer, count: 0, budget.value * decoder.layers)
+
+
 def lost_attention(stats: AttentionStats, visual_tokens: int) -> torch.Tensor:
-    """Look up what a layer loses when an earlier one chose who stays.
+    """Measure what a layer loses when an earlier one chose the tokens that stay.
+
+    Args:
+        stats: of the calibration samples.
+        visual_tokens: n, the image size that counts are of; each sample keeps its own share.
 
     Returns:
         [P, L, n + 1] fp32: the share of layer l's received attention that falls on tokens outside of the c that the
         p-th prunable layer ranks highest, the larger one of self and cross, mean over samples; 0 before that layer.
-        Counts c are of n = `visual_tokens`, each sample keeping its own share.
     """
     starts, longest = stats.model.decoder.prunable, max(stats.visual_tokens)
     lost = torch.zeros(len(starts), stats.model.decoder.layers, visual_tokens + 1, dtype=torch.float64)
@@ -66,11 +97,12 @@ def lost_attention(stats: AttentionStats, visual_tokens: int) -> torch.Tensor:
         for p, start in enumerate(starts):
             worst = torch.zeros(())
             for attention in (self_attention[start:], cross_attention[start:]):
-                held = attention.gather(2, order[start].expand_as(attention)).cumsum(2)
-                total = held[..., -1:]
-                held = torch.cat([torch.zeros_like(total), held], 2).gather(2, kept.expand(len(held), -1, -1))
+                kept_share = attention.gather(2, order[start].expand_as(attention)).cumsum(2)
+                total = kept_share[..., -1:]
+                kept_share = torch.cat([torch.zeros_like(total), kept_share], 2)
+                kept_share = kept_share.gather(2, kept.expand(len(kept_share), -1, -1))
                 # A layer that measured no attention (a linear one) loses none.
-                worst = torch.maximum(worst, torch.where(total > 0, 1 - held / total, 0))
+                worst = torch.maximum(worst, torch.where(total > 0, 1 - kept_share / total, 0))
             lost[p, start:] += worst.sum(1)
     return (lost / len(stats)).float()
 
@@ -103,58 +135,108 @@ def merge_layers(
     Returns:
         Tokens left after each layer, and the sum of extra losses.
     """
-    layers, n = lost.shape[1], lost.shape[2] - 1
-    count = _levels(kept, n, levels)
-    own = torch.zeros(layers)  # what `kept` loses at each layer
+    problem = _Problem.of(kept, lost, prices, starts, levels, buckets)
+    return _trace_back(problem, _least_losses(problem, at_most))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What removals lose and cost.
+
+    Attributes:
+        starts: [P] the layers that may remove.
+        counts: [C] tokens that a removal may leave, falling.
+        visual_tokens: n.
+        loss_before: [P, L + 1, C] extra loss of all layers before one, where the p-th of `starts` leaves a count.
+        cost_before: [L + 1, C] cost of all layers before one, with a count left from the first on.
+        dense_before: [L + 1] the same where nothing is removed.
+        unit: cost of a bucket.
+        buckets: what may be spent in all.
+    """
+
+    starts: Sequence[int]
+    counts: list[int]
+    visual_tokens: int
+    loss_before: torch.Tensor
+    cost_before: torch.Tensor
+    dense_before: torch.Tensor
+    unit: float
+    buckets: int
+
+    @classmethod
+    def of(
+        cls, kept: Sequence[int], lost: torch.Tensor, prices: Prices, starts: Sequence[int], levels: int, buckets: int
+    ) -> _Problem:
+        layers, n = lost.shape[1], lost.shape[2] - 1
+        counts = _levels(kept, n, levels)
+        own_loss = torch.zeros(layers)  # of `kept`, at each layer
+        for p, layer in enumerate(starts):
+            own_loss[layer] = lost[p, layer, kept[layer]]
+        extra = (lost[:, :, counts] - own_loss[:, None]).clamp_(min=0)
+        # A count costs from the layer that leaves it up to the next that removes, which it enters: one sum has both.
+        entering = [[prices.entering(layer, count) for count in (*counts, n)] for layer in range(layers)]
+        left = [[prices.left(layer, count) for count in (*counts, n)] for layer in range(layers)]
+        cost = _sums_before(torch.tensor(left, dtype=torch.float64), 0)
+        cost += torch.tensor([*entering, [0.0] * (len(counts) + 1)], dtype=torch.float64).cumsum(0)
+        cost, dense = cost[:, :-1], cost[:, -1]
+        slack = max(prices.limit - float(dense[starts[0]]), 0.0)  # up to the first removal nothing can be saved
+        return cls(starts, counts, n, _sums_before(extra, 1), cost, dense, max(slack, 1e-30) / buckets, buckets)
+
+    def in_buckets(self, cost: torch.Tensor) -> torch.Tensor:
+        """Round costs up to whole buckets; one more than there are for what is too much."""
+        return torch.ceil(cost / self.unit - 1e-11).clamp_(max=self.buckets + 1).long()
+
+
+def _least_losses(problem: _Problem, at_most: int) -> torch.Tensor:
+    """Solve for every last removal.
+
+    Args:
+        problem: the problem.
+        at_most: layers that may remove.
+
+    Returns:
+        [removals, P, C, 2 + buckets]: element [j, p, i, 1 + b] is the least loss of the layers before starts[p], which
+        is the removal after j others and leaves counts[i], at a cost of at most b buckets. Place 0 is what costs too
+        much.
+    """
+    starts, cost, dense = problem.starts, problem.cost_before, problem.dense_before
+    least = torch.full((min(at_most, len(starts)), len(starts), cost.shape[1], problem.buckets + 2), torch.inf)
+    places = torch.arange(1, problem.buckets + 2)
     for p, layer in enumerate(starts):
-        own[layer] = lost[p, layer, kept[layer]]
-    extra = (lost[:, :, count] - own[:, None]).clamp_(min=0)
-    loss = _sums_before(extra, 1)  # [P, layers + 1, levels], of all layers before one
+        dense_cost = problem.in_buckets(dense[layer] - dense[starts[0]])
+        least[0, p, :, 1:] = torch.where(places > dense_cost, 0.0, torch.inf)
+        by_last_count = torch.full((len(least) - 1, cost.shape[1], problem.buckets + 1), torch.inf)
+        for last in range(p):  # the removal before
+            spent = problem.in_buckets(cost[layer] - cost[starts[last]])
+            places_before = (places - spent[:, None]).clamp_(min=0)
+            best = by_last_count[: last + 1]  # the p-th layer that may remove has at most p removals before it
+            through_last = least[: len(best), last].gather(2, places_before.expand(len(best), -1, -1))
+            torch.minimum(best, through_last.add_(problem.loss_before[last, layer, :, None]), out=best)
+        least[1:, p, 1:, 1:] = by_last_count.cummin(1).values[:, :-1]  # counts fall: the last was any larger one
+    return least
 
-    # A count costs from the layer that leaves it up to the next that removes, which it enters: one sum has both.
-    entering = [[prices.entering(layer, c) for c in (*count, n)] for layer in range(layers)]
-    left = [[prices.left(layer, c) for c in (*count, n)] for layer in range(layers)]
-    cost = _sums_before(torch.tensor(left, dtype=torch.float64), 0)
-    cost += torch.tensor([*entering, [0.0] * (len(count) + 1)], dtype=torch.float64).cumsum(0)
-    cost, dense = cost[:, :-1], cost[:, -1]
-    slack = max(prices.limit - float(dense[starts[0]]), 0.0)  # up to the first removal nothing can be saved
-    unit = max(slack, 1e-30) / buckets
 
-    def used(spent: torch.Tensor) -> torch.Tensor:
-        return torch.ceil(spent / unit - 1e-11).clamp_(max=buckets + 1).long()
+def _trace_back(problem: _Problem, least: torch.Tensor) -> tuple[list[int], float]:
+    """Follow the best schedule from its end; give the tokens left after each layer, and its loss."""
+    starts, cost, layers = problem.starts, problem.cost_before, len(problem.cost_before) - 1
 
-    # best[j, p, i, 1 + b]: least loss of the layers before starts[p], which is the removal after j others and leaves
-    # count[i], at a cost of at most b. Place 0 is what costs too much.
-    best = torch.full((min(at_most, len(starts)), len(starts), len(count), buckets + 2), torch.inf)
-    places = torch.arange(1, buckets + 2)
-    for p, layer in enumerate(starts):
-        best[0, p, :, 1:] = torch.where(places > used(dense[layer] - dense[starts[0]]), 0.0, torch.inf)
-        came = torch.full((len(best) - 1, len(count), buckets + 1), torch.inf)
-        for before in range(p):
-            spent = used(cost[layer] - cost[starts[before]])
-            at = (places - spent[:, None]).clamp_(min=0)
-            reach = came[: before + 1]  # the p-th prunable layer has at most p removals before it
-            moved = best[: len(reach), before].gather(2, at.expand(len(reach), -1, -1))
-            torch.minimum(reach, moved.add_(loss[before, layer, :, None]), out=reach)
-        best[1:, p, 1:, 1:] = came.cummin(1).values[:, :-1]  # counts fall: the one before was any larger one
+    def ending(others: int, end: int, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[P, C]: the least loss before layer `end` with a last removal after `others`, and the place before that."""
+        spent = problem.in_buckets((cost[end] - cost[torch.tensor(starts)]).clamp_(min=0))
+        places = (place - spent).clamp_(min=0)
+        return least[others].gather(2, places[..., None])[..., 0] + problem.loss_before[:, end], places
 
-    def through(j: int, layer: int, place: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[P, levels]: the least loss before `layer` with j removals before the last, and places before that."""
-        spent = used((cost[layer] - cost[torch.tensor(starts)]).clamp_(min=0))
-        at = (place - spent).clamp_(min=0)
-        return best[j].gather(2, at[..., None])[..., 0] + loss[:, layer], at
-
-    ends = [through(j, layers, buckets + 1)[0] for j in range(len(best))]
-    j = min(range(len(best)), key=lambda j: float(ends[j].min()))
-    total = float(ends[j].min())
-    merged, end, place, lower = [n] * layers, layers, buckets + 1, len(count)
-    while j >= 0:
-        losses, at = through(j, end, place)
-        allowed = losses[: sum(start < end for start in starts), :lower]
-        p, lower = divmod(int(allowed.argmin()), allowed.shape[1])
-        merged[starts[p] : end] = [count[lower]] * (end - starts[p])
-        end, place, j = starts[p], int(at[p, lower]), j - 1
-    return merged, total
+    losses = [float(ending(others, layers, problem.buckets + 1)[0].min()) for others in range(len(least))]
+    others = losses.index(min(losses))
+    total = losses[others]
+    kept, end, place, count = [problem.visual_tokens] * layers, layers, problem.buckets + 1, len(problem.counts)
+    while others >= 0:
+        candidates, places = ending(others, end, place)
+        candidates = candidates[: sum(start < end for start in starts), :count]
+        p, count = divmod(int(candidates.argmin()), candidates.shape[1])
+        kept[starts[p] : end] = [problem.counts[count]] * (end - starts[p])
+        end, place, others = starts[p], int(places[p, count]), others - 1
+    return kept, total
 
 
 def _sums_before(values: torch.Tensor, dim: int) -> torch.Tensor:

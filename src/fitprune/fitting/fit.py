@@ -1,9 +1,9 @@
 """`fit`: from saved statistics and a budget to a recipe. No model, no GPU; one measurement serves every budget.
 
 The fit searches one number, the tolerance: the share of received attention that each layer may lose. For a tolerance,
-`_Simulation` walks through the layers of every sample and counts what could leave; the search finds the least tolerance
-that meets the budget; what the last step overshoots is given back token by token. Where few layers may remove, the fit
-is then merged (`merging`) at equal budget.
+`walk.Simulation` walks through the layers of every sample and counts what could leave; the search finds the least
+tolerance that meets the budget; what the last step overshoots is given back token by token. Where few layers may
+remove, the fit is then merged to them (`few_layers`) at equal budget.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ from __future__ import annotations
 import bisect
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
+from fitprune._support import checked
+from fitprune._support.messages import short
+from fitprune.costs.counts import Counts
 from fitprune.costs.latency import LatencyProfile
-from fitprune.costs.sizes import DecoderSizes
+from fitprune.costs.sizes import MOST_TOKENS
 from fitprune.fitting import few_layers
-from fitprune.fitting.budget import Budget, one_budget, require_possible
+from fitprune.fitting.budget import Budget, budget_from, require_possible
+from fitprune.fitting.leftover import between, give_back
 from fitprune.fitting.stats import AttentionStats
+from fitprune.fitting.walk import Simulation
 from fitprune.recipes import rounding
 from fitprune.recipes.recipe import PruningRecipe
 
 TOLERANCE_STEP = 1e-3  # the search ends when feasible and infeasible tolerance are this close
-MOST_LOST = 500_000_000  # entries of `few_layers.lost_attention`, 12 bytes each while it is made
-_CHUNK = 32  # samples simulated at a time: their working set stays in the processor's cache
+MOST_LOST = 500_000_000  # entries of `few_layers.lost_attention`, 12 bytes each while it is computed
 
 
+@overload
 def fit(
     stats: AttentionStats,
     *,
@@ -41,11 +45,37 @@ def fit(
     profile: LatencyProfile | None = None,
     visual_tokens: int | None = None,
     max_removal_layers: int | None = None,
-) -> PruningRecipe:
+) -> PruningRecipe: ...
+@overload
+def fit(
+    stats: AttentionStats,
+    *,
+    flops_reduction: Sequence[float] | None = None,
+    kv_cache_reduction: Sequence[float] | None = None,
+    mean_visual_tokens: Sequence[float] | None = None,
+    tolerance: Sequence[float] | None = None,
+    prefill_latency_reduction: Sequence[float] | None = None,
+    profile: LatencyProfile | None = None,
+    visual_tokens: int | None = None,
+    max_removal_layers: int | None = None,
+) -> list[PruningRecipe]: ...
+def fit(
+    stats: AttentionStats,
+    *,
+    flops_reduction: float | Sequence[float] | None = None,
+    kv_cache_reduction: float | Sequence[float] | None = None,
+    mean_visual_tokens: float | Sequence[float] | None = None,
+    tolerance: float | Sequence[float] | None = None,
+    prefill_latency_reduction: float | Sequence[float] | None = None,
+    profile: LatencyProfile | None = None,
+    visual_tokens: int | None = None,
+    max_removal_layers: int | None = None,
+) -> Any:
     """Fit the recipe that meets a budget at the least loss of attention.
 
-    State exactly one budget. It is met for images of `visual_tokens`, and missed by less than one token in one layer;
-    with `max_removal_layers`, in one run of layers that keep as many.
+    Pass exactly one budget: a number, or a list of numbers for a recipe each. It is met for images of `visual_tokens`,
+    and missed by less than one token in one layer; with `max_removal_layers`, in one run of layers that keep the same
+    number. Budgets of a list share the tolerances tried, so a recipe may differ by a token from one fitted alone.
 
     Args:
         stats: from `measure`.
@@ -62,8 +92,9 @@ def fit(
             (`few_layers.merge_layers`); one within a tolerance, at equal visual FLOPs.
 
     Returns:
-        The recipe; its provenance holds budget, tolerance, what was reached, and the number of samples; if asked for,
-        `max_removal_layers` and the `extra_loss` of attention that merging to them takes, before rounding.
+        The recipe, or for a list of values a list of recipes. Its provenance holds budget, tolerance, what was reached,
+        and the number of samples; with `max_removal_layers`, also that and the `extra_loss` of attention that merging
+        takes, before rounding.
 
     Raises:
         ValueError: no budget or several, a value out of range, a budget that no removal can meet (the message says
@@ -73,7 +104,8 @@ def fit(
     left (one measurement serves every budget; `fit_sequential` is their procedure), the last feasible tolerance is kept
     instead of the last tried, and the tolerance is searched to 0.001 instead of 0.01.
     """
-    budget = one_budget(
+    return Fitter(stats, visual_tokens=visual_tokens).fit(
+        max_removal_layers=max_removal_layers,
         flops_reduction=flops_reduction,
         kv_cache_reduction=kv_cache_reduction,
         mean_visual_tokens=mean_visual_tokens,
@@ -81,11 +113,17 @@ def fit(
         prefill_latency_reduction=prefill_latency_reduction,
         profile=profile,
     )
-    return Fitter(stats, visual_tokens=visual_tokens).fit(budget, max_removal_layers)
 
 
 class Fitter:
-    """Fits several budgets from one set of statistics, sorting once and sharing every tolerance tried."""
+    """Fits any number of budgets from one set of statistics, sorting once and sharing every tolerance tried.
+
+    `Fitter(stats).fit(flops_reduction=0.6)` takes the budgets of `fit`, in any number of calls.
+
+    Args:
+        stats: from `measure`.
+        visual_tokens: as for `fit`.
+    """
 
     def __init__(self, stats: AttentionStats, *, visual_tokens: int | None = None) -> None:
         if not isinstance(stats, AttentionStats):
@@ -93,20 +131,23 @@ class Fitter:
         if len(stats) == 0:
             raise ValueError("stats holds no sample: measure at least one")
         if visual_tokens is not None:
-            rounding.require_tokens("visual_tokens", visual_tokens, 1)
+            checked.whole("visual_tokens", visual_tokens, 1, MOST_TOKENS)
         self.stats = stats
         self.model = stats.model
         self.visual_tokens = visual_tokens or stats.usual_visual_tokens
-        self._simulation = _Simulation(stats)
+        self._simulation = Simulation(stats)
         self._drawn: torch.Tensor | None = None  # all samples, each once
         self._tried: dict[float, list[float]] = {}
         self._lost: torch.Tensor | None = None
 
     def resampled(self, samples: Sequence[int]) -> Fitter:
-        """Make a fitter of a draw of the samples, by index and as often as drawn.
+        """Make a fitter of a draw of the samples.
 
         Walks of all samples are shared by all fitters; a draw of fewer than half walks its own samples alone. So a
         thousand draws cost little more than one fit.
+
+        Args:
+            samples: indices, each as often as drawn.
 
         Raises:
             ValueError: `samples` is empty.
@@ -117,13 +158,32 @@ class Fitter:
         other._drawn, other._tried, other._lost = torch.tensor(samples), {}, None
         return other
 
-    def fit(self, budget: Budget, max_removal_layers: int | None = None) -> PruningRecipe:
-        """Fit one budget; see `fit`."""
+    @overload
+    def fit(self, budget: Budget, max_removal_layers: int | None = None) -> PruningRecipe: ...
+    @overload
+    def fit(self, budget: None = None, max_removal_layers: int | None = None, **budgets: Any) -> Any: ...
+    def fit(self, budget: Budget | None = None, max_removal_layers: int | None = None, **budgets: Any) -> Any:
+        """Fit one budget, or a list of them.
+
+        Args:
+            budget: of `budget_from`; None where it is passed by keyword.
+            max_removal_layers: as for `fit`.
+            **budgets: the budget and `profile`, as for `fit`.
+
+        Returns:
+            The recipe, or for a list of values a list of recipes.
+        """
+        wanted = budget or budget_from(**budgets)
         if max_removal_layers is not None and (type(max_removal_layers) is not int or max_removal_layers < 1):
             raise ValueError(
-                f"max_removal_layers={max_removal_layers!r}: must be an integer of at least 1; leave it out to remove "
-                "at every layer"
+                f"max_removal_layers={short(max_removal_layers)}: must be an integer of at least 1; leave it out to "
+                "remove at every layer"
             )
+        if isinstance(wanted, list):
+            return [self._fit(one, max_removal_layers) for one in wanted]
+        return self._fit(wanted, max_removal_layers)
+
+    def _fit(self, budget: Budget, max_removal_layers: int | None) -> PruningRecipe:
         if budget.profile is not None:
             self.model.require_same(budget.profile.model, what="the statistics, by the latency profile,")
             max_removal_layers = max_removal_layers or max(4, -(-self.model.decoder.layers // 4))
@@ -142,8 +202,8 @@ class Fitter:
             provenance |= {"max_removal_layers": max_removal_layers, "extra_loss": extra}
         if budget.kind != "tolerance":
             provenance["reached"] = budget.measured(self.model.decoder, self.visual_tokens, kept)
-        keep = tuple(count / self.visual_tokens for count in kept)
-        return PruningRecipe(keep, self.model, self.visual_tokens, provenance)
+        counts = Counts(self.visual_tokens, tuple(kept))
+        return PruningRecipe.from_counts(counts, self.model, provenance=provenance)
 
     def _fitted(self, budget: Budget) -> tuple[float, list[int]]:
         """Find the tolerance, and the tokens left after each layer."""
@@ -169,13 +229,13 @@ class Fitter:
                     feasible = middle
                 else:
                     infeasible = middle
-        kept = _between(budget, decoder, n, self._whole(feasible), self._whole(infeasible))
+        kept = between(budget, decoder, n, self._whole(feasible), self._whole(infeasible))
         return feasible, give_back(budget, decoder, n, kept)
 
     def _merged(self, budget: Budget, kept: list[int], at_most: int) -> tuple[list[int], float]:
-        """Merge the removals to so many layers at equal budget, with the extra loss that it takes."""
+        """Merge the removals to at most n layers at equal budget; give the extra loss that it takes too."""
         decoder, n = self.model.decoder, self.visual_tokens
-        if len(_removing(kept, n)) <= at_most:
+        if len(Counts(n, tuple(kept)).removing) <= at_most:
             return kept, 0.0
         if budget.kind == "tolerance":  # at equal visual FLOPs
             budget = Budget("flops_reduction", 0.0)
@@ -188,11 +248,12 @@ class Fitter:
         if self._lost is None:
             drawn = self.stats if self._drawn is None else self.stats.select(self._drawn.tolist())
             self._lost = few_layers.lost_attention(drawn, n)
-        merged, extra = few_layers.merge_layers(kept, self._lost, budget.prices(decoder, n), decoder.prunable, at_most)
-        return give_back(budget, decoder, n, merged, _removing(merged, n)), extra
+        prices = few_layers.prices_of(budget, decoder, n)
+        merged, extra = few_layers.merge_layers(kept, self._lost, prices, decoder.prunable, at_most)
+        return give_back(budget, decoder, n, merged, Counts(n, tuple(merged)).removing), extra
 
     def kept_fractions(self, tolerance: float) -> list[float]:
-        """Mean over samples of the fraction of visual tokens left after each layer, at a tolerance."""
+        """Give the fraction of visual tokens left after each layer at a tolerance, mean over samples."""
         if tolerance not in self._tried:
             walks, drawn = self._simulation.walks, self._drawn
             if drawn is None:
@@ -205,124 +266,11 @@ class Fitter:
         return self._tried[tolerance]
 
     def kept_by_sample(self, tolerance: float) -> torch.Tensor:
-        """[samples, layers] fp64, fraction of each sample's visual tokens left after each layer; of all samples."""
+        """Give the [samples, layers] fp64 fractions left after each layer, of all samples."""
         return self._simulation.kept_by_sample(tolerance)
 
     def _whole(self, tolerance: float) -> list[int]:
         return rounding.rounded_counts(self.kept_fractions(tolerance), self.visual_tokens)
-
-
-class _Simulation:
-    """Walks all samples through the layers at a tolerance, on the attention that was measured dense."""
-
-    def __init__(self, stats: AttentionStats) -> None:
-        layers, samples, longest = stats.model.decoder.layers, len(stats), max(stats.visual_tokens)
-        self.prunable = stats.model.decoder.prunable
-        self.counts = torch.tensor(stats.visual_tokens)
-        self.present = torch.arange(longest) < self.counts[:, None]  # [S, n]
-        sides = []
-        for attention in (stats.self_attention, stats.cross_attention):
-            padded = torch.full((layers, samples, longest), float("inf"))
-            padded.masked_scatter_(self.present.expand(layers, -1, -1), attention.float())
-            value, order = padded.sort(dim=2, stable=True)
-            value.masked_fill_(value.isinf(), 0)
-            sides.append((value, order, value.sum(2)))
-        self.sides = sides
-        self.walks: dict[float, torch.Tensor] = {}
-
-    def kept_by_sample(self, tolerance: float) -> torch.Tensor:
-        """[samples, layers] fp64, the fraction left after each layer. Each tolerance is walked once."""
-        if tolerance not in self.walks:
-            starts = range(0, len(self.counts), _CHUNK)
-            self.walks[tolerance] = torch.cat([self._chunk(slice(s, s + _CHUNK), tolerance) for s in starts])
-        return self.walks[tolerance]
-
-    def walk(self, tolerance: float, samples: torch.Tensor) -> torch.Tensor:
-        """The same for some samples, by index, and not remembered."""
-        return torch.cat([self._chunk(rows, tolerance) for rows in torch.split(samples, _CHUNK)])
-
-    def _chunk(self, rows: slice | torch.Tensor, tolerance: float) -> torch.Tensor:
-        """[chunk's samples, layers], the fraction left after each layer; the rule is `lowest_in_both`'s.
-
-        Orders are sorted once for all tolerances, so a layer costs gathers and running sums only.
-        """
-        present = self.present[rows].clone()
-        original = self.counts[rows].double()
-        fractions: list[torch.Tensor] = []
-        for layer in range(len(self.sides[0][0])):
-            if layer not in self.prunable:
-                fractions.append(fractions[-1] if fractions else torch.ones_like(original))
-                continue
-            leaving = present
-            for values, orders, totals in self.sides:
-                value, order = values[layer, rows], orders[layer, rows]
-                here = value * present.gather(1, order)
-                running = here.cumsum(1)
-                slack = running[:, -1] - (1 - tolerance) * totals[layer, rows]
-                removable = running <= slack[:, None]
-                leaving = leaving & torch.empty_like(removable).scatter_(1, order, removable)
-            present &= ~leaving
-            fractions.append(present.sum(1) / original)
-        return torch.stack(fractions, 1)
-
-
-def _between(
-    budget: Budget, decoder: DecoderSizes, visual_tokens: int, feasible: list[int], infeasible: list[int]
-) -> list[int]:
-    """Move all layers together from the feasible counts towards the infeasible ones, as far as the budget allows."""
-    low, high, best = 0.0, 1.0, feasible
-    for _ in range(12):
-        share = (low + high) / 2
-        mixed = [math.floor(a + share * (b - a) + 0.5) for a, b in zip(feasible, infeasible, strict=True)]
-        if budget.met_by(budget.measured(decoder, visual_tokens, mixed)):
-            low, best = share, mixed
-        else:
-            high = share
-    return best
-
-
-def give_back(
-    budget: Budget,
-    decoder: DecoderSizes,
-    visual_tokens: int,
-    kept: Sequence[int],
-    starts: Sequence[int] | None = None,
-) -> list[int]:
-    """Raise kept counts, first layer first, as long as the budget is still met.
-
-    Afterwards no layer that tokens may leave can keep one more without missing the budget. Where only some layers,
-    `starts`, may remove, those up to the next of them are raised together.
-    """
-    kept = list(kept)
-    starts = decoder.prunable if starts is None else starts
-    # What a layer keeps, those up to the next that tokens may leave keep too.
-    spans = list(zip(starts, [*starts[1:], decoder.layers], strict=True))
-
-    def raised(span: tuple[int, int], more: int) -> list[int]:
-        first, end = span
-        return [*kept[:first], *(count + more for count in kept[first:end]), *kept[end:]]
-
-    def fits(span: tuple[int, int], more: int) -> bool:
-        ceiling = kept[span[0] - 1] if span[0] else visual_tokens
-        tried = raised(span, more)
-        return tried[span[0]] <= ceiling and budget.met_by(budget.measured(decoder, visual_tokens, tried))
-
-    changed = True
-    while changed:
-        changed = False
-        for span in spans:
-            step = 0
-            while fits(span, step + 1):  # tokens given back at one layer are few: the tolerance is fine already
-                step += 1
-            kept = raised(span, step)
-            changed |= step > 0
-    return kept
-
-
-def _removing(kept: Sequence[int], visual_tokens: int) -> list[int]:
-    """List the layers that tokens leave."""
-    before = [visual_tokens, *kept[:-1]]
-    return [layer for layer, (had, keeps) in enumerate(zip(before, kept, strict=True)) if keeps < had]
 
 
 def _next_tolerance(low: float, high: float, measured: Callable[[float], float], target: float) -> float:

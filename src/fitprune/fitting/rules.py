@@ -1,9 +1,11 @@
 """Which visual tokens leave: the rule of the fit and the rule of inference. They are two rules.
 
-* The fit counts, per layer, the tokens that are in both lowest-attention sets (`lowest_in_both`).
-* Inference removes a given number of tokens, those with the lowest score (`keep_highest`).
+* The fit counts, per layer, the tokens that are in both lowest-attention sets. `lowest_in_both` is the paper's rule as
+  the authors' fit runs it (`baselines.authors_fit`). `fit` has the same rule a second time, for all samples and
+  tolerances at once (`walk.Simulation`); `tests/fitting/test_rules.py` checks that the two are equal.
+* Inference removes a number of tokens, those with the lowest score (`keep_highest`).
 
-Pure tensor functions: no model. Shapes: B samples, N tokens.
+Pure tensor functions: no model. Legend: B samples, N tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def keep_highest(score: torch.Tensor, image: torch.Tensor, left: torch.Tensor) -
     Source: arXiv:2409.10197, the authors' `modeling_llama.py` (they sort ascending and cut the head of the list).
     """
     # By falling score, stably in the mirrored row, so that of equal scores the later token comes first; a token's rank
-    # is then how many of its image stand before it.
+    # is then the number of its image's tokens before it.
     order = score.flip(1).argsort(dim=1, descending=True, stable=True)
     own = image.flip(1).gather(1, order)
     numbered = own.clamp(min=0)
@@ -46,7 +48,7 @@ def lowest_in_both(
 ) -> torch.Tensor:
     """Find the tokens that a layer can lose within a tolerance: in both lowest-attention sets.
 
-    For each kind of attention, the set is the longest head of the ascending order that can leave while the tokens that
+    For each kind of attention, the set is the longest start of the ascending order that can leave while the tokens that
     remain still hold the floor.
 
     Args:

@@ -1,7 +1,7 @@
 """Attention statistics of a calibration set: their form in memory and on disk. Knows no model.
 
-Samples may differ in visual-token count, so tokens of all samples stand one after the other.
-Shapes: L layers, S samples, T visual tokens of all samples together.
+Samples may differ in visual-token count, so the tokens of all samples follow each other in one dimension.
+Legend: L layers, S samples, T visual tokens of all samples together.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class AttentionStats:
         cross_attention: [L, T] fp32, mean over the text query rows after the image.
         visual_tokens: [S] visual tokens of each sample; they sum to T.
         text_tokens: [S] text tokens of each sample.
-        digests: [S] SHA-256 of each sample's inputs, so that a run can be continued and equal samples are seen.
+        digests: [S] SHA-256 of each sample's inputs, so that a run can be continued and equal samples are found.
         model: the model that was measured.
         provenance: how it was measured.
 
@@ -55,10 +55,9 @@ class AttentionStats:
     def __post_init__(self) -> None:
         if not isinstance(self.provenance, Mapping):
             raise ValueError(f"provenance is a {type(self.provenance).__name__}: must be a mapping")
-        if any(type(n) is not int or n < 1 for n in self.visual_tokens):
-            raise ValueError("visual_tokens holds something else than counts of at least 1: measure again")
-        if any(type(n) is not int or n < 0 for n in self.text_tokens):
-            raise ValueError("text_tokens holds something else than counts of at least 0: measure again")
+        for name, least in (("visual_tokens", 1), ("text_tokens", 0)):
+            if any(type(n) is not int or n < least for n in getattr(self, name)):
+                raise ValueError(f"{name} holds something else than counts of at least {least}: measure again")
         if not all(isinstance(digest, str) for digest in self.digests):
             raise ValueError("digests holds something else than strings: measure again")
         shape = (self.model.decoder.layers, sum(self.visual_tokens))
@@ -105,10 +104,10 @@ class AttentionStats:
     @property
     def usual_visual_tokens(self) -> int:
         """The most common number of visual tokens of a sample, the larger one of two equally common."""
-        return max(Counter(self.visual_tokens).items(), key=lambda item: (item[1], item[0]))[0]
+        return max(Counter(self.visual_tokens).items(), key=lambda item: item[::-1])[0]
 
     def select(self, samples: Sequence[int]) -> AttentionStats:
-        """Take some samples, by index."""
+        """Select samples by index."""
         ends = torch.tensor(self.visual_tokens).cumsum(0).tolist()
         picked = [torch.arange(ends[i] - self.visual_tokens[i], ends[i]) for i in samples]
         index = torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)
@@ -121,12 +120,36 @@ class AttentionStats:
             digests=tuple(self.digests[i] for i in samples),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all; the same statistics give the same bytes.
+    @classmethod
+    def concat(cls, parts: Iterable[AttentionStats]) -> AttentionStats:
+        """Put statistics of one model together, in order; the log says how many samples are left out.
+
+        A sample that an earlier part has too is left out. Samples that are equal within one part stay, as in `measure`:
+        there each row of the data counts.
+
+        Args:
+            parts: statistics, such as those of several runs.
 
         Raises:
-            OSError: `path` cannot be written.
+            ValueError: there is no part, or the parts are of different models.
         """
+        known: set[str] = set()
+        kept, left_out = [], 0
+        for part in _checked(parts):
+            new = [number for number, digest in enumerate(part.digests) if digest not in known]
+            left_out += len(part) - len(new)
+            known.update(part.digests)
+            kept.append(part if len(new) == len(part) else part.select(new))
+        whole = join(kept)
+        if left_out:
+            logger.warning(
+                "%d of %d samples are in earlier statistics too and are left out: %d are left",
+                left_out, len(whole) + left_out, len(whole),
+            )  # fmt: skip
+        return whole
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or, with an OSError, not at all; the same statistics give the same bytes."""
         tensors = {
             "self_attention": self.self_attention.contiguous(),
             "cross_attention": self.cross_attention.contiguous(),
@@ -148,12 +171,7 @@ class AttentionStats:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttentionStats:
-        """Read `save`'s file.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it is truncated, no statistics of this format, or something else, such as a recipe.
-        """
+        """Read `save`'s file; a ValueError says what is wrong with it, or what else it is."""
         files.require_path(path)
         if not Path(path).is_file():
             raise files.missing(path, files.STATISTICS)
@@ -179,7 +197,7 @@ _TENSORS = ("self_attention", "cross_attention", "visual_tokens", "text_tokens")
 
 
 def _require_shapes(opened: Any, layers: int, samples: int) -> None:
-    """Hold what a file's header claims against each other, before anything of that size is read."""
+    """Refuse a file whose header contradicts itself, before anything of that size is read."""
     shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in _TENSORS}
     for name in _TENSORS[2:]:
         if shapes[name] != (samples,):
@@ -191,7 +209,7 @@ def _require_shapes(opened: Any, layers: int, samples: int) -> None:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put a file's metadata in order: safetensors writes them in the order of a hash map, another one in each run."""
+    """Sort a file's metadata: safetensors writes them in the order of a hash map, another one in each run."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -201,7 +219,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def _checked(parts: Iterable[AttentionStats]) -> Iterator[AttentionStats]:
-    """Refuse what are no parts."""
+    """Refuse what is no statistics."""
     if isinstance(parts, AttentionStats):
         raise ValueError("parts is AttentionStats: must be a list of them")
     for part in parts:
@@ -211,11 +229,11 @@ def _checked(parts: Iterable[AttentionStats]) -> Iterator[AttentionStats]:
 
 
 def join(parts: Iterable[AttentionStats]) -> AttentionStats:
-    """Join statistics of one model, all samples of all parts, in order.
+    """Join statistics of one model, all samples of all parts, in order; `AttentionStats.concat` leaves out repeats.
 
     Args:
-        parts: what to join. What can be iterated again, and loads each part when it is asked for, is read twice, and
-            beside the result no more than one part is held.
+        parts: statistics. An iterable that can be iterated again and loads each part on demand is read twice, so that
+            no more than one part is in memory beside the result.
 
     Raises:
         ValueError: there is no part, or the parts are of different models.
@@ -239,7 +257,7 @@ def join(parts: Iterable[AttentionStats]) -> AttentionStats:
         text += part.text_tokens
         digests += part.digests
     if first is None:
-        raise ValueError("parts is empty: there must be at least one AttentionStats to merge")
+        raise ValueError("parts is empty: must hold at least one AttentionStats")
     shape = (len(first.self_attention), sum(visual))
     self_attention, cross_attention = first.self_attention.new_empty(shape), first.cross_attention.new_empty(shape)
     begin = 0
@@ -255,30 +273,3 @@ def join(parts: Iterable[AttentionStats]) -> AttentionStats:
         text_tokens=tuple(text),
         digests=tuple(digests),
     )
-
-
-def merge(parts: Iterable[AttentionStats]) -> AttentionStats:
-    """Join statistics of one model; a sample that an earlier part has too is left out, and the log says how many are.
-
-    Samples that are equal within one part stay, as in `measure`: there each row of the data counts.
-
-    Args:
-        parts: what to join, such as files of several runs.
-
-    Raises:
-        ValueError: there is no part, or the parts are of different models.
-    """
-    known: set[str] = set()
-    kept, left_out = [], 0
-    for part in _checked(parts):
-        new = [number for number, digest in enumerate(part.digests) if digest not in known]
-        left_out += len(part) - len(new)
-        known.update(part.digests)
-        kept.append(part if len(new) == len(part) else part.select(new))
-    merged = join(kept)
-    if left_out:
-        logger.warning(
-            "%d of %d samples are in earlier statistics too and are left out: %d are left",
-            left_out, len(merged) + left_out, len(merged),
-        )  # fmt: skip
-    return merged

@@ -26,9 +26,10 @@ from tqdm import tqdm
 from fitprune._support import assets
 from fitprune._support.processes import Processes
 from fitprune.baselines.table import make_method, parse_name
-from fitprune.calibration.batches import chat_prompt, encode, make_batches
+from fitprune.calibration.batches import make_batches
 from fitprune.calibration.measure import measure
 from fitprune.calibration.pictures import load_picture
+from fitprune.calibration.prompts import chat_prompt, encode
 from fitprune.calibration.samples import load_samples
 from fitprune.engine.prune import prune
 from fitprune.families import adapter

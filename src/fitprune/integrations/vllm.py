@@ -26,8 +26,7 @@ from huggingface_hub.errors import HFValidationError
 from vllm.logger import init_logger
 
 from fitprune.costs.sizes import ModelFingerprint
-from fitprune.engine.prune import plan_by
-from fitprune.engine.rows import Choose
+from fitprune.engine.choose import choose_by, quotas_by
 from fitprune.families.config import fingerprint_of
 from fitprune.recipes.find import fitted_to
 from fitprune.recipes.recipe import PruningRecipe, short
@@ -227,14 +226,12 @@ class _Request:
 
     Attributes:
         row: its number in the step's batch.
-        choose: which of its tokens leave.
         prompt: as scorers see it.
         question: [1, Q] bool.
         kept: [m] int64, its rows that are present, numbered from its first.
     """
 
     row: int
-    choose: Choose
     prompt: Prompt
     question: torch.Tensor
     kept: torch.Tensor
@@ -291,7 +288,7 @@ class Pruner:
         self._runner, self._norm = runner, decoder.norm
         self._layers = [_Layer.of(number, layer) for number, layer in enumerate(decoder.layers)]
         scorer = get_scorer(recipe.scorer)
-        self._plan, self._query_aware = plan_by(recipe, scorer), scorer.query_aware
+        self._quotas, self._choose, self._query_aware = quotas_by(recipe), choose_by(scorer), scorer.query_aware
         self._removing = recipe.removing
         # Tokens that a request has lost before each stage, by the request's first block.
         table, (kind,) = runner.input_batch.block_table[0], runner.kv_cache_config.kv_cache_groups
@@ -369,8 +366,8 @@ class Pruner:
         ids[0, :prompt_length] = torch.tensor(request.prompt_token_ids)
         device = self._runner.device
         image, question, valid = image.to(device), question.to(device), valid.to(device)
-        prompt = Prompt(ids=ids, valid=valid, vision=_no_vision, images=image, norm=self._norm)
-        return _Request(row, self._plan(image), prompt, question, torch.arange(length, device=device))
+        prompt = Prompt(ids, valid, _no_vision, image, self._norm, self._quotas(image))
+        return _Request(row, prompt, question, torch.arange(length, device=device))
 
     def _enter(self, number: int, module: Any, args: Any, kwargs: Any) -> Any:
         """Give a layer its rows' positions and metadata."""
@@ -443,7 +440,7 @@ class Pruner:
         starts = [0, *itertools.accumulate(step.lengths)]
         for request in step.pruned:
             rows = slice(starts[request.row], starts[request.row + 1])
-            chosen = request.choose(self._view(step, number, request, rows))
+            chosen = self._choose(self._view(step, number, request, rows))
             if chosen is None:
                 continue
             stays[rows] = chosen[0]

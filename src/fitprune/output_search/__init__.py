@@ -1,1 +1,1 @@
-"""The search for a recipe by what the model says."""
+"""The search for a recipe by what the model says on calibration data."""

@@ -1,10 +1,10 @@
-"""How far a pruned model's words are from the dense model's: the measure that `fit_output` minimises.
+"""How far a pruned model's answers are from the dense model's: the measure that `search` minimises.
 
-The dense model answers every calibration prompt once, greedily. Its answer is then put behind the prompt, so that one
-forward gives the distribution of each of its tokens, dense or pruned. Layers before a method's first removal give what
-the dense model's give: they run once for all methods.
+The dense model answers every calibration prompt once, greedily. Its answer is then put after the prompt, so that one
+forward gives the distribution of each of its tokens, dense or pruned. Layers before a recipe's first removal compute
+what the dense model's compute: they run once for all recipes.
 
-Shapes: B samples of a batch, T tokens of its longest answer, V vocabulary, Q columns, H query heads, m visual tokens.
+Shapes: B samples of a batch, T tokens of its longest answer, V vocabulary, Q columns, H query heads.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from fitprune.families.adapter import AdaptedModel, adapt
 from fitprune.families.images import read_images, visual_mask
 from fitprune.families.inputs import to_model
 from fitprune.recipes.recipe import PruningRecipe
-from fitprune.scoring.received import HEAD_KINDS, Attention, head_attention, text_after
+from fitprune.scoring.by_head import HEAD_KINDS, head_attention
+from fitprune.scoring.received import Attention, text_after
 from fitprune.scoring.scorers import get_scorer
 
 
-def kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Compute the divergence KL(one, other) of log-probabilities [..., V], in nats: [...]."""
-    share = one.exp()
-    # Where the first probability is 0 the term is 0, whatever the other says.
-    return torch.where(share > 0, share * (one - other), 0).sum(-1)
+def kl(dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """Compute the divergence KL(dense, pruned) of log-probabilities [..., V], in nats: [...]."""
+    share = dense.exp()
+    # Where the dense probability is 0 the term is 0, whatever the pruned one is.
+    return torch.where(share > 0, share * (dense - pruned), 0).sum(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Reference:
     """One batch with the dense model's answers.
 
     Attributes:
-        inputs: the call: prompts with all answer tokens but the last behind them, images encoded.
+        inputs: the call: prompts, after them all answer tokens but the last; images encoded.
         log_probs: [B, T, V] fp32, the dense model's.
-        valid: [B, T] bool, False behind an answer's end.
+        valid: [B, T] bool, False after an answer's end.
         answers: [B, T] int64.
         prompt: columns of the prompt.
         visual_tokens: mean of the batch's samples.
@@ -76,7 +77,7 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
         max_new_tokens: longest answer.
 
     Raises:
-        ValueError: a row is padded on the right, a prompt has no image or no text behind its last one, or logits are
+        ValueError: a row is padded on the right, a prompt has no image or no text after its last one, or logits are
             NaN.
     """
     adapted = adapt(model)
@@ -86,7 +87,7 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     if not bool(mask[:, -1].all()):
-        raise ValueError("a prompt is padded on the right: pad on the left, so that its answer can stand behind it")
+        raise ValueError("a prompt is padded on the right: pad on the left, so that its answer can follow it")
     visual = visual_mask(adapted, ids)
     if not bool(visual.any(1).all()):
         number = int(visual.any(1).int().argmin())
@@ -94,9 +95,9 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
     if not bool((questions := text_after(visual, mask.bool()).any(1)).all()):
         number = int(questions.int().argmin())
         raise ValueError(
-            f"sample {number} of the batch has no text after its last visual token; put the question behind the images"
+            f"sample {number} of the batch has no text after its last visual token; put the question after the images"
         )
-    made = model.generate(
+    output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -104,42 +105,42 @@ def reference(model: Any, batch: Mapping[str, Any], *, max_new_tokens: int) -> R
         output_logits=True,
         return_dict_in_generate=True,
     )
-    answers = made.sequences[:, ids.shape[1] :]
-    log_probs = torch.stack(made.logits, 1).float().log_softmax(-1)
+    answers = output.sequences[:, ids.shape[1] :]
+    log_probs = torch.stack(output.logits, 1).float().log_softmax(-1)
     if bool(log_probs.isnan().any()):
         raise ValueError(f"the dense model's logits are NaN in {model.dtype}: use another dtype, such as bfloat16")
     ends = getattr(model.generation_config, "eos_token_id", None)
     ended = torch.isin(
         answers, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends]).to(ids)
     )
-    # An image token that the model says has no image: what would follow it cannot be asked for.
+    # An image token in an answer has no image: what would follow it cannot be computed.
     ended |= visual_mask(adapted, answers)
     valid = ended.int().cumsum(1) - ended.int() == 0
     changed = read_images(adapted, inputs).changed
-    fed = answers[:, :-1]
+    answer = answers[:, :-1]
     harmless = min({0, 1, 2} - set(adapted.token_ids.values()))
-    fed = fed.masked_fill(visual_mask(adapted, fed), harmless)
+    answer = answer.masked_fill(visual_mask(adapted, answer), harmless)
     call = {
         **inputs,
         **changed,
-        "input_ids": torch.cat([ids, fed], 1),
+        "input_ids": torch.cat([ids, answer], 1),
         "attention_mask": torch.cat([mask, valid[:, :-1].to(mask)], 1),
         "logits_to_keep": answers.shape[1],
         "use_cache": False,
     }
-    for name, value in inputs.items():  # what a processor makes for each token beside its id: what kind of token it is
+    for name, value in inputs.items():  # what a processor makes for each token besides its id: what kind of token it is
         if name not in ("input_ids", "attention_mask") and isinstance(value, torch.Tensor) and value.shape == ids.shape:
-            answered = value.new_full(fed.shape, adapted.family.answer_type)
-            call[name] = torch.cat([value, answered], 1)
+            call[name] = torch.cat([value, value.new_full(answer.shape, adapted.family.answer_type)], 1)
     visual_tokens = round(float(visual.sum(1).float().mean()))
     text_tokens = round(float(call["attention_mask"].sum(1).float().mean())) - visual_tokens
     return Reference(call, log_probs, valid, answers, ids.shape[1], visual_tokens, text_tokens)
 
 
 class Judge:
-    """Measures methods by their divergence from the dense model, a batch at a time.
+    """Measures recipes by their divergence from the dense model, a batch at a time.
 
-    Attributes:
+    Args:
+        model: a supported `...ForConditionalGeneration` model, without pruning.
         references: the batches.
         unit: samples whose dense prefills cost 1; by default all of them.
     """
@@ -155,15 +156,15 @@ class Judge:
         batch, layers = self.references[number], len(self.adapted.layers)
         firsts = [self._first(recipe) for recipe in recipes]
         entering = self._entering(batch, sorted({first for first in firsts if 0 < first < layers}))
-        made = []
+        values: list[list[float]] = []
         with torch.inference_mode():
             for recipe, first in zip(recipes, firsts, strict=True):
                 if first >= layers:  # removes nothing
-                    made.append([0.0] * len(batch))
+                    values.append([0.0] * len(batch))
                     continue
                 with prune(self.model, recipe), _resumed(self.adapted, first, entering.get(first)):
-                    made.append(batch.divergence(self.model(**batch.inputs).logits).tolist())
-        return made
+                    values.append(batch.divergence(self.model(**batch.inputs).logits).tolist())
+        return values
 
     def price(self, number: int, recipes: Sequence[PruningRecipe]) -> float:
         """Price `divergences` in dense prefills of `unit` samples: the decoder layers that run, and scoring."""
@@ -189,45 +190,41 @@ class Judge:
         """Run the dense layers up to the last of `firsts` and keep what enters each of them."""
         if not firsts:
             return {}
-        found: dict[int, Any] = {}
+        entering: dict[int, Any] = {}
         layers = self.adapted.layers
         with contextlib.ExitStack() as stack:
             for first in firsts:
 
                 def keep(_: Any, __: Any, output: Any, first: int = first) -> None:
-                    found[first] = output
+                    entering[first] = output
 
                 stack.callback(layers[first - 1].register_forward_hook(keep).remove)
             for layer in layers[firsts[-1] :]:
                 stack.enter_context(_replaced(layer, _same))
             with torch.inference_mode():
                 self.model(**{**batch.inputs, "logits_to_keep": 1})
-        return found
+        return entering
 
     def watch(self, number: int) -> Iterator[tuple[int, Heads]]:
-        """Run the dense model on one batch and show, layer by layer, what its visual tokens receive.
-
-        Yields:
-            Layer number and what is received there.
-        """
+        """Run the dense model on one batch, and give for each layer its number and what visual tokens receive there."""
         batch = self.references[number]
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
-        seen_images = read_images(self.adapted, batch.inputs)
-        image = seen_images.image
-        after = text_after(seen_images.visual, mask)
-        asked = after & (torch.arange(ids.shape[1], device=ids.device) < batch.prompt)
-        seen: list[tuple[int, Heads]] = []
+        images = read_images(self.adapted, batch.inputs)
+        image = images.image
+        after = text_after(images.visual, mask)
+        question = after & (torch.arange(ids.shape[1], device=ids.device) < batch.prompt)
+        by_layer: list[tuple[int, Heads]] = []
 
         def look(layer: int, at: Attention) -> None:
             softmax = dataclasses.replace(at.softmax, valid=mask)
-            here = head_attention(at.query, at.key, image, asked, softmax)
+            here = head_attention(at.query, at.key, image, question, softmax)
             used = head_attention(at.query, at.key, image, after, softmax, ("max",))["max"].amax(1)
             joined = torch.stack([here[kind] for kind in HEAD_KINDS], 1).flatten(1, 2).transpose(1, 2)
-            seen.append((layer, Heads(joined, used, image)))
+            by_layer.append((layer, Heads(joined, used, image)))
 
         with torch.inference_mode(), tap_attention(self.adapted, lambda layer, _: functools.partial(look, layer)):
             self.model(**batch.inputs)
-        yield from seen
+        yield from by_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +233,7 @@ class Heads:
 
     Attributes:
         received: [B, Q, kinds * H], head by head, for each kind of HEAD_KINDS.
-        used: [B, Q], the most that any head of any row behind the image, the answer's too, pays to the token.
+        used: [B, Q], the most that any head of any row after the image, the answer's too, pays to the token.
         image: [B, Q] int64, number of the image that each token belongs to, -1 for text.
     """
 
@@ -247,7 +244,7 @@ class Heads:
 
 @contextlib.contextmanager
 def _replaced(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a layer do something else."""
+    """Replace what a layer computes; no hook can keep a layer from running."""
     own = layer.__dict__.get("forward")
     layer.forward = forward
     try:
@@ -265,7 +262,7 @@ def _same(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _resumed(adapted: AdaptedModel, first: int, entering: Any) -> Iterator[None]:
-    """Begin forwards at layer `first`, with what entered it before."""
+    """Begin forwards at layer `first`, with what entered it in the dense model."""
     with contextlib.ExitStack() as stack:
         for layer in adapted.layers[:first]:
             stack.enter_context(_replaced(layer, _same))

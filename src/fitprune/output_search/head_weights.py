@@ -1,8 +1,10 @@
-"""Which heads matter, and what places receive anyway: what scorers with parameters are fitted to on calibration data.
+"""Parameters of scorers, fitted on calibration data: which heads matter, and what places receive anyway.
 
-A head of a layer matters as far as its attention tells what later layers will read. So the weights of a place's heads
-are those non-negative ones with which their attention comes closest, in least squares, to the attention that the dense
-model's later layers pay. One dense pass gives all that is needed; no gradient is taken.
+A head of a layer matters as far as its attention predicts what later layers will read. So the weights of a place's
+heads are those non-negative ones with which their attention comes closest, in least squares, to the attention that the
+dense model's later layers pay. One dense pass gives all that is needed; no gradient is taken.
+
+Legend: B samples, Q columns, H query heads; place 2 * layer is before that layer, 2 * layer + 1 inside it.
 """
 
 from __future__ import annotations
@@ -14,29 +16,36 @@ import numpy as np
 import torch
 
 from fitprune.output_search.divergence import Heads
-from fitprune.scoring.received import HEAD_KINDS
+from fitprune.scoring.by_head import HEAD_KINDS
 
-PROFILE = 64  # places at most at which the usual attention is told
+PROFILE = 64  # entries at most of the usual attention along an image
 _SMALLEST = 0.01  # weights below this share of the largest are left out
 
 
 class HeadChoice:
-    """Gathers what the dense model's heads receive, batch by batch, and fits scorers' parameters to it."""
+    """Gathers what the dense model's heads receive, batch by batch, and fits scorers' parameters to it.
+
+    Args:
+        visual_tokens: of a usual image.
+
+    Attributes:
+        samples: how many were added.
+    """
 
     def __init__(self, visual_tokens: int) -> None:
         self.samples = 0
         self.places = min(visual_tokens, PROFILE)
-        # By place, 2 * layer before a layer and 2 * layer + 1 inside it: Gram matrix, products with the target.
+        # By place: Gram matrix of the heads' attention, its products with the target. By layer: sums and counts.
         self._gram: dict[int, torch.Tensor] = {}
         self._product: dict[int, torch.Tensor] = {}
         self._profile: dict[int, torch.Tensor] = {}
 
     def add(self, batch: Iterable[tuple[int, Heads]]) -> None:
-        """Take in one batch, as `Judge.watch` shows it."""
-        seen = list(batch)
-        self.samples += len(seen[0][1].used)
-        later = torch.zeros_like(seen[0][1].used)
-        for layer, heads in reversed(seen):
+        """Add one batch, as `Judge.watch` gives it."""
+        layers = list(batch)
+        self.samples += len(layers[0][1].used)
+        later = torch.zeros_like(layers[0][1].used)
+        for layer, heads in reversed(layers):
             for place in (2 * layer + 1, 2 * layer):  # inside the layer only later ones still read
                 if place % 2 == 0:
                     later = later + heads.used
@@ -72,12 +81,12 @@ class HeadChoice:
         weight = non_negative_least_squares(gram / scale[:, None] / scale, product / scale)
         share = weight / weight.max().clamp(min=1e-12)
         width = len(weight) // len(HEAD_KINDS)
-        found = [
+        terms = [
             [HEAD_KINDS[i // width], i % width, float(f"{weight[i] / scale[i]:.4g}")]
             for i in share.argsort(descending=True).tolist()
             if share[i] >= _SMALLEST
         ]
-        return found or [["mean", head, 1.0] for head in range(width)]
+        return terms or [["mean", head, 1.0] for head in range(width)]
 
     def profile(self, layer: int) -> list[float]:
         """The question's mean attention along an image's tokens in a layer, as the scorer "debiased" takes it."""
@@ -111,7 +120,7 @@ def non_negative_least_squares(gram: torch.Tensor, product: torch.Tensor) -> tor
             below = free & (solved <= 0)
             if not below.any():
                 break
-            # As far towards it as all stay above zero; what reaches zero is held there.
+            # As far towards it as all stay above zero; what reaches zero stays there.
             reach = weight[below] / np.maximum(weight[below] - solved[below], 1e-300)
             weight += reach.min() * (solved - weight)
             free[np.flatnonzero(below)[reach == reach.min()]] = False
@@ -121,7 +130,14 @@ def non_negative_least_squares(gram: torch.Tensor, product: torch.Tensor) -> tor
 
 
 def specs(choice: HeadChoice, name: str, place: int, diversity: float) -> Mapping[str, Any]:
-    """Make a scorer for a place, as a recipe holds it, with the parameters fitted to that place."""
+    """Make a scorer for a place, as a recipe holds it, with the parameters fitted to that place.
+
+    Args:
+        choice: with all batches added.
+        name: of the scorer.
+        place: where tokens leave.
+        diversity: see `fitprune.scoring.scorers`.
+    """
     parameters: dict[str, Any] = {}
     if name == "heads":
         parameters["terms"] = choice.terms(place)

@@ -1,4 +1,4 @@
-"""Which recipe a call means, and whether it may be used on the model at hand."""
+"""Find the recipe that a call asks for, and check that it may be used on the model at hand."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _REMEDY = (
 
 
 def find_recipe(model: Any, recipe: PruningRecipe | str | os.PathLike[str] | None) -> PruningRecipe:
-    """Take the recipe that is given, by name or whole, or the one beside the model's weights.
+    """Take the recipe that is passed, itself or by name, or the one beside the model's weights.
 
     Args:
-        model: what it is for.
+        model: the model that it is for.
         recipe: a recipe, a name as `PruningRecipe.named` takes it, or None for the one beside the model.
 
     Raises:
@@ -42,6 +42,9 @@ def recipe_beside(model: Any) -> PruningRecipe:
 
     The revision is the one of the weights where it is known, as after `load_model`: transformers does not keep it.
 
+    Args:
+        model: with a `config` and, unless it was made from scratch, the place that it was loaded from.
+
     Raises:
         OSError: the hub is out of reach, or refuses.
         ValueError: there is no recipe, the model was not loaded from a place, or the file is no recipe.
@@ -49,7 +52,7 @@ def recipe_beside(model: Any) -> PruningRecipe:
     config = getattr(model, "config", None)
     place = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
     if not place:
-        raise ValueError(f"recipe=None: this model knows no folder or hub name that it was loaded from; {_REMEDY}")
+        raise ValueError(f"recipe=None: this model has no folder or hub name that it was loaded from; {_REMEDY}")
     place = assets.resolve(place)
     looked = f"recipe=None: looked for {hub.RECIPE_FILE} beside the model, but"
     revision = None if os.path.isdir(place) else getattr(config, "_commit_hash", None)
@@ -66,16 +69,16 @@ def recipe_beside(model: Any) -> PruningRecipe:
 def fitted_to(
     recipe: PruningRecipe, fingerprint: ModelFingerprint, *, force: bool, what: str = "recipe"
 ) -> PruningRecipe:
-    """Let a recipe pass for a model of this fingerprint.
+    """Check that a recipe may be used on a model of this fingerprint.
 
     Args:
-        recipe: what is to be used.
+        recipe: the recipe.
         fingerprint: the model's.
-        force: use it on another model too, if that has as many layers.
+        force: use it on another model too, if both have the same number of layers.
         what: the recipe's name in errors.
 
     Returns:
-        The recipe; of another model, under this one's fingerprint, so that costs are those of what runs.
+        The recipe; one of another model gets this one's fingerprint, so that costs are those of what runs.
 
     Raises:
         ValueError: it is of another model, or, with `force`, of one with another number of layers.

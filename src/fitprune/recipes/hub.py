@@ -2,9 +2,9 @@
 
 Functions on huggingface_hub's HfApi and hf_hub_download instead of its ModelHubMixin: the mixin has to be a base class,
 so `fitprune --help` would import huggingface_hub; it sets attributes on every instance, which a frozen dataclass
-refuses; and it writes a config.json and a README.md wherever it saves, which beside a model's weights would be the
-model's own. This file knows names, bytes and errors of the hub, and nothing of recipes. It imports huggingface_hub
-where it talks to the hub.
+refuses; and it writes a config.json and a README.md wherever it saves, which beside a model's weights would replace the
+model's own. This file knows names, bytes and errors of the hub, and nothing of recipes. It imports huggingface_hub only
+where it uses the hub.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def download(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:
-    """Fetch the recipe file of a repository, through huggingface_hub's cache.
+    """Download the recipe file of a repository, through huggingface_hub's cache.
 
     Args:
         repo_id: "owner/name".
@@ -48,7 +48,7 @@ def download(
         token: access token; True or None for the one that is logged in, False for none.
         cache_dir: instead of huggingface_hub's own cache.
         local_files_only: look into the cache alone.
-        force_download: fetch it though the cache has it.
+        force_download: download it though the cache has it.
 
     Raises:
         FileNotFoundError: no such repository, revision, or recipe in it.
@@ -59,7 +59,7 @@ def download(
     from huggingface_hub import hf_hub_download
 
     with _explained(repo_id, revision, local_files_only=local_files_only):
-        found = hf_hub_download(
+        path = hf_hub_download(
             repo_id,
             RECIPE_FILE,
             revision=revision,
@@ -68,11 +68,11 @@ def download(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-    return Path(found)
+    return Path(path)
 
 
 def pin(repo_id: str, revision: str | None = None, *, token: str | bool | None = None) -> str:
-    """Find the commit of a model's revision by one request that is not repeated; out of reach, in the cache.
+    """Find the commit of a model's revision: by one request, or in the cache where the hub is out of reach.
 
     Args:
         repo_id: "owner/name".
@@ -94,11 +94,11 @@ def pin(repo_id: str, revision: str | None = None, *, token: str | bool | None =
 
 @dataclasses.dataclass(frozen=True)
 class Repository:
-    """A repository that can be written to, as it stands.
+    """A repository that can be written to, and what is in it.
 
     Attributes:
         repo_id: "owner/name".
-        revision: the branch that is meant; None for main.
+        revision: the branch; None for main.
         names: the files and folders at its top.
         card: its README.md; None where it has none.
         api: the HfApi that found it, with its token.
@@ -114,7 +114,7 @@ class Repository:
     def open(
         cls, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None
     ) -> Repository:
-        """Make a model repository and its branch where they are missing, and look at what is there.
+        """Make a model repository and its branch where they are missing, and list what is in it.
 
         Args:
             repo_id: "owner/name", or "name" for one's own.
@@ -132,7 +132,7 @@ class Repository:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            names = tuple(found.path for found in api.list_repo_tree(repo_id, revision=revision))
+            names = tuple(entry.path for entry in api.list_repo_tree(repo_id, revision=revision))
             card = None
             if CARD_FILE in names:
                 path = hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token)
@@ -157,10 +157,10 @@ class Repository:
 
         operations = [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
         with _explained(self.repo_id, self.revision, writing=True):
-            done = self.api.create_commit(
+            commit = self.api.create_commit(
                 self.repo_id, operations, commit_message=message, revision=self.revision, create_pr=create_pr
             )
-        return str(done.pr_url or done.commit_url)
+        return str(commit.pr_url or commit.commit_url)
 
 
 @contextlib.contextmanager
@@ -196,8 +196,8 @@ def _explained(
             raise PermissionError(f"{message}; {log_in}") from error
         raise OSError(message) from error
     except Exception as error:
-        # Out of reach is told in several ways: not in the cache (and why), offline mode, and the errors of the HTTP
-        # client, which is another package in each huggingface_hub.
+        # A hub out of reach shows in several errors: not in the cache (and why), offline mode, and those of the HTTP
+        # client, which differs between releases of huggingface_hub.
         client = type(error).__module__.partition(".")[0].startswith("httpx")
         known = (errors.LocalEntryNotFoundError, errors.RevisionResolutionError, ConnectionError, TimeoutError)
         if not client and not isinstance(error, known):

@@ -1,25 +1,25 @@
 """From fractions to counts: the one rounding rule of the library.
 
 Pure Python. A recipe holds, for each decoder layer, the fraction of an image's visual tokens that are still present
-after the layer; images differ in token count, so counts are made here and nowhere else.
+after the layer; images differ in their number of tokens, so fractions become counts here and nowhere else.
 """
 
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Sequence
-from numbers import Integral
 
-MOST_TOKENS = 1_000_000  # of one image or prompt: more than a context holds; what is above is a damaged or hostile file
-_NOISE = 1e-9  # a fraction below it is 0 but for rounding, as of 1 - 10 * 0.1
+from fitprune._support import checked
+from fitprune.costs.sizes import MOST_TOKENS
+
+_NOISE = 1e-9  # a fraction below it is 0 with a rounding error, as of 1 - 10 * 0.1
 
 
 def kept_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
     """Count the visual tokens still present after each layer, for an image that began with `visual_tokens`.
 
-    Rounds half up, so that a fraction made as `count / visual_tokens` gives `count` back exactly. What keeps anything
-    of an image keeps a token of each: the share of an image of one or two tokens would round to nothing.
+    Rounds half up, so that `count / visual_tokens` gives `count` back exactly. A fraction above 0 keeps at least one
+    token: the share of an image of one or two tokens would round to nothing.
 
     Args:
         keep: fraction kept after each layer, non-increasing, between 0 and 1.
@@ -38,23 +38,17 @@ def kept_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
 
 
 def rounded_counts(keep: Sequence[float], visual_tokens: int) -> list[int]:
-    """Count by the rounding rule alone, as fits do, which may decide that a layer keeps none; else as `kept_counts`."""
-    require_tokens("visual_tokens", visual_tokens, 0)
+    """Count as `kept_counts` but without its least token: a fit may decide that a layer keeps none."""
+    checked.whole("visual_tokens", visual_tokens, 0, MOST_TOKENS)
     return [math.floor(fraction * visual_tokens + 0.5) for fraction in keep]
-
-
-def require_tokens(name: str, value: int, least: int) -> None:
-    """Refuse what is no number of tokens.
-
-    Raises:
-        ValueError: `value` is no integer from `least` to MOST_TOKENS.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= MOST_TOKENS:
-        raise ValueError(f"{name}={reprlib.repr(value)}: must be an integer from {least} to {MOST_TOKENS:,}")
 
 
 def keep_fractions(removed: Sequence[int], visual_tokens: int) -> tuple[float, ...]:
     """Turn removals per layer into the fractions kept after each layer, the inverse of `PruningRecipe.counts`.
+
+    Args:
+        removed: tokens that leave inside each layer.
+        visual_tokens: the image's original number of visual tokens.
 
     Raises:
         ValueError: a removal is negative, or more tokens leave than there are.

@@ -1,12 +1,94 @@
-"""Choose a set of tokens that differ from each other. Pure tensor functions; no model.
+"""Choose a set of tokens that differ from each other: the orders in which to pick them, and the scorers made of these.
 
-Shapes: n tokens, d features.
+Shapes: n tokens, d features; of scorers as in `fitprune.scoring.view`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+
+from fitprune.scoring.view import LayerView
+
+
+def by_max_min(view: LayerView) -> torch.Tensor:
+    """Score tokens by when DivPrune picks them, the first highest; see `max_min_order`."""
+    return _by_order(view, lambda b, rows, count: max_min_order(view.hidden[b, rows], count))
+
+
+def by_dpp(view: LayerView) -> torch.Tensor:
+    """Score tokens by when CDPruner picks them, the first highest; see `dpp_order`.
+
+    Relevance is the negated cosine between a visual token and the question's embeddings, scaled to 0..1 in the image.
+
+    Source: CDPruner (arXiv:2506.10967). Differs from the authors' code: their negated cosine is in CLIP's joint space,
+    which needs a text tower that LLaVA models in transformers do not have; here it is in the decoder's input space.
+    """
+
+    def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
+        unit = F.normalize(view.hidden[b, rows].float(), dim=1)
+        words = F.normalize(view.hidden[b, view.question[b]].float(), dim=1)
+        relevance = -(unit @ words.T).mean(1)
+        relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min()).clamp(min=1e-6)
+        return dpp_order(relevance[:, None] * (unit @ unit.T) * relevance[None], count)
+
+    return _by_order(view, order)
+
+
+def by_duplication(view: LayerView) -> torch.Tensor:
+    """Score tokens by when DART picks them, the first highest; see `least_similar_order`.
+
+    Pivots are the four visual tokens and the four question tokens with the largest keys (L1 norm, in the layer before);
+    picked are, pivot by pivot, the tokens least similar to it (cosine of the normed hidden states).
+
+    Args:
+        view: before a layer from 1 on, with the view of the layer before it.
+
+    Raises:
+        ValueError: tokens left in the layer before, or there is none.
+
+    Source: DART (arXiv:2502.11494) and its authors' code. Differs from it: pivots take turns in falling order of their
+    keys, not in the order of a Python set.
+    """
+    previous = view.previous
+    if previous is None:
+        raise ValueError(
+            "scorer 'duplication' reads the keys of the layer before: remove before a layer from 1 on, and only there"
+        )
+    size = previous.keys.float().abs().sum(2)
+    hidden = view.prompt.norm(view.hidden)
+
+    def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
+        question = view.question[b].nonzero()[:, 0]
+        largest = [part[size[b, part].argsort(descending=True, stable=True)[:4]] for part in (rows, question)]
+        first = torch.isin(rows, largest[0])
+        place = {int(row): number for number, row in enumerate(rows)}
+        own = torch.tensor([place[int(row)] for row in largest[0]], device=rows.device)
+        by_pivot = torch.cat([own, (~first).nonzero()[:, 0]])  # the pivots, then the others
+        features = hidden[b, rows[by_pivot]]
+        picked = least_similar_order(features, hidden[b, torch.cat(largest)], len(own), count)
+        return by_pivot[picked]
+
+    return _by_order(view, order)
+
+
+def _by_order(view: LayerView, order: Callable[[int, torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+    """Turn orders of picking into scores [B, m].
+
+    Args:
+        view: the layer's.
+        order: from a sample's number, its candidate rows and how many to pick, to the places picked among those rows.
+    """
+    score = torch.zeros(view.image.shape, device=view.image.device)
+    for b, counts in enumerate(view.left.tolist()):
+        for group, count in enumerate(counts):
+            rows = (view.group[b] == group).nonzero()[:, 0]
+            if 0 < count < len(rows):
+                picked = rows[order(b, rows, count)]
+                score[b, picked] = torch.arange(count, 0, -1, device=score.device, dtype=score.dtype)
+    return score
 
 
 def max_min_order(features: torch.Tensor, count: int) -> torch.Tensor:
@@ -71,7 +153,7 @@ def least_similar_order(features: torch.Tensor, pivots: torch.Tensor, own: int, 
         count: tokens to pick, at most n.
 
     Returns:
-        [count] int64, the own pivots first. The others are shared out evenly, the first pivots taking what is over.
+        [count] int64, the own pivots first. The others are shared out evenly, the first pivots taking the remainder.
 
     Source: DART (Wen et al., arXiv:2502.11494) and its authors' code. Differs from it: exactly `count` tokens, where
     the authors keep 4 + 8 * floor(count / 8).

@@ -1,41 +1,43 @@
-"""Scorers: pure functions that rank a layer's visual tokens for removal, lowest first.
+"""Scorers by name: what ranks a layer's visual tokens for removal, lowest first.
 
-A scorer looks at a `fitprune.scoring.view.LayerView`; shapes as there. Each has a name in `SCORERS` and perhaps
-parameters, so that a recipe can hold it as data: {"name": ..., "parameters": {...}}. Every scorer takes the
-parameter `diversity`. A scorer of your own gets a name by an entry in `SCORERS`: its parameters -> `Scorer`.
+A recipe holds a scorer as data, {"name": ..., "parameters": {...}}. Every scorer takes the parameter `diversity`.
+docs/extending.md says how to add one of your own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
+from fitprune._support.registry import Registry
 from fitprune.recipes.recipe import scorer_parts, short
-from fitprune.scoring.diversity import dpp_order, least_similar_order, max_min_order, relevant_and_different
-from fitprune.scoring.received import HEAD_KINDS
+from fitprune.scoring import attention_scorers as attention
+from fitprune.scoring import diversity, fitted_scorers
 from fitprune.scoring.view import LayerView
 
-Score = Callable[[LayerView], torch.Tensor]
+Score = Callable[..., torch.Tensor]  # of a LayerView, and of keyword-only parameters where the scorer is registered
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A way to rank visual tokens.
+    """A way to rank visual tokens, and what it reads of a `LayerView`: nothing else is computed for it.
 
     Attributes:
         score: from a layer's view to scores [B, m], higher is kept.
         query_aware: whether it reads cross attention. If not, none is computed, prompts need no question, and what is
             kept does not depend on any: such a cache can serve many questions.
         reads_vision: whether it reads the attention of the vision tower's [CLS] token.
-        accumulates: whether it reads the attention of all layers so far (`view.prompt.received`), which is then
-            computed in each layer up to the last that removes.
+        accumulates: whether it reads the cross attention of all layers up to this one (`view.prompt.received`), which
+            is then computed in each layer up to the last that removes.
         reads_previous: whether it reads the layer before, so that it works only where tokens leave before a layer.
+
+    Raises:
+        ValueError: `score` is no function, or `accumulates` without `query_aware`.
     """
 
     score: Score
@@ -44,218 +46,80 @@ class Scorer:
     accumulates: bool = False
     reads_previous: bool = False
 
+    def __post_init__(self) -> None:
+        if not callable(self.score):
+            raise ValueError(f"score={short(self.score)}: must be a function of a LayerView")
+        if self.accumulates and not self.query_aware:
+            raise ValueError("accumulates=True: is attention of the question, so set query_aware=True too")
 
-def self_times_cross(view: LayerView) -> torch.Tensor:
-    """Score tokens by received self attention x received cross attention, [B, m].
+    def __call__(self, view: LayerView) -> torch.Tensor:
+        """Score a layer's tokens [B, m].
 
-    Source: arXiv:2409.10197.
-    """
-    return view.self_attention * view.cross_attention
+        Args:
+            view: the layer's; `score` gets a stand-in for it, which shows what the flags announce.
 
-
-def self_alone(view: LayerView) -> torch.Tensor:
-    """Score tokens by received self attention, whatever the question, [B, m].
-
-    Source: the self half of arXiv:2409.10197's score.
-    """
-    return view.self_attention
-
-
-def cross_alone(view: LayerView) -> torch.Tensor:
-    """Score tokens by received cross attention, maximum over heads, [B, m].
-
-    Source: the cross half of arXiv:2409.10197's score.
-    """
-    return view.cross_attention
+        Raises:
+            ValueError: `score` reads what no flag announces, or what it returns is refused; see `checked_scores`.
+        """
+        return checked_scores(self.score(cast(LayerView, _Announced(view, self, _VIEW_FLAGS))), view.image)
 
 
-def cross_mean(view: LayerView) -> torch.Tensor:
-    """Score tokens by the attention of the question's rows, mean over rows and heads, [B, m]."""
-    return view.by_head("mean")["mean"].mean(1)
+# The flag of `Scorer` that announces each part of a view, and of its prompt.
+_VIEW_FLAGS = dict.fromkeys(("question", "cross_attention", "last_attention", "received"), "query_aware") | {
+    "cls_attention": "reads_vision",
+    "previous": "reads_previous",
+}
+_PROMPT_FLAGS = {"cls_attention": "reads_vision", "vision": "reads_vision", "received": "accumulates"}
 
 
-def by_last_row(view: LayerView) -> torch.Tensor:
-    """Score tokens by the attention of the prompt's last token, mean over heads, [B, m].
+class _Announced:
+    """A view, or its prompt, that refuses to show what the scorer's flags do not announce."""
 
-    Source: FastV (arXiv:2403.06764) and PyramidDrop (arXiv:2410.17247).
-    """
-    return view.last_attention
+    def __init__(self, view: Any, scorer: Scorer, flags: Mapping[str, str]) -> None:
+        vars(self).update(_view=view, _scorer=scorer, _flags=flags)
 
+    def __getattr__(self, name: str) -> Any:
+        self._require(self._flags.get(name), name)
+        value = getattr(self._view, name)
+        if name == "prompt":
+            return _Announced(value, self._scorer, _PROMPT_FLAGS)
+        return _Announced(value, self._scorer, _VIEW_FLAGS) if name == "previous" and value is not None else value
 
-def value_weighted(view: LayerView) -> torch.Tensor:
-    """Score tokens by what they add to the question's rows: attention x norm of the value, maximum over heads, [B, m].
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._view, name, value)
 
-    Source: the norm of the value counts as well as the weight (Kobayashi et al., arXiv:2004.10102).
-    """
-    return (view.by_head("mean")["mean"] * view.value_norms).amax(1)
+    def by_head(self, *kinds: str) -> dict[str, torch.Tensor]:
+        for kind in kinds:
+            self._require(None if kind == "self" else "query_aware", f"by_head({kind!r})")
+        attention: dict[str, torch.Tensor] = self._view.by_head(*kinds)
+        return attention
 
-
-def accumulated(view: LayerView) -> torch.Tensor:
-    """Score tokens by the attention of the question's rows in all layers so far, mean over heads, [B, m].
-
-    Raises:
-        ValueError: no layer has run yet.
-    """
-    received = view.prompt.received
-    if received is None:
-        raise ValueError("no layer has run before layer 0: with 'accumulated', remove inside it or later")
-    return received.to(view.column.device).gather(1, view.column.clamp(min=0))
-
-
-def by_place(view: LayerView) -> torch.Tensor:
-    """Score tokens by their place: the first leave first, [B, m]. For methods that do not rank."""
-    return view.place.float()
+    def _require(self, flag: str | None, name: str) -> None:
+        if flag and not getattr(self._scorer, flag):
+            raise ValueError(
+                f"the scorer reads {name} of its view, which it does not announce: make it Scorer(..., {flag}=True)"
+            )
 
 
-def by_cls(view: LayerView) -> torch.Tensor:
-    """Score tokens by the attention of the vision tower's [CLS] token, [B, m].
+def checked_scores(score: Any, image: torch.Tensor) -> torch.Tensor:
+    """Refuse what a scorer must not return.
 
-    Source: the dominant tokens of VisionZip (arXiv:2412.04467).
-    """
-    return view.cls_attention
-
-
-def by_max_min(view: LayerView) -> torch.Tensor:
-    """Score tokens by when DivPrune picks them, the first highest, [B, m]."""
-    return _by_order(view, lambda b, rows, count: max_min_order(view.hidden[b, rows], count))
-
-
-def by_dpp(view: LayerView) -> torch.Tensor:
-    """Score tokens by when CDPruner picks them, the first highest, [B, m].
-
-    Relevance is the negated cosine between a visual token and the question's embeddings, scaled to 0..1 in the image.
-
-    Source: CDPruner (arXiv:2506.10967). Differs from the authors' code: their negated cosine is in CLIP's joint space,
-    which needs a text tower that LLaVA models in transformers do not hold; here it is in the decoder's input space.
-    """
-
-    def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
-        unit = F.normalize(view.hidden[b, rows].float(), dim=1)
-        words = F.normalize(view.hidden[b, view.question[b]].float(), dim=1)
-        relevance = -(unit @ words.T).mean(1)
-        relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min()).clamp(min=1e-6)
-        return dpp_order(relevance[:, None] * (unit @ unit.T) * relevance[None], count)
-
-    return _by_order(view, order)
-
-
-def by_duplication(view: LayerView) -> torch.Tensor:
-    """Score tokens by when DART picks them, the first highest, [B, m].
-
-    Pivots are the four visual tokens and the four question tokens with the largest keys (L1 norm, in the layer before);
-    picked are, pivot by pivot, the tokens least similar to it (cosine of the normed hidden states).
+    Args:
+        score: what it returned.
+        image: [B, m] int64, number of the image each token belongs to, -1 for text.
 
     Raises:
-        ValueError: tokens left in the layer before, or there is none.
-
-    Source: DART (arXiv:2502.11494) and its authors' code. Differs from it: pivots take turns in falling order of their
-    keys, not in the order of a Python set.
+        ValueError: it is no tensor [B, m], or a visual token's score is NaN.
     """
-    previous = view.previous
-    if previous is None:
-        raise ValueError(
-            "scorer 'duplication' reads the keys of the layer before: remove before a layer from 1 on, and only there"
-        )
-    size = previous.keys.float().abs().sum(2)
-    hidden = view.prompt.norm(view.hidden)
-
-    def order(b: int, rows: torch.Tensor, count: int) -> torch.Tensor:
-        asked = view.question[b].nonzero()[:, 0]
-        largest = [part[size[b, part].argsort(descending=True, stable=True)[:4]] for part in (rows, asked)]
-        first = torch.isin(rows, largest[0])
-        place = {int(row): number for number, row in enumerate(rows)}
-        own = torch.tensor([place[int(row)] for row in largest[0]], device=rows.device)
-        by_pivot = torch.cat([own, (~first).nonzero()[:, 0]])  # the pivots, then the others
-        features = hidden[b, rows[by_pivot]]
-        picked = least_similar_order(features, hidden[b, torch.cat(largest)], len(own), count)
-        return by_pivot[picked]
-
-    return _by_order(view, order)
-
-
-def _by_order(view: LayerView, order: Callable[[int, torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
-    """Turn orders of picking into scores; `order` takes sample, rows and count, and gives places among the rows."""
-    score = torch.zeros(view.image.shape, device=view.image.device)
-    for b, counts in enumerate(view.left.tolist()):
-        for group, count in enumerate(counts):
-            rows = (view.group[b] == group).nonzero()[:, 0]
-            if 0 < count < len(rows):
-                picked = rows[order(b, rows, count)]
-                score[b, picked] = torch.arange(count, 0, -1, device=score.device, dtype=score.dtype)
+    if not isinstance(score, torch.Tensor) or score.shape != image.shape:
+        what = f"shape {list(score.shape)}" if isinstance(score, torch.Tensor) else f"type {type(score).__name__}"
+        raise ValueError(f"the scorer returned {what}: must be a tensor {list(image.shape)}, a score for each token")
+    if bool((score.isnan() & (image >= 0)).any()):
+        raise ValueError("the scorer returned NaN for a visual token: scores must be numbers, or infinite")
     return score
 
 
-def _by_chance(seed: int) -> Score:
-    """Score tokens by chance, the same at every layer; which number a sample has, `view.prompt.numbers` says."""
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"seed={short(seed)}: must be at least 0, a whole number")
-
-    def score(view: LayerView) -> torch.Tensor:
-        longest = int(view.place.max()) + 1
-        # numpy: its streams begin alike whatever their length, so padding changes nothing.
-        drawn = np.stack([np.random.default_rng([seed, number]).random(longest) for number in view.prompt.numbers])
-        return torch.from_numpy(drawn).to(view.place.device).gather(1, view.place)
-
-    return score
-
-
-def _heads(terms: Sequence[Sequence[Any]]) -> Score:
-    """Score tokens by a weighted sum over heads; `terms` are (kind, head, weight), kinds as in `head_attention`."""
-    if not isinstance(terms, (list, tuple)):
-        raise ValueError(f"terms={short(terms)}: must be a list of [kind, head, weight]")
-    for term in terms:
-        if (
-            not isinstance(term, (list, tuple))
-            or len(term) != 3
-            or term[0] not in HEAD_KINDS
-            or type(term[1]) is not int
-            or not _is_number(term[2])
-        ):
-            raise ValueError(f"terms={short(term)}: must be a kind of {list(HEAD_KINDS)}, a head's number and a weight")
-    if not terms:
-        raise ValueError("terms is empty: at least one head must count")
-    kinds = sorted({kind for kind, _, _ in terms})
-
-    def score(view: LayerView) -> torch.Tensor:
-        attention = view.by_head(*kinds)
-        heads = next(iter(attention.values())).shape[1]
-        if beyond := [head for _, head, _ in terms if not 0 <= head < heads]:
-            raise ValueError(f"terms name head {beyond[0]}: the model has heads 0 to {heads - 1}")
-        weight = {kind: torch.zeros(heads, device=view.image.device) for kind in kinds}
-        for kind, head, value in terms:
-            weight[kind][head] += float(value)
-        return torch.stack([torch.einsum("bhm,h->bm", attention[kind], weight[kind]) for kind in kinds]).sum(0)
-
-    return score
-
-
-def _debiased(profile: Sequence[float]) -> Score:
-    """Score tokens by cross attention over what their place in the image receives anyway, [B, m].
-
-    `profile` is the mean attention along the image's tokens, first to last; it is read at the nearest entry.
-    """
-    usable = isinstance(profile, (list, tuple)) and all(_is_number(value) and value >= 0 for value in profile)
-    if not usable or not any(profile):
-        raise ValueError(
-            f"profile={short(profile)}: must hold a mean attention, 0 or more, for at least one place, and not 0 for "
-            "all; fit the recipe again"
-        )
-
-    def score(view: LayerView) -> torch.Tensor:
-        usual = torch.tensor(profile, dtype=torch.float32, device=view.image.device)
-        images = view.prompt.images.to(view.image.device)  # all tokens, those that left too
-        number, size = torch.zeros_like(images), torch.ones_like(images)
-        for image in range(int(images.max()) + 1):
-            member = images == image
-            number = torch.where(member, member.long().cumsum(1) - 1, number)
-            size = torch.where(member, member.sum(1, keepdim=True), size)
-        place = (number * len(usual) // size).gather(1, view.column.clamp(min=0))
-        return cross_mean(view) / (usual[place] + usual.mean() / 10)
-
-    return score
-
-
-def _by_stage(stages: Mapping[str, Mapping[str, Any]]) -> Scorer:
+def _by_stage(*, stages: Mapping[str, Mapping[str, Any]]) -> Scorer:
     """Score with a scorer for each place where tokens leave: "3" is inside layer 3, "before 3" before it."""
     if not isinstance(stages, Mapping) or not stages:
         raise ValueError(f"stages={short(stages)}: must name a scorer for each place, such as '3' or 'before 3'")
@@ -267,10 +131,10 @@ def _by_stage(stages: Mapping[str, Mapping[str, Any]]) -> Scorer:
         place = stage_name(view.layer, view.before)
         if place not in scorers:
             raise ValueError(f"tokens leave at {place!r}, for which the recipe names no scorer: fit it again")
-        return scorers[place].score(view)
+        return scorers[place](view)
 
-    reads = ("query_aware", "reads_vision", "accumulates", "reads_previous")
-    return Scorer(score, **{name: any(getattr(scorer, name) for scorer in scorers.values()) for name in reads})
+    flags = [field.name for field in dataclasses.fields(Scorer) if field.name != "score"]
+    return Scorer(score, **{flag: any(getattr(scorer, flag) for scorer in scorers.values()) for flag in flags})
 
 
 def stage_name(layer: int, before: bool) -> str:
@@ -279,54 +143,76 @@ def stage_name(layer: int, before: bool) -> str:
 
 
 def _diverse(score: Score, weight: float) -> Score:
-    """Trade a token's rank by `score` against its likeness to those kept already; see `relevant_and_different`."""
+    """Trade a token's rank by `score` against its likeness to those kept; see `diversity.relevant_and_different`."""
 
     def diverse(view: LayerView) -> torch.Tensor:
         value = checked_scores(score(view), view.image)
         picked = torch.zeros_like(value, dtype=torch.float32)
         for group in range(view.left.shape[1]):
-            member = view.group == group
-            picked = picked + relevant_and_different(value, view.hidden, member, view.left[:, group], weight)
+            member, counts = view.group == group, view.left[:, group]
+            picked = picked + diversity.relevant_and_different(value, view.hidden, member, counts, weight)
         return picked
 
     return diverse
 
 
-def _plain(score: Score, **options: Any) -> Callable[[], Scorer]:
-    """A scorer without parameters; a partial of Scorer would take its fields for such."""
-    return lambda: Scorer(score, **options)
+# What is registered: a `Scorer`, a function of a view, or a function that makes a Scorer; see `register_scorer`.
+Entry = Scorer | Callable[..., Any]
+
+SCORERS: Registry[Entry] = Registry(
+    "scorer",
+    "fitprune.scorers",
+    (Scorer, Callable),  # type: ignore[arg-type]  # isinstance takes it
+    {
+        "fitprune": attention.self_times_cross,
+        "self": Scorer(attention.self_alone, query_aware=False),
+        "cross": attention.cross_alone,
+        "cross-mean": attention.cross_mean,
+        "last": attention.by_last_row,
+        "value": attention.value_weighted,
+        "accumulated": Scorer(attention.accumulated, accumulates=True),
+        "heads": lambda *, terms: Scorer(fitted_scorers.weighted_heads(terms)),
+        "debiased": lambda *, profile: Scorer(fitted_scorers.debiased(profile)),
+        "by-stage": _by_stage,
+        "random": lambda *, seed: Scorer(attention.by_chance(seed), query_aware=False),
+        "place": Scorer(attention.by_place, query_aware=False),
+        "cls": Scorer(attention.by_cls, query_aware=False, reads_vision=True),
+        "max-min": Scorer(diversity.by_max_min, query_aware=False),
+        "dpp": diversity.by_dpp,
+        "duplication": Scorer(diversity.by_duplication, reads_previous=True),
+    },
+)
 
 
-def _is_number(value: Any) -> bool:
-    """Whether fp32 can hold it."""
-    largest = torch.finfo(torch.float32).max
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
+def register_scorer(name: str, scorer: Entry, *, replace: bool = False) -> None:
+    """Give a scorer a name in this process, by which recipes can hold it.
 
+    For every process, install a package with an entry point of that name in the group "fitprune.scorers"; its object is
+    what `scorer` is here.
 
-SCORERS: dict[str, Callable[..., Scorer]] = {
-    "fitprune": _plain(self_times_cross),
-    "self": _plain(self_alone, query_aware=False),
-    "cross": _plain(cross_alone),
-    "cross-mean": _plain(cross_mean),
-    "last": _plain(by_last_row),
-    "value": _plain(value_weighted),
-    "accumulated": _plain(accumulated, accumulates=True),
-    "heads": lambda terms: Scorer(_heads(terms)),
-    "debiased": lambda profile: Scorer(_debiased(profile)),
-    "by-stage": _by_stage,
-    "random": lambda seed: Scorer(_by_chance(seed), query_aware=False),
-    "place": _plain(by_place, query_aware=False),
-    "cls": _plain(by_cls, query_aware=False, reads_vision=True),
-    "max-min": _plain(by_max_min, query_aware=False),
-    "dpp": _plain(by_dpp),
-    "duplication": _plain(by_duplication, reads_previous=True),
-}
+    Args:
+        name: letters, digits, "-", "_" and "."; no name of fitprune's own or one that is registered already.
+        scorer: one of three. A function of a view, `def late(view, *, power=1.0)`, which counts as query-aware.
+            `Scorer(late, query_aware=False)`, which announces what it reads. Where the parameters decide that, or are
+            to be checked before a model runs: a function that makes a Scorer, `def late(*, power=1.0)`. Keyword-only
+            arguments are the parameters, which a recipe holds as numbers, text, lists or objects. One without a default
+            must be in the recipe; one with a default must be of its kind.
+        replace: take the place of a scorer that was registered under this name.
+
+    Raises:
+        ValueError: the name is taken or not allowed, or `scorer` has another form.
+    """
+    if callable(scorer):
+        _signature(name, scorer)
+    SCORERS.add(name, scorer, replace=replace)
 
 
 def get_scorer(scorer: str | Scorer | Mapping[str, Any] | Score) -> Scorer:
     """Make a scorer of its name, of name and parameters as a recipe holds them, or take one as it is.
 
-    A bare function counts as query-aware.
+    Args:
+        scorer: a name in `SCORERS`, {"name": ..., "parameters": {...}}, a Scorer, or a function of a LayerView, which
+            counts as query-aware.
 
     Raises:
         ValueError: no scorer has that name, or a parameter is unknown, missing or out of range.
@@ -337,36 +223,77 @@ def get_scorer(scorer: str | Scorer | Mapping[str, Any] | Score) -> Scorer:
         return Scorer(scorer)
     name, parameters = scorer_parts({"name": scorer} if isinstance(scorer, str) else scorer)
     if name not in SCORERS:
-        raise ValueError(f"scorer={short(name)}: must be one of {sorted(SCORERS)} or a function of LayerView")
-    diversity = parameters.pop("diversity", 0)
-    if not _is_number(diversity) or diversity < 0:
-        raise ValueError(f"scorer {name!r}: diversity={short(diversity)} must be a number of at least 0")
-    known = list(inspect.signature(SCORERS[name]).parameters)
+        raise ValueError(
+            f"scorer={short(name)}: must be one of {', '.join(sorted(SCORERS))}; install the package that has it, or "
+            "register_scorer it"
+        )
+    weight = parameters.pop("diversity", 0)
+    if not fitted_scorers.is_number(weight) or weight < 0:
+        raise ValueError(f"scorer {name!r}: diversity={short(weight)} must be a number of at least 0")
+    entry = SCORERS[name]
+    takes_view, known = _signature(name, entry)
     if unknown := sorted(map(str, set(parameters) - set(known))):
         raise ValueError(f"scorer {name!r}: no parameter {short(unknown[0])}; must be among {[*known, 'diversity']}")
-    if missing := [parameter for parameter in known if parameter not in parameters]:
-        raise ValueError(f"scorer {name!r}: missing parameter {missing[0]!r}; state it, or fit the recipe again")
+    for parameter, default in known.items():
+        if parameter not in parameters and default is inspect.Parameter.empty:
+            raise ValueError(f"scorer {name!r}: missing parameter {parameter!r}; state it, or fit the recipe again")
+        value, kind = parameters.get(parameter, default), _kind(default)
+        if kind and _kind(value) != kind:
+            raise ValueError(f"scorer {name!r}: {parameter}={short(value)}: must be {kind}, as {short(default)} is")
     try:
-        made = SCORERS[name](**parameters)
+        scorer = _with_parameters(entry, takes_view, parameters)
     except ValueError as error:
         raise ValueError(f"scorer {name!r}: {error}") from None
-    score = _diverse(made.score, diversity) if diversity else made.score
-    return dataclasses.replace(made, score=score)
+    return dataclasses.replace(scorer, score=_diverse(scorer.score, weight)) if weight else scorer
 
 
-def checked_scores(score: Any, image: torch.Tensor) -> torch.Tensor:
-    """Refuse what a scorer must not return.
+def _with_parameters(entry: Entry, takes_view: bool, parameters: dict[str, Any]) -> Scorer:
+    """Make a scorer of what is registered and of the parameters that a recipe holds."""
+    if not takes_view:
+        scorer = cast(Callable[..., Any], entry)(**parameters)
+        if not isinstance(scorer, Scorer):
+            raise ValueError(f"its function gave a {type(scorer).__name__}: must give a Scorer, or take a view")
+        return scorer
+    scorer = entry if isinstance(entry, Scorer) else Scorer(entry)
+    return dataclasses.replace(scorer, score=functools.partial(scorer.score, **parameters)) if parameters else scorer
+
+
+def _signature(name: str, entry: Entry) -> tuple[bool, dict[str, Any]]:
+    """Read whether what is registered takes a view, and its parameters with their defaults.
 
     Args:
-        score: what it returned.
-        image: [B, N] int64, number of the image each token belongs to, -1 for text.
+        name: for messages.
+        entry: what has this name; see `register_scorer`.
 
     Raises:
-        ValueError: it is no tensor [B, N], or a visual token's score is NaN.
+        ValueError: its arguments have another form, or a default is nothing that a recipe holds.
     """
-    if not isinstance(score, torch.Tensor) or score.shape != image.shape:
-        what = f"shape {list(score.shape)}" if isinstance(score, torch.Tensor) else f"type {type(score).__name__}"
-        raise ValueError(f"the scorer returned {what}: must be a tensor {list(image.shape)}, a score for each token")
-    if bool((score.isnan() & (image >= 0)).any()):
-        raise ValueError("the scorer returned NaN for a visual token: scores must be numbers, or infinite")
-    return score
+    function = entry.score if isinstance(entry, Scorer) else entry
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        raise ValueError(f"scorer {name!r}: has no signature to read; wrap it in a function of a view") from None
+    views = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD) and a.default is a.empty]
+    known = {a.name: a.default for a in arguments if a.kind == a.KEYWORD_ONLY}
+    if len(views) + len(known) < len(arguments) or not isinstance(entry, Scorer) <= len(views) <= 1:
+        raise ValueError(
+            f"scorer {name!r}: takes {inspect.signature(function)}; must take a view, then keyword-only parameters, as "
+            "`def late(view, *, power=1.0)` does; or these parameters alone, and give a Scorer"
+        )
+    if "diversity" in known:
+        raise ValueError(f"scorer {name!r}: takes 'diversity', which every scorer has; choose another name for it")
+    for parameter, default in known.items():
+        if default is not None and default is not inspect.Parameter.empty and not _kind(default):
+            raise ValueError(
+                f"scorer {name!r}: {parameter}={short(default)}: a default must be what a recipe can hold: a number, "
+                "text, a list, an object or None"
+            )
+    return bool(views), known
+
+
+def _kind(value: Any) -> str | None:
+    """Name the kind of a parameter's value; None for what no recipe holds, and for None, which says nothing."""
+    if fitted_scorers.is_number(value):
+        return "a number"
+    kinds: dict[Any, str] = {bool: "true or false", str: "text", (list, tuple): "a list", Mapping: "an object"}
+    return next((kind for types, kind in kinds.items() if isinstance(value, types)), None)

@@ -1,4 +1,7 @@
-"""The softmax of one layer, made as the layer makes it: scale, soft-cap, sinks, mask."""
+"""The softmax of one layer, computed as the layer does: scale, soft-cap, sinks, mask.
+
+Shapes: B batch, H query heads, Q queries, K keys; r rows of the queries, k of the first keys.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """How a layer makes attention weights of the products of queries and keys.
+    """How a layer turns the products of queries and keys into attention weights.
 
     Attributes:
         scaling: factor on the products.
-        valid: [B, K] bool, False at padding; None where nothing is padded. Not looked at where there is a mask.
+        valid: [B, K] bool, False at padding; None where nothing is padded. Ignored where there is a mask.
         mask: [B or 1, H or 1, Q, K], the layer's own: bool, True where a row sees a key, or a number to add. None: a
             row sees all keys up to its own.
-        window: how many keys back a row looks, its own counted, where there is no mask to say it; None for all.
-        softcap: products are bent to stay within it.
-        sinks: [H], a logit for each head that takes weight and gives nothing.
+        window: how many keys a row sees, its own the last of them, where there is no mask; None for all.
+        softcap: logits are squashed by tanh to stay within +-softcap; None for no cap.
+        sinks: [H], a logit for each head that takes part in the softmax and has no value.
     """
 
     scaling: float
@@ -34,12 +37,12 @@ class Softmax:
         """Whether no row sees a later key than its own."""
         if self.mask is None:
             return True
-        seen = self.mask if self.mask.dtype == torch.bool else self.mask > torch.finfo(self.mask.dtype).min / 2
-        rows, keys = seen.shape[-2:]
-        return not bool(seen.triu(keys - rows + 1).any())
+        visible = self.mask if self.mask.dtype == torch.bool else self.mask > torch.finfo(self.mask.dtype).min / 2
+        rows, keys = visible.shape[-2:]
+        return not bool(visible.triu(keys - rows + 1).any())
 
     def of(self, samples: slice) -> Softmax:
-        """The same for some samples of the batch."""
+        """Take some samples of the batch."""
         return dataclasses.replace(
             self,
             valid=None if self.valid is None else self.valid[samples],
@@ -47,9 +50,12 @@ class Softmax:
         )
 
     def hidden(self, rows: torch.Tensor, past: int, keys: int) -> torch.Tensor:
-        """Mark which of the first `keys` keys the rows [r] of this forward do not see: [B or 1, H or 1, r, keys] bool.
+        """Mark the keys that rows do not see: [B or 1, H or 1, r, keys] bool. The mask must not be one of numbers.
 
-        Not where the mask is one of numbers.
+        Args:
+            rows: [r], numbers of the rows, counted from the first query.
+            past: keys before that of the first query.
+            keys: of how many keys, from the first on.
         """
         if self.mask is not None:
             return ~self.mask[:, :, rows, :keys]
@@ -69,9 +75,15 @@ class Softmax:
         return masked_alike and self.softcap is None and self.sinks is None
 
     def weights(self, products: torch.Tensor, rows: torch.Tensor, past: int) -> torch.Tensor:
-        """Make weights of scaled products [B, H, r, k] of the rows [r] of this forward and the first k keys: fp32."""
+        """Turn scaled products into weights [B, H, r, k] fp32.
+
+        Args:
+            products: [B, H, r, k], of the rows and the first k keys.
+            rows: [r], numbers of the rows, counted from the first query.
+            past: keys before that of the first query.
+        """
         logits, keys = products.float(), products.shape[-1]
-        lowest = torch.finfo(torch.float32).min  # not -inf: a padded row sees no key and must not turn into NaN
+        lowest = torch.finfo(torch.float32).min  # not -inf: a padded row sees no key and must not become NaN
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.mask is not None and self.mask.dtype != torch.bool:

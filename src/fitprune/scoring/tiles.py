@@ -1,40 +1,37 @@
-"""Attention weights in blocks, the maximum over heads of each: by a softmax, or by log-sum-exps that a kernel gave."""
+"""Attention weights in blocks, the maximum over heads of each: by a softmax, or by log-sum-exps that a kernel gave.
+
+Shapes as in `fitprune.scoring.received`; r rows and c columns of a block.
+"""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from fitprune.costs.flops import SCORE_BLOCK, balanced, score_width
 from fitprune.scoring.softmax import Softmax
 
-BLOCK_BYTES = 16 * 2**20  # of attention weights or products held at a time; a few such blocks live at once
+BLOCK_BYTES = 16 * 2**20  # of attention weights or products in memory at a time; a few such blocks exist at once
+TILE_BYTES = 8 * 2**20  # of products, where no softmax is computed: two cores' caches
+SOFTMAX_ROWS = 64  # rows whose softmax is computed at a time; fewer where these are more than BLOCK_BYTES
 
-
-TILE_BYTES = 8 * 2**20  # of products, where no softmax is made: two cores' caches
-
-
-SOFTMAX_ROWS = 64  # rows whose softmax is made at a time, where it is: fewer where these are more than BLOCK_BYTES
-
-
-# Numbers of rows or columns of this forward, or, where they stand together, a slice.
+# Numbers of rows or columns of this forward, or, where none is missing between them, a slice.
 _Numbers = slice | torch.Tensor
-
 
 # Rows r, columns c, and the strongest weight of any head there, [B, r, c] fp32.
 Strongest = Iterator[tuple[_Numbers, _Numbers, torch.Tensor]]
 
 
 def strongest_by_softmax(query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, softmax: Softmax) -> Strongest:
-    """Make the weights of the needed rows [Q] bool, and take the maximum over heads."""
+    """Compute the weights of the needed rows [Q] bool, and take the maximum over heads."""
     past = key.shape[2] - query.shape[2]
     for rows, own, weights in row_blocks(query, key, needed, softmax):
         strongest = weights.amax(1)[..., past:]
-        del weights  # before the next block is made
+        del weights  # before the next block is computed
         yield rows, slice(0, own), strongest
 
 
@@ -43,8 +40,8 @@ class Tiles:
     """Row blocks against tiles of visual columns.
 
     Attributes:
-        blocks: rows, how many of the visual columns some of them sees, and which these are.
-        columns: of each tile. A tile ends where a block's columns do, since a part of one would be copied.
+        blocks: rows, the number of visual columns that they see together, and these columns.
+        columns: of each tile. A tile ends where a block's columns do, since a part of a tile would be copied.
     """
 
     blocks: tuple[tuple[_Numbers, int, _Numbers], ...]
@@ -52,17 +49,17 @@ class Tiles:
 
     @classmethod
     def of(cls, visual: torch.Tensor, needed: torch.Tensor, causal: bool) -> Tiles:
-        """Make them of the visual columns [Q] and the needed rows [Q], bool."""
+        """Divide the visual columns [Q] bool and the needed rows [Q] bool; causal if no row sees a later key."""
         places = torch.nonzero(visual)[:, 0].tolist()
         blocks, edges = [], [0]
         for rows, own in _needed_rows(len(visual), needed, causal):
-            seen = bisect.bisect_left(places, own)
-            if not seen:  # a sample whose visual tokens have all left still has a question
+            count = bisect.bisect_left(places, own)
+            if not count:  # a sample whose visual tokens have all left still has a question
                 continue
-            blocks.append((rows, seen, _numbers(places[:seen], visual.device)))
-            if seen > edges[-1]:
-                size = balanced(seen - edges[-1], SCORE_BLOCK)
-                edges += [*range(edges[-1] + size, seen, size), seen]
+            blocks.append((rows, count, _numbers(places[:count], visual.device)))
+            if count > edges[-1]:
+                size = balanced(count - edges[-1], SCORE_BLOCK)
+                edges += [*range(edges[-1] + size, count, size), count]
         return cls(tuple(blocks), tuple(_numbers(places[a:b], visual.device) for a, b in itertools.pairwise(edges)))
 
 
@@ -71,56 +68,32 @@ def strongest_by_lse(
 ) -> Strongest:
     """Take the maximum over heads of products less log-sum-exp, and then one exponential.
 
-    In fp32 the product is added to the log-sum-exp. In shorter types, which would round that, it rides along:
-    LSE_COLUMNS behind the queries, the second of which holds what rounding has left, against ones behind the keys.
+        a block's queries  log-sum-exp      keys of visual tokens          a block's weights
+        +---------------+  +---------+     +--------+--------+---         +--------+--------+---
+        |  H x r x D    |  |  H x r  |  x  | tile 0 | tile 1 |  ...  ->   |  r x c | r x c  |  ...   max over H, exp
+        +---------------+  +---------+     +--------+--------+---         +--------+--------+---
+
     One tile of products is held at a time, in one place: what is written is still in the processor's cache when it is
     read, and no page of memory is asked for twice.
     """
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]
-    past, each, wide = keys - length, heads // groups, score_width(width, query.element_size())
-    rest = lse * (-1 / softmax.scaling)
+    past, each = keys - length, heads // groups
+    offset = lse * (-1 / softmax.scaling)
     if not softmax.only_causal:
-        rest.nan_to_num_(0, 0, 0)  # of a row that sees no key: hidden below, but must be no NaN
-    behind = query.new_zeros(batch, heads, length, wide - width)
-    if wide > width:
-        behind[..., 0] = rest
-        behind[..., 1] = rest - behind[..., 0]
-    else:
-        rest = rest.to(query.dtype)
-    theirs = []
-    for columns in tiles.columns:
-        part = key[:, :, past:][:, :, columns]
-        if wide > width:
-            part = torch.cat([part, key.new_ones(1, 1, 1, 1).expand(*part.shape[:3], wide - width)], -1)
-        theirs.append(part.flatten(0, 1).transpose(1, 2))
-    at_once = each * min(length, SCORE_BLOCK) * max(tile.shape[2] for tile in theirs) if theirs else 1
-    some = batch * groups if batch > 1 else max(1, TILE_BYTES // (at_once * query.element_size()))
-    room = query.new_empty(min(some, batch * groups) * at_once)
-    for rows, seen, columns in tiles.blocks:
-        ours, added = query[:, :, rows], rest[:, :, rows]
-        if wide > width:
-            ours = torch.cat([ours, behind[:, :, rows]], -1)
-        count = ours.shape[2]
-        ours, added = (part.reshape(batch * groups, each * count, -1) for part in (ours, added))
-        strongest, start = query.new_empty(batch, count, seen), 0
-        for tile in theirs:
-            if start >= seen:
-                break
-            here = strongest[:, :, start : start + tile.shape[2]]
-            start += tile.shape[2]
-            for first in range(0, batch * groups, some):
-                mine, other = ours[first : first + some], tile[first : first + some]
-                products = room[: mine.shape[0] * mine.shape[1] * other.shape[2]].view(*mine.shape[:2], -1)
-                if wide > width:
-                    torch.bmm(mine, other, out=products)
-                else:
-                    torch.baddbmm(added[first : first + some], mine, other, out=products)
-                by_head = products.view(batch, -1, count, other.shape[2])
-                if first == 0:
-                    torch.amax(by_head, 1, out=here)
-                else:
-                    torch.maximum(here, by_head.amax(1), out=here)
+        offset.nan_to_num_(0, 0, 0)  # of a row that sees no key: hidden below, but must be no NaN
+    operands = _lse_as_columns if score_width(width, query.element_size()) > width else _lse_added
+    block_of, key_tiles = operands(query, key[:, :, past:], offset, tiles)
+    key_tiles = [tile.flatten(0, 1).transpose(1, 2) for tile in key_tiles]
+    largest = each * min(length, SCORE_BLOCK) * max((tile.shape[2] for tile in key_tiles), default=1)
+    at_once = batch * groups if batch > 1 else max(1, TILE_BYTES // (largest * query.element_size()))
+    room = query.new_empty(min(at_once, batch * groups) * largest)
+    for rows, count, columns in tiles.blocks:
+        block, added = block_of(rows)
+        queries = block.reshape(batch * groups, -1, block.shape[-1])
+        added = None if added is None else added.reshape(batch * groups, -1, 1)
+        strongest = query.new_empty(batch, queries.shape[1] // each, count)
+        _maximum_over_heads(strongest, queries, added, key_tiles, room, at_once)
         weights = strongest.float().mul_(softmax.scaling).exp_()
         if softmax.only_causal and isinstance(rows, slice) and isinstance(columns, slice):
             weights.tril_(rows.start - columns.start)
@@ -130,16 +103,92 @@ def strongest_by_lse(
         yield rows, columns, weights
 
 
+# A block's queries [B, H, r, D or more], and what to add to their products [B, H, r, 1].
+_BlockOf = Callable[[_Numbers], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def _lse_added(
+    query: torch.Tensor, key: torch.Tensor, offset: torch.Tensor, tiles: Tiles
+) -> tuple[_BlockOf, list[torch.Tensor]]:
+    """Take queries and tiles of keys as they are, and add `offset` [B, H, Q] to their products: in fp32."""
+    offset = offset.to(query.dtype)[..., None]
+    return lambda rows: (query[:, :, rows], offset[:, :, rows]), [key[:, :, columns] for columns in tiles.columns]
+
+
+def _lse_as_columns(
+    query: torch.Tensor, key: torch.Tensor, offset: torch.Tensor, tiles: Tiles
+) -> tuple[_BlockOf, list[torch.Tensor]]:
+    """Make `offset` [B, H, Q] part of the products, which shorter types than fp32 would round if it were added.
+
+    LSE_COLUMNS after each query hold it, the second of them what rounding has left of the first; after each key are
+    ones.
+    """
+    columns = score_width(query.shape[-1], query.element_size()) - query.shape[-1]
+    beside = query.new_zeros(*query.shape[:3], columns)
+    beside[..., 0] = offset
+    beside[..., 1] = offset - beside[..., 0]
+    ones = key.new_ones(1, 1, 1, 1).expand(*key.shape[:2], -1, columns)
+    parts = [key[:, :, tile] for tile in tiles.columns]
+    key_tiles = [torch.cat([part, ones.expand(-1, -1, part.shape[2], -1)], -1) for part in parts]
+    return lambda rows: (torch.cat([query[:, :, rows], beside[:, :, rows]], -1), None), key_tiles
+
+
+def _maximum_over_heads(
+    strongest: torch.Tensor,
+    queries: torch.Tensor,
+    added: torch.Tensor | None,
+    key_tiles: Sequence[torch.Tensor],
+    room: torch.Tensor,
+    at_once: int,
+) -> None:
+    """Write the maximum over heads of products to `strongest`.
+
+    Args:
+        strongest: [B, r, c], to be written; the c columns end where one of the tiles does.
+        queries: [B * G, H / G * r, D].
+        added: [B * G, H / G * r, 1], to add to the products, or None.
+        key_tiles: [B * G, D, columns] each.
+        room: where products are held, of at most `at_once` groups and one tile.
+        at_once: groups whose products are held at a time: all of them, or a part of one sample's.
+    """
+    batch, rows, columns = strongest.shape
+    start = 0
+    for tile in key_tiles:
+        if start >= columns:
+            return
+        here = strongest[:, :, start : start + tile.shape[2]]
+        start += tile.shape[2]
+        for first in range(0, len(queries), at_once):
+            groups = slice(first, first + at_once)
+            mine, keys = queries[groups], tile[groups]
+            products = room[: mine.shape[0] * mine.shape[1] * keys.shape[2]].view(*mine.shape[:2], -1)
+            if added is None:
+                torch.bmm(mine, keys, out=products)
+            else:
+                torch.baddbmm(added[groups], mine, keys, out=products)
+            by_head = products.view(batch, -1, rows, keys.shape[2])
+            if first == 0:
+                torch.amax(by_head, 1, out=here)
+            else:
+                torch.maximum(here, by_head.amax(1), out=here)
+
+
 def row_blocks(
     query: torch.Tensor, key: torch.Tensor, needed: torch.Tensor, softmax: Softmax
 ) -> Iterator[tuple[_Numbers, int, torch.Tensor]]:
-    """Give the attention of the needed rows [Q] bool in blocks.
+    """Compute the attention of the needed rows in blocks.
 
-    The last one first: what it frees is enough for each that follows. The other way round each is a little larger than
-    what was freed before, and memory grows by hundreds of megabytes.
+    The last block comes first: the memory that it frees is enough for each that follows. In ascending order each block
+    would be a little larger than what was freed before, and memory would grow by hundreds of megabytes.
+
+    Args:
+        query: [B, H, Q, D].
+        key: [B, G, K, D].
+        needed: [Q] bool.
+        softmax: how the layer computes its weights.
 
     Yields:
-        Rows, how many of the last Q keys the block looks at, and its attention fp32 [B, H, r, past + those].
+        Rows, how many of the last Q keys the block sees, and its attention fp32 [B, H, r, past + that number].
     """
     batch, heads, length, width = query.shape
     groups = key.shape[1]
@@ -156,16 +205,16 @@ def row_blocks(
 def _needed_rows(
     length: int, needed: torch.Tensor, causal: bool, size: int = SCORE_BLOCK
 ) -> Iterator[tuple[_Numbers, int]]:
-    """Give the needed rows [Q] bool in blocks, ascending, with how many of the last Q keys each looks at."""
+    """Divide the needed rows [Q] bool into blocks, ascending, each with how many of the last Q keys it sees."""
     numbers = torch.nonzero(needed)[:, 0].tolist()
     size = balanced(len(numbers), size)
     for first in range(0, len(numbers), size):
         block = numbers[first : first + size]
-        # In a causal layer later keys are behind every row of the block.
+        # In a causal layer no row of the block sees a key after its last row's own.
         yield _numbers(block, needed.device), block[-1] + 1 if causal else length
 
 
 def _numbers(ascending: list[int], device: torch.device) -> _Numbers:
-    """Make an index of numbers, of which there is at least one: a slice if none is missing between them."""
+    """Make an index of at least one ascending number: a slice if none is missing between them."""
     begin, end = ascending[0], ascending[-1] + 1
     return slice(begin, end) if end - begin == len(ascending) else torch.tensor(ascending, device=device)

@@ -1,9 +1,9 @@
 """Received attention on a GPU: Triton kernels that hold tiles of logits in registers and nothing of rows x keys.
 
-`attention.received_attention` imports this module where it computes on CUDA and Triton is installed. Importing it
+`received.received_attention` imports this module where it computes on CUDA and Triton is installed. Importing it
 imports Triton, which nothing else of the library needs.
 
-Shapes as in `attention`: B batch, H query heads, G key/value heads, Q queries, K keys, D head size; the last Q keys are
+Shapes as in `received`: B batch, H query heads, G key/value heads, Q queries, K keys, D head size; the last Q keys are
 the queries' own.
 """
 
@@ -20,7 +20,7 @@ import triton.language as tl
 
 logger = logging.getLogger(__name__)
 
-# Column sums of one block of keys are shared between so many programs at most. One sample of 3,000 tokens has 47 blocks
+# At most this number of programs share the column sums of one block of keys. One sample of 3,000 tokens has 47 blocks
 # of keys and a large GPU more than a hundred processors; and the first keys are seen by all rows, the last by few.
 # The number does not depend on the batch, so that a sample's sums do not either.
 SPLITS = 16
@@ -28,7 +28,7 @@ SPLITS = 16
 
 @functools.cache
 def usable(device: torch.device) -> bool:
-    """Whether Triton can compile for a CUDA device; where it cannot, that is told once.
+    """Whether Triton can compile for a CUDA device; where it cannot, a warning is logged once.
 
     The kernels' sizes are for NVIDIA's GPUs from compute capability 8.0 on. Triton builds its launcher with a C
     compiler and Python's headers, which not every machine with a GPU has.
@@ -44,12 +44,12 @@ def usable(device: torch.device) -> bool:
 
 
 def launch_sizes(width: int, element_size: int) -> dict[str, dict[str, int]]:
-    """Tile and launch sizes of each kernel for heads of `width` numbers of `element_size` bytes.
+    """Choose tile and launch sizes of each kernel for heads of `width` numbers of `element_size` bytes.
 
     A tile of queries and one of keys must fit a processor's shared memory, 99 KiB on the smaller ones; where two pairs
-    fit, one is loaded while the other is multiplied. Products of fp32 are made without tensor cores, and larger tiles
-    or fewer warps than these spill registers by the kilobyte (as ptxas says for 8.0 and 9.0). No GPU was at hand to
-    tune them by time.
+    fit, one is loaded while the other is multiplied. Products of fp32 are computed without tensor cores, and larger
+    tiles or fewer warps than these spill registers by the kilobyte (ptxas for 8.0 and 9.0). They were not tuned by
+    time.
     """
     padded = max(16, triton.next_power_of_2(width))  # tl.dot's smallest
     wide = padded * element_size
@@ -80,13 +80,17 @@ def received_on_gpu(
         key: [B, G, K, D], of the same type, any strides; H is a multiple of G, K at least Q.
         image: [B, Q] int64, number of the image that each token belongs to, -1 for text and padding.
         row_weight: [B, 2, Q] fp32, not negative: 0 for the sum over rows of a column's own image, 1 for that over all.
-        scaling, valid, window, softcap, sinks: as in `attention.Softmax`, which has no mask here.
+        scaling: as in `fitprune.scoring.softmax.Softmax`, like the next four; there is no mask.
+        valid: as there.
+        window: as there.
+        softcap: as there.
+        sinks: as there.
 
     Returns:
-        [B, 2, Q] fp32; what stands at columns that hold no visual token is of no use. A row that sees no key gives
+        [B, 2, Q] fp32; columns that hold no visual token are undefined. A row that sees no key adds
         nothing. Two runs give the same bits, and so does a sample alone or in a batch: every sum has a fixed order.
 
-    Sources: arXiv:2205.14135 for the softmax in tiles; the maximum over heads is taken before the exponential, of
+    Source: arXiv:2205.14135 for the softmax in tiles; the maximum over heads is taken before the exponential, of
     logits less their row's log-sum-exp.
     """
     batch, heads, length, width = query.shape
@@ -116,7 +120,7 @@ def received_on_gpu(
 
 @triton.jit
 def _logits(q, k, scaling, SOFTCAP: tl.constexpr):
-    """Products of a tile of queries [BLOCK, PADDED] and one of keys [PADDED, BLOCK], as the layer bends them: fp32."""
+    """Products of a tile of queries [BLOCK, PADDED] and one of keys [PADDED, BLOCK], after the soft cap: fp32."""
     logits = tl.dot(q, k, input_precision="ieee") * scaling
     if SOFTCAP is not None:
         # tanh x = 1 - 2 / (exp(2 x) + 1), which is right where the exponential is 0 or infinite.
@@ -125,16 +129,16 @@ def _logits(q, k, scaling, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _seen(rows, columns, valid, sample, past, keys, WINDOW: tl.constexpr):
+def _visible(rows, columns, valid, sample, past, keys, WINDOW: tl.constexpr):
     """Which of the keys `columns` [BLOCK] each of the rows [BLOCK] sees: [BLOCK, BLOCK]."""
     own = past + rows[:, None]
-    seen = columns[None, :] <= own
+    visible = columns[None, :] <= own
     if WINDOW is not None:
-        seen = seen & (columns[None, :] > own - WINDOW)
+        visible = visible & (columns[None, :] > own - WINDOW)
     if valid is not None:
         real = tl.load(valid + sample * keys + columns, mask=columns < keys, other=0) != 0
-        seen = seen & real[None, :]
-    return seen
+        visible = visible & real[None, :]
+    return visible
 
 
 @triton.jit(do_not_specialize=["length", "keys"])
@@ -172,8 +176,8 @@ def _row_statistics(
         columns = first + tl.arange(0, BLOCK)
         k_at = key + columns[None, :] * key_r + inside[:, None] * key_d
         k = tl.load(k_at, mask=(columns[None, :] < keys) & (inside[:, None] < WIDTH), other=0.0)
-        seen = _seen(rows, columns, valid, sample, past, keys, WINDOW)
-        logits = tl.where(seen, _logits(q, k, scaling, SOFTCAP), -float("inf"))
+        visible = _visible(rows, columns, valid, sample, past, keys, WINDOW)
+        logits = tl.where(visible, _logits(q, k, scaling, SOFTCAP), -float("inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
         top = higher
@@ -182,8 +186,8 @@ def _row_statistics(
         higher = tl.maximum(top, sink)
         total = total * tl.exp(top - higher) + tl.exp(sink - higher)
         top = higher
-    found = tl.where(total > 0, top + tl.log(total), 0.0)
-    tl.store(lse + (sample * HEADS + head) * length + rows, found, mask=there)
+    log_sum = tl.where(total > 0, top + tl.log(total), 0.0)
+    tl.store(lse + (sample * HEADS + head) * length + rows, log_sum, mask=there)
 
 
 @triton.jit(do_not_specialize=["length", "keys"])
@@ -231,7 +235,7 @@ def _column_sums(
                 best = tl.maximum(best, _logits(q, k, scaling, SOFTCAP) - row_lse[:, None])
             # No head sees what another does not: the mask is applied once. Rows without a weight may hold anything.
             counted = (
-                _seen(rows, past + own, valid, sample, past, keys, WINDOW) & (own_weight + all_weight > 0)[:, None]
+                _visible(rows, past + own, valid, sample, past, keys, WINDOW) & (own_weight + all_weight > 0)[:, None]
             )
             strongest = tl.where(counted, tl.exp(best), 0.0)
             from_all += tl.sum(strongest * all_weight[:, None], 0)

@@ -1,7 +1,7 @@
-"""What a scorer may look at: one place of a running prefill where tokens leave. What costs is computed when asked for.
+"""What a scorer may look at: one place in a running prefill where tokens may leave. Costly values are computed lazily.
 
 Shapes: B batch, Q columns of the prompt (the past excluded), m rows present, d hidden size, H query heads, G key/value
-heads, D head size, P keys of the past.
+heads, D head size.
 """
 
 from __future__ import annotations
@@ -13,21 +13,46 @@ from collections.abc import Callable
 
 import torch
 
-from fitprune.scoring.received import Attention, ReceivedAttention, head_attention, received_attention
+from fitprune.scoring.by_head import head_attention
+from fitprune.scoring.received import Attention, ReceivedAttention, received_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Quotas:
+    """How many visual tokens each image of a prefill may keep, at each place where tokens may leave.
+
+    The places of layer l are 2 * l, before the layer, and 2 * l + 1, inside it.
+
+    Attributes:
+        counts: [2 * layers + 1, B, images] int64, tokens in the prompt, then after each place.
+        pool_images: whether the images of a sample share one count and compete for it: then they are one group.
+    """
+
+    counts: torch.Tensor
+    pool_images: bool = False
+
+    @functools.cached_property
+    def last(self) -> int:
+        """The last place where tokens leave; -1 if none do."""
+        pairs = zip(self.counts[:-1], self.counts[1:], strict=True)
+        return max((place for place, (now, after) in enumerate(pairs) if not torch.equal(now, after)), default=-1)
+
+    def group(self, image: torch.Tensor) -> torch.Tensor:
+        """Number the group that each token belongs to, by the number of its image; -1 stays."""
+        return image.clamp(max=0) if self.pool_images else image
 
 
 @dataclasses.dataclass
 class Prompt:
-    """The whole prefill that layers are views of.
+    """The whole prefill that the layers are views of.
 
     Attributes:
-        ids: [B, Q] int64; None where the call gave embeddings.
-        valid: [B, Q] bool, False at padding, and at what is no prompt: a draft, a given answer.
-        vision: gives [B, Q], the attention that the vision tower's [CLS] token pays to each visual token; 0 for text.
-        images: [B, Q] int64, number of the image that each column belongs to, -1 for text and padding.
+        ids: [B, Q] int64; None where the call has embeddings in their place.
+        valid: [B, Q] bool, False at padding and at what is not prompt: a draft, an answer that labels hold.
+        vision: returns [B, Q], the attention that the vision tower's [CLS] token pays to each visual token; 0 for text.
+        images: [B, Q] int64, number of the image that each column belongs to; -1 for text and padding.
         norm: the decoder's final norm.
-        received: [B, Q] fp32, cross attention that each token received in all layers so far, mean over heads; kept for
-            scorers that ask for it, None for others.
+        quotas: how many tokens each image may keep; None where what leaves is not chosen by number.
     """
 
     ids: torch.Tensor | None
@@ -35,30 +60,47 @@ class Prompt:
     vision: Callable[[], torch.Tensor]
     images: torch.Tensor
     norm: Callable[[torch.Tensor], torch.Tensor]
-    received: torch.Tensor | None = None
+    quotas: Quotas | None = None
+    _received: torch.Tensor | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
     def places(self) -> torch.Tensor:
-        """[B, Q] place of each column in its own sample's prompt, from 0, whatever the padding."""
+        """[B, Q] position of each column in its own sample's prompt, from 0, padding not counted."""
         return (self.valid.long().cumsum(1) - 1).clamp(min=0)
 
+    @property
+    def received(self) -> torch.Tensor:
+        """[B, Q] fp32, cross attention that each token received in all layers so far, mean over heads.
+
+        Raises:
+            ValueError: no layer has added to it.
+        """
+        if self._received is None:
+            raise ValueError(
+                "the scorer reads view.prompt.received, the attention of all layers so far, and there is none. No "
+                "layer has run before layer 0: with 'accumulated', remove inside it or later; a scorer of your own "
+                "must be made as Scorer(..., accumulates=True)"
+            )
+        return self._received
+
     def accumulate(self, view: LayerView) -> None:
-        """Add to `received` what a layer's visual tokens receive."""
-        seen = view.by_head("mean")["mean"].mean(1)
-        if self.received is None:
-            self.received = seen.new_zeros(view.image.shape[0], self.valid.shape[1])
-        self.received = self.received.to(seen.device).scatter_add(1, view.column.clamp(min=0), seen)
+        """Add what the visual tokens receive in a layer to `received`."""
+        attention = view.by_head("mean")["mean"].mean(1)
+        total = self._received
+        if total is None:
+            total = attention.new_zeros(view.image.shape[0], self.valid.shape[1])
+        self._received = total.to(attention.device).scatter_add(1, view.column.clamp(min=0), attention)
 
     @functools.cached_property
     def numbers(self) -> list[int]:
-        """For each sample a number that its prompt's ids alone decide, for scorers that draw at random.
+        """For each sample a number that depends on its prompt's ids alone, for scorers that draw at random.
 
         Raises:
-            ValueError: the call gave embeddings instead of ids.
+            ValueError: the call has embeddings instead of ids.
         """
         if self.ids is None:
             raise ValueError(
-                "scorer 'random' tells samples apart by input_ids, but inputs_embeds are given: pass input_ids"
+                "scorer 'random' tells samples apart by input_ids, and the call has inputs_embeds: pass input_ids"
             )
         rows = zip(self.ids.cpu(), self.valid.cpu(), strict=True)
         return [zlib.crc32(ids[valid].numpy().tobytes()) for ids, valid in rows]
@@ -71,20 +113,18 @@ class Prompt:
 
 @dataclasses.dataclass
 class LayerView:
-    """One place where tokens leave: inside a layer, after its attention, or before it.
+    """One place where tokens may leave: inside a layer, after its attention, or before it.
 
     Attributes:
         layer: number of the decoder layer.
         before: whether the tokens leave before the layer instead of inside it.
-        image: [B, m] int64, number of the image that each row belongs to, -1 for text and padding.
-        question: [B, m] bool, rows of the question; none where the scorer reads no question.
+        image: [B, m] int64, number of the image that each row belongs to; -1 for text and padding.
+        question: [B, m] bool, rows of the question; all False where the scorer reads no question.
         column: [B, m] int64, column of each row in the prompt; -1 at padding.
         hidden: [B, m, d], the layer's input; before the first layer, the embeddings.
         prompt: the whole prefill.
-        attention: gives the layer's queries and keys; before the layer they are computed ahead, without the past.
-        previous: the view inside the layer before, where tokens leave before this one and it had the same rows.
-        group: [B, m] int64, as `image`, but all images of a sample are one where they compete with each other.
-        left: [B, groups] int64, tokens that each group is to keep.
+        attention: returns the layer's queries and keys; before the layer they are computed ahead, without the past.
+        previous: before a layer, the view inside the layer before it; None if rows have left since.
     """
 
     layer: int
@@ -96,9 +136,33 @@ class LayerView:
     prompt: Prompt
     attention: Callable[[], Attention]
     previous: LayerView | None = None
-    group: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    left: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     _by_head: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def number(self) -> int:
+        """Number of this place among all places of the decoder; see `Quotas`."""
+        return 2 * self.layer + (0 if self.before else 1)
+
+    @property
+    def quotas(self) -> Quotas:
+        """How many tokens each image may keep, at each place.
+
+        Raises:
+            ValueError: what leaves is not chosen by number.
+        """
+        if self.prompt.quotas is None:
+            raise ValueError("the scorer reads how many tokens are to be kept, which is not known: prune by a recipe")
+        return self.prompt.quotas
+
+    @functools.cached_property
+    def group(self) -> torch.Tensor:
+        """[B, m] int64, as `image`, but all images of a sample are one where they compete with each other."""
+        return self.quotas.group(self.image)
+
+    @functools.cached_property
+    def left(self) -> torch.Tensor:
+        """[B, groups] int64, number of tokens that each group keeps."""
+        return self.quotas.counts[self.number + 1].to(self.image.device)
 
     @functools.cached_property
     def states(self) -> Attention:
@@ -149,7 +213,7 @@ class LayerView:
 
     @property
     def place(self) -> torch.Tensor:
-        """[B, m] place of each row in its own sample's prompt, from 0, whatever the padding."""
+        """[B, m] position of each row in its own sample's prompt, from 0, padding not counted."""
         return self._at_columns(self.prompt.places)
 
     @property
@@ -158,5 +222,5 @@ class LayerView:
         return self._at_columns(self.prompt.cls_attention)
 
     def _at_columns(self, values: torch.Tensor) -> torch.Tensor:
-        """Take each row's value of [B, Q]; what padding gets means nothing."""
+        """Take each row's value of [B, Q]; the values at padding have no meaning."""
         return values.to(self.column.device).gather(1, self.column.clamp(min=0))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fitprune._support.host import cache_in
 from fitprune.calibration.batches import make_batches
 from fitprune.calibration.samples import Sample
-from fitprune.costs.flops import entering_counts
+from fitprune.costs.counts import entering_counts
 from fitprune.costs.latency import LatencyProfile
 from fitprune.engine.prune import prune
 from fitprune.families.adapter import AdaptedModel, adapt
@@ -246,7 +246,7 @@ def noise_inputs(
         text_tokens: the least that a prompt's text is to have, its format included; a few more where words are long.
         batch_size: prompts.
         side: height and width of the image, in pixels.
-        prompt_template: see `fitprune.calibration.batches.format_prompt`.
+        prompt_template: see `fitprune.calibration.prompts.format_prompt`.
     """
     adapted = adapt(model)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))

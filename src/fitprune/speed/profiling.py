@@ -11,11 +11,13 @@ import torch
 from tqdm import tqdm
 
 from fitprune.costs.latency import LatencyProfile, interpolated, token_grid
-from fitprune.engine.prune import prune
+from fitprune.engine.choose import choose_by, quotas_by
+from fitprune.engine.remover import removing
 from fitprune.families.adapter import adapt
 from fitprune.families.images import visual_mask
 from fitprune.families.provenance import provenance_of
 from fitprune.recipes.recipe import PruningRecipe
+from fitprune.scoring.scorers import get_scorer
 from fitprune.speed.clocks import Stopwatch, device_name, medians, timed_layers
 
 LAYERS_TIMED = 8
@@ -159,23 +161,22 @@ class Profiler:
                 kept.append(left / self._visual)
             recipe = PruningRecipe(tuple(kept), self._adapted.fingerprint, self._visual)
             watches = {name: Stopwatch(self._model) for name in REMOVING}
-            with prune(self._model, recipe) as pruner:
-                remover = pruner.remover
-                for name, watch in watches.items():
-                    setattr(remover, name, watch.timed(getattr(remover, name)))
+            choose, quotas = choose_by(get_scorer(recipe.scorer)), quotas_by(recipe)
+            observe = lambda name, function, watches=watches: watches[name].timed(function)  # noqa: E731
+            with removing(self._adapted, choose, quotas, observe=observe):
                 self._model(**self._inputs, logits_to_keep=1)
-            removing = recipe.removing[1:] or recipe.removing  # the first saw all tokens
+            layers_timed = recipe.removing[1:] or recipe.removing  # the first saw all tokens
             total = 0.0
             for name, watch in watches.items():
-                layers = decoder.attention_layers if name == "choose" else range(decoder.layers)
+                layers = decoder.attention_layers if name == "after_attention" else range(decoder.layers)
                 by_layer = dict(zip(layers, watch.seconds(), strict=True))
-                total += statistics.median(by_layer[layer] for layer in removing)
+                total += statistics.median(by_layer[layer] for layer in layers_timed)
             found[most + text] = total
         return found
 
 
 # What a Remover does in a layer.
-REMOVING = ("before_layer", "choose", "before_mlp", "after_mlp", "after_layer")
+REMOVING = ("before_layer", "after_attention", "before_mlp", "after_mlp", "after_layer")
 
 
 @dataclasses.dataclass

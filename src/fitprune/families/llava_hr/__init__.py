@@ -1,6 +1,6 @@
-"""LLaVA-HR: transformers does not have it. Importing registers nothing; `register` makes the Auto classes know it.
+"""LLaVA-HR, which transformers does not have. `register` makes the Auto classes know it; importing registers nothing.
 
-`conversion` makes this format of the authors' checkpoints.
+`conversion` converts the authors' checkpoints to it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Configuration of LLaVA-HR: sizes of its two vision towers, and how many visual tokens they make of an image."""
+"""Configuration of LLaVA-HR: sizes of its two vision towers, and the number of visual tokens of an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
 class LlavaHrVisionConfig(CLIPVisionConfig):
-    """Configuration of the vision towers: CLIP's, and what the ConvNeXt and the adapters add to it.
+    """Configuration of the vision towers: CLIP's, with entries for the ConvNeXt and the adapters.
 
     By default those of LLaVA-HR: CLIP ViT-L/14-336 and ConvNeXt-L, for images of 1,024 pixels. LLaVA-HR-X has
     ConvNeXt-XXL: depths 3, 4, 30, 3, widths 384 to 3,072, and `convnext_norm_eps` 1e-5.
@@ -20,10 +20,10 @@ class LlavaHrVisionConfig(CLIPVisionConfig):
         convnext_depths: blocks of each stage.
         convnext_hidden_sizes: channels of each stage.
         convnext_norm_eps: of the ConvNeXt's norms.
-        convnext_layer_scale: what each block's scale starts at in training.
+        convnext_layer_scale: each block's scale at the start of training.
 
     Raises:
-        ValueError: CLIP's layers do not fall into quarters, or the towers' patches do not fall on each other.
+        ValueError: CLIP's layers cannot be cut into quarters, or the towers' patches do not fall on each other.
     """
 
     model_type = "llava_hr_vision"
@@ -72,7 +72,7 @@ class LlavaHrVisionConfig(CLIPVisionConfig):
 
     @property
     def grid(self) -> int:
-        """CLIP's patches, and so visual tokens, in each direction: as the ConvNeXt's, at least CLIP's own."""
+        """CLIP's patches, and so visual tokens, in each direction: the ConvNeXt's number, at least CLIP's own."""
         return int(max(self.input_image_size // self.stride, self.image_size // self.patch_size))
 
     @property
@@ -87,13 +87,13 @@ class LlavaHrConfig(PreTrainedConfig):
     Args:
         vision_config: a LlavaHrVisionConfig or its keywords.
         text_config: of the text model, a config or its keywords; by default Llama.
-        image_token_index: id that stands for each visual token.
+        image_token_index: id of each visual token in `input_ids`.
     """
 
     model_type = "llava_hr"
     attribute_map: ClassVar[dict[str, str]] = {"image_token_id": "image_token_index"}
     sub_configs: ClassVar[dict[str, Any]] = {"vision_config": LlavaHrVisionConfig, "text_config": AutoConfig}
-    # Fixed in this architecture; transformers' projector asks for them.
+    # Fixed in this architecture; transformers' projector reads them.
     vision_feature_layer = -1
     projector_hidden_act = "gelu"
     multimodal_projector_bias = True

@@ -1,7 +1,7 @@
 """Convert the authors' LLaVA-HR checkpoints to this package's format: names, configuration, processor.
 
-A shard is read, renamed and written at a time; what is written is named after where it comes from, so a killed run goes
-on where it stopped. All weights are accounted for, by name and shape, before any is written.
+One shard at a time is read, renamed and written. Each written shard names its source, so a killed run goes on where it
+stopped. All weights are accounted for, by name and shape, before any is written.
 """
 
 from __future__ import annotations
@@ -33,54 +33,54 @@ _REQUIRED = {"is_multipath_encoder": True, "mm_projector_type": "mlp2x_gelu", "m
 _TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"
 )  # fmt: skip
-_FORMAT = 1  # raised whenever the same source is written otherwise
+_FORMAT = 1  # raised whenever the same source is converted to other files
 _INDEX = "model.safetensors.index.json"
 
 
 def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
-    """Convert a checkpoint. May be called again after it was cut off: what is done is kept.
+    """Convert a checkpoint. After a killed run, call it again: what is done is kept.
 
-    Needs little more memory than the largest shard of the source has bytes, and as much disk as the source.
+    Needs little more memory than the bytes of the source's largest shard, and as much disk as the source.
 
     Args:
         source: folder with the authors' config.json, weights (.bin or .safetensors) and tokenizer.
-        destination: folder to write; what `from_pretrained` loads.
+        destination: folder to write, which `from_pretrained` then loads.
 
     Returns:
         The destination.
 
     Raises:
         ValueError: the source is no LLaVA-HR checkpoint, weights are missing, unexpected or of other shapes, or the
-            destination holds something else.
+            destination has other files.
         OSError: a file is missing, or cannot be written.
         ImportError: the tokenizer needs sentencepiece and protobuf.
     """
     source, destination = Path(source), Path(destination)
-    given = _read_config(source)
+    settings = _read_config(source)
     shards = _shards(source)
-    held = {shard: _read(shard, "meta") for shard in shards}
+    on_meta = {shard: _read(shard, "meta") for shard in shards}
     tokenizer = _tokenizer(source)
-    weights = {name: weight for part in held.values() for name, weight in part.items()}
+    weights = {name: weight for part in on_meta.values() for name, weight in part.items()}
     with _named(source / "config.json", "fetch it again, or mend it", passing=(ValueError,)):
-        config = config_of(given, weights, len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
-        names = account(held, config, given["vocab_size"])
-    processor = make_processor(config, tokenizer, pad=given.get("image_aspect_ratio") == "pad")
+        config = config_of(settings, weights, len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
+        names = account(on_meta, config, settings["vocab_size"])
+    processor = make_processor(config, tokenizer, pad=settings.get("image_aspect_ratio") == "pad")
     identity = _identity(source, shards)
     unfinished = _require_ours(destination, identity)
 
     limit = max(_SMALLEST, max(os.path.getsize(shard) for shard in shards) // 8)
-    plan = [(shard, group) for shard in shards for group in _groups(names[shard], held[shard], limit)]
+    pieces = [(shard, group) for shard in shards for group in _groups(names[shard], on_meta[shard], limit)]
     weight_map: dict[str, str] = {}
     total = 0
     read: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
-    for number, (shard, group) in enumerate(tqdm(plan, desc="convert", unit="file", disable=None), 1):
-        path = destination / f"model-{number:05}-of-{len(plan):05}.safetensors"
+    for number, (shard, group) in enumerate(tqdm(pieces, desc="convert", unit="file", disable=None), 1):
+        path = destination / f"model-{number:05}-of-{len(pieces):05}.safetensors"
         weight_map |= dict.fromkeys(group, path.name)
-        total += sum(held[shard][name].nbytes for name in group.values())
+        total += sum(on_meta[shard][name].nbytes for name in group.values())
         if _source_of(path) == identity:
             continue
         if read[0] != shard:
-            read = (None, {})  # let go of the last one first
+            read = (None, {})  # free the last one first
             read = (shard, _read(shard, "cpu"))
         weights = {target: _grown(target, read[1][name], config) for target, name in group.items()}
         try:
@@ -89,7 +89,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
             os.replace(unfinished / path.name, path)
         except (OSError, SafetensorError) as error:
             raise OSError(f"cannot write {path}: {error}; what is done is kept: run it again to go on") from error
-        weights = {}  # they hold the shard
+        weights = {}  # they keep the shard in memory
     index = {"metadata": {"total_size": total, "source": identity}, "weight_map": weight_map}
     with files.replacing(destination / _INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1) + "\n")
@@ -99,13 +99,13 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=tokenizer.pad_token_id
     ).save_pretrained(destination)
     shutil.rmtree(unfinished)
-    config.save_pretrained(destination)  # last: a folder with a config is whole
+    config.save_pretrained(destination)  # last: a folder with a config is complete
     return destination
 
 
 @contextlib.contextmanager
 def _named(path: Path, remedy: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Name the file in whatever error comes of reading it, but those that are `passing`."""
+    """Name the file in any error that reading it raises, but for those of the types `passing`."""
     try:
         yield
     except passing:
@@ -116,10 +116,10 @@ def _named(path: Path, remedy: str, passing: tuple[type[Exception], ...] = ()) -
 
 
 def _read(shard: Path, device: str) -> dict[str, torch.Tensor]:
-    """Read a shard; on "meta" its names, shapes and types alone."""
+    """Read a shard; on the device "meta" its names, shapes and types alone."""
     try:
         read = load_state_dict(shard, map_location=device)
-    except Exception as error:  # whose own advice, to read without care, is no remedy
+    except Exception as error:  # torch's own advice, to load without its check, is no remedy
         raise ValueError(f"{shard}: damaged, or no file of weights ({type(error).__name__}); fetch it again") from error
     if not isinstance(read, dict) or not all(isinstance(weight, torch.Tensor) for weight in read.values()):
         raise ValueError(f"{shard}: must hold weights by name, as model.save_pretrained writes them")
@@ -127,7 +127,7 @@ def _read(shard: Path, device: str) -> dict[str, torch.Tensor]:
 
 
 def _read_config(source: Path) -> dict[str, Any]:
-    """Read the authors' config.json and refuse what is no LLaVA-HR."""
+    """Read the authors' config.json; refuse any other model's."""
     path = source / "config.json"
     if not source.is_dir():
         raise FileNotFoundError(
@@ -136,22 +136,22 @@ def _read_config(source: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{source}: has no config.json; must be a whole checkpoint of the authors")
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: is no JSON ({error}); fetch it again") from None
-    if not isinstance(given, dict) or given.get("model_type") != "llava":
-        found = given.get("model_type") if isinstance(given, dict) else given
+    if not isinstance(settings, dict) or settings.get("model_type") != "llava":
+        model_type = settings.get("model_type") if isinstance(settings, dict) else settings
         raise ValueError(
-            f"{path}: model_type={found!r}: must be 'llava', as in the authors' checkpoints on Llama; one that is "
+            f"{path}: model_type={model_type!r}: must be 'llava', as in the authors' checkpoints on Llama; one that is "
             "converted already ('llava_hr') needs no conversion"
         )
     for name, rule in _REQUIRED.items():
-        if given.get(name, False) != rule:
+        if settings.get(name, False) != rule:
             hint = "; for LLaVA-1.5 and LLaVA-NeXT see docs/llava-hr.md" if name == "is_multipath_encoder" else ""
             raise ValueError(
-                f"{path}: {name}={given.get(name)!r}: must be {rule!r}, as in every LLaVA-HR checkpoint{hint}"
+                f"{path}: {name}={settings.get(name)!r}: must be {rule!r}, as in every LLaVA-HR checkpoint{hint}"
             )
-    if (ratio := given.get("image_aspect_ratio", "square")) not in ("pad", "square"):
+    if (ratio := settings.get("image_aspect_ratio", "square")) not in ("pad", "square"):
         raise ValueError(f"{path}: image_aspect_ratio={ratio!r}: must be 'pad' or 'square' (one view of each image)")
     for name in (
         "vocab_size",
@@ -161,9 +161,9 @@ def _read_config(source: Path) -> dict[str, Any]:
         "num_attention_heads",
         "intermediate_size",
     ):
-        if type(given.get(name)) is not int or given[name] < 1:
-            raise ValueError(f"{path}: {name}={given.get(name)!r}: must be a positive integer")
-    return given
+        if type(settings.get(name)) is not int or settings[name] < 1:
+            raise ValueError(f"{path}: {name}={settings.get(name)!r}: must be a positive integer")
+    return settings
 
 
 def _shards(source: Path) -> list[Path]:
@@ -188,7 +188,7 @@ def _shards(source: Path) -> list[Path]:
 
 
 def _tokenizer(source: Path) -> Any:
-    """Load Llama's tokenizer and add what LLaVA needs; saved and loaded again it stays as it is."""
+    """Load Llama's tokenizer and add what LLaVA needs, so that saving and loading do not change it."""
     reads_model = is_sentencepiece_available() and is_protobuf_available()
     if not (source / "tokenizer.json").is_file() and not reads_model:
         raise ImportError(
@@ -199,7 +199,7 @@ def _tokenizer(source: Path) -> Any:
     with _named(source / "tokenizer.model", "fetch the files of the tokenizer again"):
         loaded = LlamaTokenizer.from_pretrained(source)
     return PreTrainedTokenizerFast(
-        # LlamaTokenizer forgets how it begins a text when it is saved; this keeps what was loaded.
+        # LlamaTokenizer does not save how it begins a text; this one does.
         tokenizer_object=loaded.backend_tokenizer,
         bos_token=loaded.bos_token,
         eos_token=loaded.eos_token,
@@ -213,22 +213,22 @@ def _tokenizer(source: Path) -> Any:
     )
 
 
-def _groups(names: dict[str, str], held: dict[str, torch.Tensor], limit: int) -> Iterator[dict[str, str]]:
+def _groups(names: dict[str, str], weights: dict[str, torch.Tensor], limit: int) -> Iterator[dict[str, str]]:
     """Cut a shard's weights into groups of at most `limit` bytes, or of one weight."""
     group: dict[str, str] = {}
     size = 0
     for target, name in names.items():
-        if group and size + held[name].nbytes > limit:
+        if group and size + weights[name].nbytes > limit:
             yield group
             group, size = {}, 0
         group[target] = name
-        size += held[name].nbytes
+        size += weights[name].nbytes
     if group:
         yield group
 
 
 def _grown(target: str, weight: torch.Tensor, config: LlavaHrConfig) -> torch.Tensor:
-    """Give a weight as it is written; a new token's row is the mean of the others', which no answer prefers to them."""
+    """Add the rows of new tokens to a weight: the mean of the others, which the argmax never prefers to them."""
     more = config.text_config.vocab_size - weight.shape[0] if target in GROWN else 0
     if more:
         mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
@@ -237,15 +237,15 @@ def _grown(target: str, weight: torch.Tensor, config: LlavaHrConfig) -> torch.Te
 
 
 def _identity(source: Path, shards: list[Path]) -> str:
-    """Tell one source from another: by its config, by sizes and times of its other files, and by this format."""
-    said = [(source / "config.json").read_text(encoding="utf-8"), str(_FORMAT)]
+    """Hash what tells one source from another: its config, sizes and times of its other files, and this format."""
+    parts = [(source / "config.json").read_text(encoding="utf-8"), str(_FORMAT)]
     others = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    said += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in (*shards, *others)]
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+    parts += [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in (*shards, *others)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _source_of(path: Path) -> str | None:
-    """The identity of the source that a written shard names; None if it is not there."""
+    """Read the identity of the source that a written shard names; None if there is no such file."""
     if not path.is_file():
         return None
     try:
@@ -256,7 +256,11 @@ def _source_of(path: Path) -> str | None:
 
 
 def _require_ours(destination: Path, identity: str) -> Path:
-    """Refuse a destination with anything but what an earlier run of the same conversion left; make it if need be.
+    """Refuse a destination with other files than those of an earlier run of this conversion; make it if need be.
+
+    Args:
+        destination: the folder.
+        identity: that of the source.
 
     Returns:
         An empty folder in it, for files that are not finished.
@@ -270,7 +274,7 @@ def _require_ours(destination: Path, identity: str) -> Path:
     if foreign:
         named = ", ".join(path.name for path in foreign[:3])
         raise ValueError(
-            f"{destination}: holds {named}{' and more' if len(foreign) > 3 else ''}, not of this conversion; choose "
+            f"{destination}: has {named}{' and more' if len(foreign) > 3 else ''}, not of this conversion; choose "
             "another folder, or delete it"
         )
     shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run

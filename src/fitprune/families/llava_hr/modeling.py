@@ -1,9 +1,9 @@
-"""LLaVA-HR as an ordinary transformers model: two vision towers at two resolutions, then LLaVA.
+"""Run LLaVA-HR as an ordinary transformers model: two vision towers at two resolutions, then LLaVA.
 
 A ConvNeXt sees the image at its full size, CLIP at a lower one. Adapters add the ConvNeXt's features to CLIP's after
 each of the first three quarters of its layers, and a last sum gives one visual token for each of CLIP's patches: 1,024
 of a 1,024-pixel image. CLIP, ConvNeXt, projector, text model, generation and processor are transformers' own; what is
-new is the walk through both towers and the adapters.
+new is the way through both towers and the adapters.
 
 Legend: B images, P patches of CLIP (a square number), F and S channels of CLIP and of the ConvNeXt.
 
@@ -53,7 +53,7 @@ def _as_tokens(grid: torch.Tensor) -> torch.Tensor:
 
 
 class ConvNext(nn.Module):
-    """transformers' ConvNeXt less its head: a plain module, since what has no attention has none to choose."""
+    """transformers' ConvNeXt without its head: a plain module, since it has no attention implementation to choose."""
 
     def __init__(self, config: LlavaHrVisionConfig) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ConvNext(nn.Module):
                 module.eps = config.convnext_norm_eps  # which transformers fixes at 1e-6
 
     def blocks(self) -> Iterator[nn.Module]:
-        """All that an image goes through behind the embeddings, in order."""
+        """Give all modules that an image goes through after the embeddings, in order."""
         for stage in self.stages:
             yield from stage.downsampling_layer
             yield from stage.layers
@@ -130,7 +130,7 @@ class LlavaHrVisionModel(CLIPVisionModel):
 
     def __init__(self, config: LlavaHrVisionConfig) -> None:
         super().__init__(config)
-        self.post_layernorm = nn.Identity()  # of CLIP's head, which sees no use here
+        self.post_layernorm = nn.Identity()  # of CLIP's head, which is not used here
         self.convnext = ConvNext(config)
         fast, slow = config.hidden_size, config.convnext_hidden_sizes[-1]
         self.adapters = nn.ModuleList(
@@ -153,7 +153,7 @@ class LlavaHrVisionModel(CLIPVisionModel):
 
         Args:
             pixel_values: [B, 3, input_image_size, input_image_size], as the processor gives them.
-            kwargs: for CLIP's attention.
+            **kwargs: for CLIP's attention.
 
         Returns:
             `last_hidden_state`: [B, P, F].
@@ -194,14 +194,14 @@ class LlavaHrVisionModel(CLIPVisionModel):
         pixels = (config.grid * config.patch_size,) * 2
         small = functional.interpolate(pixel_values.float(), size=pixels, mode="bilinear", align_corners=True)
         patches = _as_tokens(weights.patch_embedding(small.to(pixel_values.dtype)))
-        # Through the module, as accelerate brings weights from where they are; 0 is the class token's.
+        # A call of the module, so that accelerate can bring offloaded weights; position 0 is the class token's.
         positions = weights.position_embedding(torch.arange(1, weights.num_positions, device=patches.device))[None]
         if positions.shape[1] != patches.shape[1]:
             grid = _as_map(positions.float())
             grid = functional.interpolate(grid, size=(config.grid,) * 2, mode="bicubic", antialias=True)
             positions = _as_tokens(grid).to(patches.dtype)
-        embedded: torch.Tensor = self.pre_layrnorm(patches + positions)
-        return embedded
+        tokens: torch.Tensor = self.pre_layrnorm(patches + positions)
+        return tokens
 
 
 class LlavaHrModel(LlavaModel):
@@ -210,7 +210,7 @@ class LlavaHrModel(LlavaModel):
     config_class = LlavaHrConfig
 
     def __init__(self, config: LlavaHrConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's own would look for the tower among the Auto classes
+        LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's would look for the tower among the Auto classes
         self.vision_tower = LlavaHrVisionModel._from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -224,7 +224,7 @@ class LlavaHrModel(LlavaModel):
         Args:
             pixel_values: [B, 3, input_image_size, input_image_size].
             return_dict: False for a tuple.
-            kwargs: for the vision tower; LLaVA's choice of a layer is accepted and has no meaning here.
+            **kwargs: for the vision tower; LLaVA's choice of a layer is accepted and has no effect here.
 
         Returns:
             `pooler_output`: for each image its visual tokens, [P, hidden size of the text model].

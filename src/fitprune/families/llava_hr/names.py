@@ -1,4 +1,4 @@
-"""What the authors' LLaVA-HR checkpoints say: which weight is which, and what model they are of.
+"""Read the authors' LLaVA-HR checkpoints: which weight is which, and which model they are of.
 
 Knows the layout of github.com/luogen1996/LLaVA-HR (commit 1212ffb): timm's names for the ConvNeXt, and those of
 transformers 4.31 for CLIP and Llama. Names, shapes and settings alone: no weight is read here.
@@ -47,7 +47,7 @@ _DROPPED = re.compile(
     f"{_SLOW}head\\..*|{_FAST}post_layernorm\\..*|{_FAST}embeddings\\.position_ids|.*\\.rotary_emb\\.inv_freq"
 )
 GROWN = ("model.language_model.embed_tokens.weight", "lm_head.weight")  # one row for each token
-_ROWS = 64  # the vocabulary is brought to a multiple of this, as transformers does for LLaVA
+_ROWS = 64  # the vocabulary is filled up to a multiple of this, as transformers does for LLaVA
 _LLAMA = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_theta", "rope_scaling", "attention_bias",
@@ -57,15 +57,15 @@ _CLIP_HEAD = 64  # channels of an attention head, in every CLIP
 
 
 def config_of(
-    given: Mapping[str, Any], weights: Mapping[str, torch.Tensor], tokens: int, image_id: int
+    settings: Mapping[str, Any], weights: Mapping[str, torch.Tensor], tokens: int, image_id: int
 ) -> LlavaHrConfig:
-    """Read sizes off the authors' config and the weights' shapes; those of LLaVA-HR-7B where a weight is lacking.
+    """Read sizes off the authors' config and the weights' shapes; those of LLaVA-HR-7B where a weight is missing.
 
     Args:
-        given: the authors' config.json.
+        settings: the authors' config.json.
         weights: name -> weight.
-        tokens: how many the tokenizer has.
-        image_id: that of "<image>".
+        tokens: number of the tokenizer's tokens.
+        image_id: the id of "<image>".
     """
     slow = "model.vision_tower.slow_vision_tower.vision_tower."
     fast = "model.vision_tower.fast_vision_tower.vision_tower.vision_model."
@@ -86,68 +86,70 @@ def config_of(
     firsts = [weights.get(f"{slow}stages.{stage}.blocks.0.conv_dw.weight") for stage in range(4)]
     if all(depths) and all(first is not None for first in firsts):
         vision |= {"convnext_depths": depths, "convnext_hidden_sizes": [len(w) for w in firsts if w is not None]}
-    embedded, rows = weights.get("model.embed_tokens.weight"), given["vocab_size"]
-    # ConvNeXt-XXL, told by its name, or without one by its width.
-    name = given.get("vision_tower_slow")
+    embeddings, rows = weights.get("model.embed_tokens.weight"), settings["vocab_size"]
+    # ConvNeXt-XXL is known by its name, or without one by its width.
+    name = settings.get("vision_tower_slow")
     xxlarge = "xxlarge" in name if isinstance(name, str) else vision.get("convnext_hidden_sizes", [0])[-1] == 3072
-    text = {name: given[name] for name in _LLAMA if given.get(name) is not None}
+    text = {name: settings[name] for name in _LLAMA if settings.get(name) is not None}
     return LlavaHrConfig(
         vision_config=LlavaHrVisionConfig(
-            input_image_size=given["input_image_size"],
-            use_adapters=not given.get("freeze_vision", False),  # frozen in the first stage of training, without them
+            input_image_size=settings["input_image_size"],
+            use_adapters=not settings.get(
+                "freeze_vision", False
+            ),  # frozen in the first stage of training, without them
             convnext_norm_eps=1e-5 if xxlarge else 1e-6,
             **vision,
         ),
         text_config=LlamaConfig(**text, vocab_size=rows if tokens <= rows else -(-tokens // _ROWS) * _ROWS),
         image_token_index=image_id,
-        dtype=torch.float16 if embedded is None else embedded.dtype,
+        dtype=torch.float16 if embeddings is None else embeddings.dtype,
         architectures=[LlavaHrForConditionalGeneration.__name__],
     )
 
 
 def _count(weights: Mapping[str, torch.Tensor], prefix: str) -> int:
-    """How many numbers follow a prefix."""
-    return len({found[1] for name in weights if (found := re.match(prefix + r"(\d+)\.", name))})
+    """Count the different numbers that follow a prefix."""
+    return len({match[1] for name in weights if (match := re.match(prefix + r"(\d+)\.", name))})
 
 
 def account(
-    held: Mapping[Path, Mapping[str, torch.Tensor]], config: LlavaHrConfig, rows: int
+    shards: Mapping[Path, Mapping[str, torch.Tensor]], config: LlavaHrConfig, rows: int
 ) -> dict[Path, dict[str, str]]:
     """Say for each shard which weight becomes which, target -> name.
 
     Args:
-        held: the shards.
-        config: of the model that is to come out.
-        rows: the authors' vocabulary, which that model's may exceed.
+        shards: their weights, name -> weight.
+        config: of the converted model.
+        rows: the authors' vocabulary, which the converted model's may exceed.
 
     Raises:
         ValueError: weights are missing, unexpected, of other shapes or of no floating type; the message lists them all.
     """
     with torch.device("meta"):
         wanted = {name: weight.shape for name, weight in LlavaHrForConditionalGeneration(config).state_dict().items()}
-    names: dict[Path, dict[str, str]] = {shard: {} for shard in held}
-    found: set[str] = set()
+    names: dict[Path, dict[str, str]] = {shard: {} for shard in shards}
+    placed: set[str] = set()
     unexpected, misshapen = [], []
-    for shard, part in held.items():
+    for shard, part in shards.items():
         for name, weight in part.items():
             if _DROPPED.fullmatch(name):
                 continue
             target = next((pattern.sub(to, name) for pattern, to in _RENAMED if pattern.match(name)), None)
-            if target is None or target not in wanted or target in found:
+            if target is None or target not in wanted or target in placed:
                 unexpected.append(name)
                 continue
-            found.add(target)
+            placed.add(target)
             names[shard][target] = name
             shape, must = list(weight.shape), list(wanted[target])
             if target in GROWN:
                 must[0] = rows
             if shape != must or not weight.is_floating_point():
                 misshapen.append(f"{name} {shape} {weight.dtype} instead of {must}".replace("torch.", ""))
-    missing = sorted(set(wanted) - found)
+    missing = sorted(set(wanted) - placed)
     if missing or unexpected or misshapen:
-        said = {"missing": missing, "unexpected": sorted(unexpected), "of another shape or type": misshapen}
+        problems = {"missing": missing, "unexpected": sorted(unexpected), "of another shape or type": misshapen}
         raise ValueError(
             "the weights are not those of LLaVA-HR; nothing was written"
-            + "".join(f"; {what} ({len(listed)}): {', '.join(listed)}" for what, listed in said.items() if listed)
+            + "".join(f"; {what} ({len(listed)}): {', '.join(listed)}" for what, listed in problems.items() if listed)
         )
     return names

@@ -1,4 +1,4 @@
-"""Images and prompts for LLaVA-HR, as its authors make them: pixels, token ids and the chat template.
+"""Process images and prompts for LLaVA-HR as its authors do: pixels, token ids and the chat template.
 
 Source: github.com/luogen1996/LLaVA-HR, commit 1212ffb (`process_images`, `tokenizer_image_token`, "vicuna_v1").
 """
@@ -44,9 +44,10 @@ class LlavaHrProcessor(LlavaProcessor):
         patch_size: pixels of an image to a visual token, in each direction.
         vision_feature_select_strategy: "full": no token of the tower is left out.
         chat_template: Jinja.
-        image_token: stands for an image in a prompt.
-        num_additional_image_tokens: none.
-        adds_space: whether the tokenizer begins the text behind a special token with a space by itself.
+        image_token: placeholder of an image in a prompt.
+        num_additional_image_tokens: 0: the tower has no class token.
+        adds_space: whether the tokenizer begins the text after a special token with a space by itself.
+        **kwargs: as for LLaVA's processor.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class LlavaHrProcessor(LlavaProcessor):
         return super().__call__(images=images, text=text, **kwargs)
 
     def _apart(self, prompt: str) -> str:
-        """Begin the text behind an image with a space, as the authors' tokenizer does with every text of its own."""
+        """Begin the text after an image with a space, as the authors' tokenizer begins every text."""
         special = "|".join(map(re.escape, {self.image_token, *self.tokenizer.all_special_tokens}))
         # A tokenizer that adds a space adds none to a text that begins with one.
         where = "(?= )" if self.adds_space else rf"(?!{special}|\Z)"
@@ -94,26 +95,26 @@ def make_processor(config: LlavaHrConfig, tokenizer: Any, *, pad: bool = True) -
     """Make the processor: images made square, resized, normalized; Vicuna's chat template.
 
     Args:
-        config: of the model; says size and number of visual tokens.
-        tokenizer: of the text model; has the special token "<image>" under the id that the config says.
+        config: of the model, with size and number of visual tokens.
+        tokenizer: of the text model, with the special token "<image>" under the config's `image_token_index`.
         pad: make images square by padding with the mean colour, as the released models do; else by cutting edges off.
 
     Raises:
-        ValueError: the tokenizer's "<image>" has another id than the config says.
+        ValueError: the tokenizer's "<image>" has another id.
     """
-    found = tokenizer.convert_tokens_to_ids("<image>")
-    if found != config.image_token_index:
+    number = tokenizer.convert_tokens_to_ids("<image>")
+    if number != config.image_token_index:
         raise ValueError(
-            f"tokenizer has id {found} for '<image>', the config image_token_index={config.image_token_index}: must be "
-            "the same; add '<image>' to the tokenizer as a special token"
+            f"tokenizer has id {number} for '<image>', the config image_token_index={config.image_token_index}: must "
+            "be the same; add '<image>' to the tokenizer as a special token"
         )
     size = config.vision_config.input_image_size
     images = LlavaImageProcessorPil(do_pad=pad, size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    behind, first = (tokenizer(text, add_special_tokens=False).input_ids for text in ("<image>a", "a"))
+    after, first = (tokenizer(text, add_special_tokens=False).input_ids for text in ("<image>a", "a"))
     return LlavaHrProcessor(
         images,
         tokenizer,
         patch_size=size // config.vision_config.grid,
         chat_template=CHAT_TEMPLATE,
-        adds_space=behind[1:] == first,
+        adds_space=after[1:] == first,
     )
