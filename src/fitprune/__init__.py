@@ -17,13 +17,19 @@ from fitprune._version import __version__ as __version__
 
 _HOMES = {
     "AttentionStats": "fitting.stats",
+    "Family": "families.table",
     "Fitter": "fitting.fit",
     "LatencyProfile": "costs.latency",
+    "LayerView": "scoring.view",
     "Pruner": "engine.pruner",
     "PruningRecipe": "recipes.recipe",
+    "Results": "evaluation.results",
     "Sample": "calibration.samples",
+    "Scorer": "scoring.scorers",
+    "Sizes": "baselines.base",
     "analyze": "analysis.analyze",
     "attach": "engine.prune",
+    "checked_budget": "fitting.budget",
     "evaluate": "evaluation.evaluate",
     "fit": "fitting.fit",
     "fit_sequential": "baselines.authors_fit",
@@ -31,9 +37,13 @@ _HOMES = {
     "load_model": "families.loading",
     "load_samples": "calibration.samples",
     "make_batches": "calibration.batches",
+    "make_method": "baselines.table",
     "measure": "calibration.measure",
     "profile_latency": "speed.profiling",
     "prune": "engine.prune",
+    "register_baseline": "baselines.table",
+    "register_family": "families.table",
+    "register_scorer": "scoring.scorers",
     "search": "output_search.search",
     "time_recipes": "speed.benchmark",
 }
@@ -42,6 +52,9 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from fitprune.analysis.analyze import analyze as analyze
     from fitprune.baselines.authors_fit import fit_sequential as fit_sequential
+    from fitprune.baselines.base import Sizes as Sizes
+    from fitprune.baselines.table import make_method as make_method
+    from fitprune.baselines.table import register_baseline as register_baseline
     from fitprune.calibration.batches import make_batches as make_batches
     from fitprune.calibration.measure import measure as measure
     from fitprune.calibration.samples import Sample as Sample
@@ -52,12 +65,19 @@ if TYPE_CHECKING:
     from fitprune.engine.prune import prune as prune
     from fitprune.engine.pruner import Pruner as Pruner
     from fitprune.evaluation.evaluate import evaluate as evaluate
+    from fitprune.evaluation.results import Results as Results
     from fitprune.families.loading import load_model as load_model
+    from fitprune.families.table import Family as Family
+    from fitprune.families.table import register_family as register_family
+    from fitprune.fitting.budget import checked_budget as checked_budget
     from fitprune.fitting.fit import Fitter as Fitter
     from fitprune.fitting.fit import fit as fit
     from fitprune.fitting.stats import AttentionStats as AttentionStats
     from fitprune.output_search.search import search as search
     from fitprune.recipes.recipe import PruningRecipe as PruningRecipe
+    from fitprune.scoring.scorers import Scorer as Scorer
+    from fitprune.scoring.scorers import register_scorer as register_scorer
+    from fitprune.scoring.view import LayerView as LayerView
     from fitprune.speed.benchmark import time_recipes as time_recipes
     from fitprune.speed.profiling import profile_latency as profile_latency
 

@@ -94,11 +94,14 @@ NUMBERS = [
     for command, options in [
         (("cost", "llava-1.5-7b:60"), ("--visual-tokens", "--text-tokens", "--crops", "--value-bytes")),
         (("fit", "{here}/good.safetensors", "-o", "{here}/r.json", "--flops-reduction", "0.5"),
-         ("--visual-tokens", "--max-removal-layers", "--seed", "--samples", "--batch-size", "--recombine")),
+         ("--visual-tokens", "--max-removal-layers")),
+        (("search", "m", "--stats", "s", "--data", "d", "-o", "{here}/r", "--flops-reduction", "0.5"),
+         ("--visual-tokens", "--seed", "--samples", "--batch-size", "--recombine")),
         (("fit", "{here}/good.safetensors", "-o", "{here}/r.json"),
          ("--flops-reduction", "--mean-visual-tokens", "--tolerance", "--kv-cache-reduction")),
         (("analyze", "{here}/good.safetensors", "-o", "{here}/a"), ("--resamples", "--seed", "--flops-reduction")),
-        (("benchmark", "--shape", "llava-1.5-7b"), ("--text-tokens", "--image-size", "--new-tokens", "--rounds")),
+        (("benchmark", "--random-model", "llava-1.5-7b"),
+         ("--text-tokens", "--image-size", "--new-tokens", "--rounds")),
         (("measure", "m", "--data", "d", "-o", "{here}/s"), ("--samples", "--seed", "--batch-size")),
         (("evaluate", "m", "--data", "d", "-o", "{here}/s"), ("--timed-batches", "--examples", "--seeds")),
     ]

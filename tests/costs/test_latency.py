@@ -134,17 +134,3 @@ def test_the_commands_on_the_embedded_model(tmp_path, capsys):
     latency = ["fit", stats, "--prefill-latency-reduction", "0.1", "--profile", profile, "-o", recipe]
     assert cli.main(latency) == 0
     assert PruningRecipe.load(recipe).provenance["budget"] == {"prefill_latency_reduction": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["benchmark", "--recipe", "llava-1.5-7b:60"], "state MODEL or --shape"),
-        (["benchmark", "digit-scenes"], "state --recipe or --flops-reduction"),
-        (["benchmark", "digit-scenes", "--recipe", *["llava-1.5-7b:60"] * 2], "two have the same name"),
-        (["benchmark", "--shape", "gpt-5", "--recipe", "llava-1.5-7b:60"], "must be one of llava-1.5-7b"),
-    ],
-)
-def test_bad_benchmarks_are_refused(arguments, message, capsys):
-    assert cli.main(arguments) == 2
-    assert message in capsys.readouterr().err

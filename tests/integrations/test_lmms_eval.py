@@ -22,7 +22,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import fitprune
 from fitprune import PruningRecipe, evaluate, fit, load_samples, make_batches, measure, prune
 from fitprune._support import assets
-from fitprune.integrations.lmms_eval import FitPrune, _generation, _loaded
+from fitprune.integrations.lmms_eval import FitPrune
+from fitprune.integrations.lmms_eval_prompts import generation_arguments, load_picture
 from fitprune.integrations.lmms_eval_tasks import folder
 from helpers.picture_cases import CASES, require_shown
 
@@ -107,8 +108,8 @@ def words(text):
 @pytest.mark.parametrize("name", CASES)
 def test_pictures_are_what_is_shown_whether_a_task_gives_an_image_or_a_file(name, tmp_path):
     (tmp_path / "a").write_bytes(CASES[name][0])
-    require_shown(_loaded(str(tmp_path / "a")), name)
-    require_shown(_loaded(Image.open(tmp_path / "a")), name)
+    require_shown(load_picture(str(tmp_path / "a")), name)
+    require_shown(load_picture(Image.open(tmp_path / "a")), name)
 
 
 def test_lmms_eval_finds_the_model_by_its_entry_point():
@@ -138,7 +139,7 @@ def test_two_processes_share_the_questions(made, tmp_path):
     assert answers == said_by_generate(recipe, samples)
 
 
-def test_every_embedded_set_is_a_task_and_every_task_a_set():
+def test_every_bundled_set_is_a_task_and_every_task_a_set():
     manager = TaskManager(include_path=str(folder()), include_defaults=False)
     sets = {path.parent.parent.name: path for path in DATA.glob("*/test/metadata.jsonl")}
     assert set(manager.all_subtasks) == set(sets)
@@ -249,14 +250,15 @@ def test_a_prompt_template_from_text_or_file(made, tmp_path):
 
 def test_generation_arguments_of_tasks():
     greedy = {"max_new_tokens": 16, "num_beams": 1, "do_sample": False}
-    assert _generation({"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "do_sample": False}) == greedy
-    assert _generation({"max_new_tokens": 16, "temperature": 0.2, "do_sample": False}) == greedy  # as MM-Vet states it
-    assert _generation({"until": ["ASSISTANT:"], "image_aspect_ratio": "original"}) == {
+    assert generation_arguments({"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "do_sample": False}) == greedy
+    # As MM-Vet has it.
+    assert generation_arguments({"max_new_tokens": 16, "temperature": 0.2, "do_sample": False}) == greedy
+    assert generation_arguments({"until": ["ASSISTANT:"], "image_aspect_ratio": "original"}) == {
         **greedy,
         "max_new_tokens": 1024,
     }
     sampled = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 8, "num_beams": 1}
-    assert _generation(sampled) == {**sampled, "do_sample": True}
+    assert generation_arguments(sampled) == {**sampled, "do_sample": True}
 
 
 def test_a_recipe_is_fitted_to_what_is_measured_now(made):
@@ -296,7 +298,7 @@ def test_a_methods_saved_recipe_answers_as_the_method_does(method, made, tmp_pat
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"recipe": "llava-1.5-7b:60", "flops_reduction": 0.6, "stats": "s"}, "state one, or neither for dense"),
+        ({"recipe": "llava-1.5-7b:60", "flops_reduction": 0.6, "stats": "s"}, "pass one of them, or neither for dense"),
         ({"flops_reduction": 0.6}, "either stats=FILE"),
         ({"flops_reduction": 0.6, "stats": "s", "calibration": "c"}, "either stats=FILE"),
         ({"flops_reduction": 60, "stats": "s"}, "a fraction, not percent"),
@@ -305,7 +307,7 @@ def test_a_methods_saved_recipe_answers_as_the_method_does(method, made, tmp_pat
         ({"recipe": "llava-1.5-7b:61"}, "must be one of"),
         ({"batch_size": "auto"}, "batch_size=auto: must be an integer"),
         ({"method": "best"}, "method 'best': must be one of"),
-        ({"method": "fastv"}, "state flops_reduction"),
+        ({"method": "fastv"}, "pass flops_reduction"),
         ({"dtype": "int8"}, "dtype='int8': must be"),
         ({"device": "cpu", "device_map": "auto"}, "device_map='auto'"),
         ({"prompt_template": "USER: {question}"}, "must contain '<image>'"),

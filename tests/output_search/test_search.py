@@ -1,15 +1,13 @@
 """The search on what the model says: budgets, the guard, kills, and refusals."""
 
-import json
 import logging
 
 import pytest
 import torch
 
-from fitprune import AttentionStats, PruningRecipe, fit, load_samples, measure, prune, search
+from fitprune import PruningRecipe, fit, load_samples, measure, prune, search
 from fitprune._support import assets
 from fitprune.calibration.samples import recombined
-from fitprune.cli.main import main
 from fitprune.fitting.budget import checked_budget
 from fitprune.output_search.divergence import Judge
 from fitprune.output_search.meter import Meter
@@ -148,55 +146,3 @@ def test_questions_are_recombined_within_the_samples():
     assert recombined(samples[:1], 4) == samples[:1]
     with pytest.raises(ValueError, match="times=0: must be at least 1"):
         recombined(samples, 0)
-
-
-def test_on_the_command_line(tmp_path, capsys):
-    stats, out = str(tmp_path / "stats.safetensors"), tmp_path / "recipe.json"
-    data = ["--data", "digit-scenes/calibration", "--samples", "4"]
-    assert main(["measure", "digit-scenes", *data, "-o", stats]) == 0
-    command = ["fit", stats, "--objective", "output", "--model", "digit-scenes", *data, "--flops-reduction", "0.6",
-               "--passes", "9", "--recombine", "2", "--batch-size", "4", "-o", str(out)]  # fmt: skip
-    capsys.readouterr()
-    assert main(command) == 0
-    said = capsys.readouterr().out
-    assert "validation" in said
-    assert "dense passes over 4 samples" in said
-    recipe = PruningRecipe.load(out)
-    assert recipe.provenance["source"] == "fitprune.fit_output"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.json", "stats.safetensors"]  # no journal left
-    first = json.loads(out.read_text())
-    assert main(command) == 0
-    assert json.loads(out.read_text()) == first
-    results = ["evaluate", "digit-scenes", "--data", "digit-scenes/test", "--samples", "2", "--recipe", str(out)]
-    assert main([*results, "--timed-batches", "0", "--examples", "0", "-o", str(tmp_path / "results.json")]) == 0
-    assert "output" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--objective", "output", "--data", "digit-scenes/calibration"], "--model is missing"),
-        (["--objective", "output", "--model", "digit-scenes"], "--data is missing"),
-        (["--minutes", "3"], "--minutes is for --objective output"),
-        (
-            [
-                "--objective",
-                "output",
-                "--model",
-                "digit-scenes",
-                "--data",
-                "digit-scenes/calibration",
-                "--samples",
-                "1",
-            ],
-            "at least 2 are needed",
-        ),
-    ],
-)
-def test_bad_use_on_the_command_line(tmp_path, capsys, stats, options, message):
-    stats.save(tmp_path / "stats.safetensors")
-    assert isinstance(AttentionStats.load(tmp_path / "stats.safetensors"), AttentionStats)
-    command = ["fit", str(tmp_path / "stats.safetensors"), "--flops-reduction", "0.5", "-o", str(tmp_path / "r.json")]
-    assert main([*command, *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "r.json").exists()

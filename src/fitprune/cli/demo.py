@@ -1,33 +1,41 @@
-"""The demo: the whole way from calibration images to a table, on the embedded model and its real handwritten digits."""
+"""`fitprune demo`: from calibration images to a table, on the bundled model and its real handwritten digits."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from fitprune._support import assets, files
-from fitprune._support.plots import require_matplotlib
-from fitprune.calibration.batches import make_batches
-from fitprune.calibration.measure import measure
-from fitprune.calibration.samples import Sample, load_samples
-from fitprune.engine.prune import kept_positions
-from fitprune.evaluation.evaluate import evaluate
-from fitprune.evaluation.figures import draw_keep_curves, draw_kept_tokens
-from fitprune.evaluation.results import kind_table, table
-from fitprune.families.adapter import adapt
-from fitprune.families.images import visual_mask
-from fitprune.fitting.budget import checked_budget
-from fitprune.fitting.fit import Fitter
-from fitprune.recipes.recipe import PruningRecipe
+from fitprune.cli import options
+
+if TYPE_CHECKING:
+    from fitprune.calibration.samples import Sample
+    from fitprune.recipes.recipe import PruningRecipe
 
 BUDGETS = (0.4, 0.6, 0.8, 0.9)
 PICTURED = (0, 1, 6, 7)  # test samples with different kinds of question
 
 
+def add(commands: options.Commands) -> argparse.ArgumentParser:
+    """Declare the command."""
+    command = options.command(
+        commands, "demo", run, "measure, fit and evaluate the bundled model: the whole way in one command",
+        "fitprune demo --quick",
+    )  # fmt: skip
+    command.add_argument("--quick", action="store_true", help="fewer samples and budgets, no pictures: under a minute")
+    options.add_output(command, "folder for what it makes (default: demo-output)", default="demo-output")
+    return command
+
+
+def run(args: options.Args) -> None:
+    """Run the demo."""
+    demo(Path(args.output), quick=args.quick, overwrite=args.overwrite)
+
+
 def demo(output: Path, *, quick: bool = False, overwrite: bool = False) -> None:
-    """Measure, fit and evaluate the embedded model, printing each step; files go to `output`.
+    """Measure, fit and evaluate the bundled model, printing each step; files go to `output`.
 
     Args:
         output: folder for statistics, recipes, results and pictures.
@@ -40,6 +48,16 @@ def demo(output: Path, *, quick: bool = False, overwrite: bool = False) -> None:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging as transformers_logging
+
+    from fitprune._support.plots import require_matplotlib
+    from fitprune.calibration.batches import make_batches
+    from fitprune.calibration.measure import measure
+    from fitprune.calibration.samples import load_samples
+    from fitprune.evaluation.evaluate import evaluate
+    from fitprune.evaluation.results import kind_table, table
+    from fitprune.families.adapter import adapt
+    from fitprune.fitting.budget import checked_budget
+    from fitprune.fitting.fit import Fitter
 
     budgets = (0.6,) if quick else BUDGETS
     recipe_files = {budget: output / f"recipe-{round(100 * budget)}.json" for budget in budgets}
@@ -61,8 +79,8 @@ def demo(output: Path, *, quick: bool = False, overwrite: bool = False) -> None:
     model = AutoModelForImageTextToText.from_pretrained(source).eval()
     model.name_or_path = assets.MODEL
     processor = AutoProcessor.from_pretrained(source)
-    shape = adapt(model).fingerprint.decoder
-    say(f"model: {model.config.model_type}, {shape.layers} decoder layers of width {shape.hidden}")
+    decoder = adapt(model).fingerprint.decoder
+    say(f"model: {model.config.model_type}, {decoder.layers} decoder layers of width {decoder.hidden}")
 
     calibration = load_samples(assets.folder("calibration"), samples=16 if quick else None)
     stats = measure(model, make_batches(calibration, processor, batch_size=16))
@@ -94,6 +112,14 @@ def _draw(
     output: Path, model: object, processor: object, test: list[Sample], recipes: dict[str, PruningRecipe]
 ) -> None:
     """Draw the keep curves, and on four test images the tokens that stay at 60%."""
+    import torch
+
+    from fitprune.calibration.batches import make_batches
+    from fitprune.engine.prune import kept_positions
+    from fitprune.evaluation.figures import draw_keep_curves, draw_kept_tokens
+    from fitprune.families.adapter import adapt
+    from fitprune.families.images import visual_mask
+
     draw_keep_curves(recipes, output / "keep_curves.png")
     adapted = adapt(model)
     examples = []

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fitprune.baselines.base import Target
 from fitprune.baselines.table import BASELINES, make_method, parse_name
 from fitprune.evaluation.summary import label
 from fitprune.families.adapter import AdaptedModel
 from fitprune.families.clip_tower import watching
 from fitprune.fitting.budget import OutOfReach, checked_budget
-from fitprune.fitting.fit import Fitter
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.scorers import get_scorer
 
@@ -87,13 +87,13 @@ def firsts(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def entries_for(
-    names: Sequence[str], fitter: Fitter, budgets: Sequence[float], seeds: Sequence[int] = (0,)
+    names: Sequence[str], target: Target, budgets: Sequence[float], seeds: Sequence[int] = (0,)
 ) -> tuple[list[Entry], list[dict[str, Any]]]:
     """Solve methods for budgets.
 
     Args:
         names: methods, as `fitprune.baselines.table.make_method` takes them.
-        fitter: a fitter on statistics of the model.
+        target: a fitter on statistics of the model; its sizes do for methods whose counts are not fitted.
         budgets: fractions of visual-token FLOPs to remove.
         seeds: seeds of methods that draw at random.
 
@@ -108,10 +108,10 @@ def entries_for(
     for name in names:
         seeded = BASELINES[parse_name(name)[0]].seeded
         for budget in budgets:
-            target = checked_budget("flops_reduction", budget)
+            wanted = checked_budget("flops_reduction", budget)
             try:
                 for seed in seeds if seeded else (0,):
-                    recipe = make_method(name, fitter, target, seed=seed)
+                    recipe = make_method(name, target, wanted, seed=seed)
                     entries.append(Entry(name, recipe, budget, seed if seeded else None))
             except OutOfReach as error:
                 skipped.append({"method": name, "budget": budget, "reason": str(error)})

@@ -1,4 +1,4 @@
-"""Bridges to other programs, each in a file of its own that needs that program. This file needs none of them."""
+"""Bridges to other programs, lmms-eval and vLLM, of which nothing is imported until they ask for it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def lmms_eval_manifest() -> Any:
-    """Tell lmms-eval where its model "fitprune" is; the entry point `lmms_eval.models` calls this.
+    """Say where lmms-eval finds its model "fitprune"; the entry point `lmms_eval.models` calls this.
 
-    It stands here because lmms-eval loads every entry point on every start, and the model's own file loads torch.
+    lmms-eval loads every entry point on every start, and the model's own file imports torch: so this is apart from it.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -18,8 +18,8 @@ def lmms_eval_manifest() -> Any:
 def vllm_plugin() -> None:
     """Have vLLM prune by the recipe that is configured; the entry point `vllm.general_plugins` calls this.
 
-    It stands here because vLLM calls it in every process, and what prunes loads torch models.
+    vLLM calls it in every process.
     """
-    from fitprune.integrations.vllm import install
+    from fitprune.integrations.vllm.plugin import install
 
     install()

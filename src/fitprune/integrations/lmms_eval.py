@@ -8,10 +8,8 @@ Only the step from messages to answers is here; tasks, prompts, metrics and file
 from __future__ import annotations
 
 import contextlib
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +26,7 @@ from fitprune._support.processes import Processes
 from fitprune.baselines.table import make_method, parse_name
 from fitprune.calibration.batches import make_batches
 from fitprune.calibration.measure import measure
-from fitprune.calibration.pictures import load_picture
-from fitprune.calibration.prompts import chat_prompt, encode
+from fitprune.calibration.prompts import encode
 from fitprune.calibration.samples import load_samples
 from fitprune.engine.prune import prune
 from fitprune.families import adapter
@@ -38,31 +35,24 @@ from fitprune.families.loading import DTYPES, load_model
 from fitprune.fitting.budget import checked_budget
 from fitprune.fitting.fit import Fitter
 from fitprune.fitting.stats import AttentionStats
+from fitprune.integrations.lmms_eval_prompts import generation_arguments, prompt_of, read_template
 from fitprune.recipes.recipe import PruningRecipe
-
-logger = logging.getLogger(__name__)
-
-MAX_NEW_TOKENS = 1024  # where a task states none: what lmms-eval's own LLaVA models take
-_SAMPLING = ("temperature", "top_p", "top_k")
-# `until` is left out, as in lmms-eval's own LLaVA models: these models end their answers themselves, and the default of
-# `until`, the blank line between few-shot examples, would cut long answers. `image_aspect_ratio` is LLaVA's own code's.
-_NOT_OURS = ("until", "image_aspect_ratio")
 
 
 class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
-    """A LLaVA of transformers, dense or pruned by a recipe.
+    r"""A LLaVA of transformers, dense or pruned by a recipe.
 
-    One recipe is stated by `recipe`, or fitted to `flops_reduction` from `stats` or `calibration`; without either the
+    The recipe is `recipe`, or one fitted to `flops_reduction` from `stats` or `calibration`; without either the
     model is dense.
 
     Args:
-        pretrained: folder or hub name; "digit-scenes" is the embedded model.
+        pretrained: folder or hub name; "digit-scenes" is the bundled model.
         recipe: recipe file or folder, hub name, or a published one such as llava-1.5-7b:60.
         flops_reduction: budget to fit a recipe to, as a fraction.
         stats: statistics to fit from, made by `fitprune measure`.
         calibration: data to measure now instead, as for `fitprune measure --data`.
-        calibration_samples: draw so many of them; all by default.
-        image_folder: where the calibration images' names begin; beside the data by default.
+        calibration_samples: number of samples to draw from it; all by default.
+        image_folder: folder that the calibration images' names are relative to; the data file's by default.
         method: what is solved for the budget: fitprune, or a published method or control (docs/baselines.md).
         seed: of a method that draws at random.
         dtype: "auto" (the checkpoint's), float32, bfloat16 or float16.
@@ -73,9 +63,9 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         revision: branch, tag or commit on the hub; the main branch by default.
         trust_remote_code: run the code that a hub repository brings; off.
         batch_size: questions in a batch.
-        max_batch_size: accepted because lmms-eval hands it on; there is no automatic batch size.
+        max_batch_size: ignored: lmms-eval passes it on, but there is no automatic batch size.
         prompt_template: used instead of the chat template: text with `{question}` and the image token, or a file that
-            holds it. `\\n` stands for a line break. The image token is repeated for each image of a question.
+            holds it. `\n` stands for a line break. The image token is repeated for each image of a question.
 
     Raises:
         ValueError: arguments that contradict each other or miss their partner, a value that is out of range, a recipe
@@ -111,7 +101,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         _require_one_way(recipe, flops_reduction, stats, calibration)
         self.batch_size = _positive(batch_size)
         if parse_name(method)[0] != "fitprune" and flops_reduction is None:
-            raise ValueError(f"method={method}: is solved for a budget; state flops_reduction=0.6 too")
+            raise ValueError(f"method={method}: is solved for a budget; pass flops_reduction=0.6 too")
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
         # What can be read without the model is read before it: a wrong path is found in a second.
@@ -125,7 +115,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         if device_map is not None and (device is not None or self.accelerator.num_processes > 1):
             raise ValueError(
                 f"device_map={device_map!r}: spreads one model over devices in one process; "
-                "drop it, or drop device and run one process"
+                "leave it out, or leave out device and run one process"
             )
         self.device = torch.device(device) if device is not None else self.accelerator.device
         self.model, self.processor = load_model(
@@ -138,7 +128,7 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
             trust_remote_code=trust_remote_code,
             quantization=quantization,
         )
-        self.prompt_template = _template(prompt_template, self.processor)
+        self.prompt_template = read_template(prompt_template, self.processor.image_token)
 
         if samples is not None:
             processes = Processes()
@@ -184,8 +174,8 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
                 names = [f"{task}, {split} {doc}" for _, _, _, doc, task, split in chunk]
                 answers += self.answer([ChatMessages(messages=one) for one in messages], chunk[0][2], names)
                 bar.update(len(chunk))
-        found: list[str] = order.get_original(answers)
-        return found
+        in_order: list[str] = order.get_original(answers)
+        return in_order
 
     def answer(
         self, batch: Sequence[ChatMessages], generation: Mapping[str, Any], names: Sequence[str] | None = None
@@ -200,41 +190,13 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
         prompts, images = zip(*map(self.prompt, batch), strict=True)
         names = names or [f"question {number} of the batch" for number in range(1, len(batch) + 1)]
         inputs = encode(self.processor, prompts, images, names)
-        ids = self.model.generate(**to_model(inputs, self.model), **_generation(generation))
+        ids = self.model.generate(**to_model(inputs, self.model), **generation_arguments(generation))
         texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def prompt(self, messages: ChatMessages) -> tuple[str, list[Image.Image]]:
-        """Put messages into the form that the model was trained on.
-
-        Returns:
-            The prompt, and its images in order.
-
-        Raises:
-            ValueError: there is video or audio, the text places another number of images than there are, or there is
-                neither chat template nor `prompt_template`.
-        """
-        images, videos, audios = messages.extract_media()
-        if videos or audios:
-            raise ValueError("the question has video or audio: these models see images alone; choose an image task")
-        token = self.processor.image_token
-        parts = [part for message in messages.messages for part in message.content]
-        placed = sum(part.text.count(token) for part in parts if part.type == "text")
-        if placed not in (0, len(images)):
-            raise ValueError(f"the text places {placed} images by {token!r}, but {len(images)} are given")
-        if self.prompt_template is not None:
-            text = _filled(self.prompt_template, token, messages, placed)
-        else:
-            turns = [
-                {
-                    "role": message.role,
-                    # Where the text places the images itself, they are not placed again.
-                    "content": [_text_or_image(part) for part in message.content if part.type == "text" or not placed],
-                }
-                for message in messages.messages
-            ]
-            text = chat_prompt(self.processor, turns)
-        return text, [_loaded(image) for image in images]
+        """Put messages into the form that the model was trained on; see `lmms_eval_prompts.prompt_of`."""
+        return prompt_of(messages, self.processor, self.prompt_template)
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Not supported: lmms-eval's rounds are prompts of their own format for each task."""
@@ -251,19 +213,21 @@ class FitPrune(lmms):  # type: ignore[misc]  # lmms-eval has no types
 def _require_one_way(
     recipe: str | None, flops_reduction: float | None, stats: str | None, calibration: str | None
 ) -> None:
-    """Refuse arguments that state two recipes, or a budget without anything to fit it from."""
+    """Refuse arguments that name two recipes, or a budget without anything to fit it from."""
     if recipe is not None and flops_reduction is not None:
-        raise ValueError(f"recipe={recipe} and flops_reduction={flops_reduction}: state one, or neither for dense")
+        raise ValueError(
+            f"recipe={recipe} and flops_reduction={flops_reduction}: pass one of them, or neither for dense"
+        )
     if flops_reduction is not None:
         checked_budget("flops_reduction", flops_reduction)
         if (stats is None) == (calibration is None):
             raise ValueError(
                 f"flops_reduction={flops_reduction}: a recipe is fitted from either stats=FILE (fitprune measure) or "
-                "calibration=DATA (measured now); state one of them"
+                "calibration=DATA (measured now); pass one of them"
             )
     elif stats is not None or calibration is not None:
-        given = f"stats={stats}" if stats is not None else f"calibration={calibration}"
-        raise ValueError(f"{given}: nothing to fit from it; state flops_reduction=0.6 too, or drop it")
+        source = f"stats={stats}" if stats is not None else f"calibration={calibration}"
+        raise ValueError(f"{source}: nothing to fit from it; pass flops_reduction=0.6 too, or leave it out")
 
 
 def _positive(batch_size: int | str) -> int:
@@ -271,46 +235,3 @@ def _positive(batch_size: int | str) -> int:
     if number < 1:
         raise ValueError(f"batch_size={batch_size}: must be an integer of at least 1; 'auto' is not supported")
     return number
-
-
-def _template(given: str | None, processor: Any) -> str | None:
-    """Read a prompt template from text or file, and check that it has its two places."""
-    if given is None:
-        return None
-    text = Path(given).read_text(encoding="utf-8") if Path(given).is_file() else given.strip("'\"")
-    text = text.rstrip("\n").replace("\\n", "\n")
-    for place in ("{question}", processor.image_token):
-        if place not in text:
-            raise ValueError(
-                f"prompt_template={text!r}: must contain {place!r}, "
-                "for example 'USER: <image>\\n{question} ASSISTANT:'"
-            )
-    return text
-
-
-def _filled(template: str, token: str, messages: ChatMessages, placed: int) -> str:
-    """Fill a template with one message: an image token for each image, the texts as the question."""
-    if [message.role for message in messages.messages] != ["user"]:
-        raise ValueError("the question has several messages: a prompt_template holds one; drop prompt_template")
-    content = messages.messages[0].content
-    shown = 0 if placed else sum(part.type == "image" for part in content)
-    around = template if shown else template.replace(f"{token}\n", "").replace(token, "")
-    around = around.replace(token, "\n".join([token] * shown), 1)
-    return around.replace("{question}", "\n".join(part.text for part in content if part.type == "text"))
-
-
-def _text_or_image(part: Any) -> dict[str, str]:
-    return {"type": "text", "text": part.text} if part.type == "text" else {"type": "image"}
-
-
-def _loaded(image: Any) -> Image.Image:
-    return load_picture(image)
-
-
-def _generation(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a task's `generation_kwargs` into transformers' arguments. Temperature 0 means greedy."""
-    given = {name: value for name, value in task.items() if name not in _NOT_OURS and value is not None}
-    sampled = bool(given.pop("do_sample", True)) and given.get("temperature", 0) > 0
-    if not sampled:
-        given = {name: value for name, value in given.items() if name not in _SAMPLING}
-    return {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, **given, "do_sample": sampled}

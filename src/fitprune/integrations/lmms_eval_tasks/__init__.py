@@ -1,4 +1,4 @@
-"""The embedded question sets as lmms-eval tasks, read from the package: nothing is downloaded.
+"""The bundled question sets as lmms-eval tasks, read from the package: nothing is downloaded.
 
 A set's task is one YAML file here, with its name, its metadata.jsonl and the folder of its images.
 `python -m fitprune.integrations.lmms_eval_tasks` prints this folder.
@@ -27,5 +27,5 @@ def images(doc: Mapping[str, Any], task: Mapping[str, Any]) -> list[Image.Image]
 
 
 def right(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
-    """Score an answer as `fitprune evaluate` does: right if, stripped and in lower case, it is the accepted one."""
+    """Score an answer as `fitprune evaluate` does: 1 if it is the accepted one, stripped and in lower case; else 0."""
     return {"accuracy": float(answers[0].strip().lower() == doc["answer"].strip().lower())}

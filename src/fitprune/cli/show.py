@@ -1,0 +1,81 @@
+"""`fitprune show`: what a recipe does: its model, budget, counts in each layer, costs, scorer and origin."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fitprune._support.text_tables import aligned
+from fitprune.cli import cost, options
+from fitprune.recipes import rounding
+from fitprune.recipes.recipe import PruningRecipe
+
+BAR = 40  # characters of a bar that is full
+LONGEST_VALUE = 200  # characters of one value of the origin
+
+
+def add(commands: options.Commands) -> argparse.ArgumentParser:
+    """Declare the command."""
+    command = options.command(
+        commands, "show", run, "show what a recipe does: counts in each layer, costs, scorer, origin",
+        "fitprune show llava-1.5-7b:60",
+    )  # fmt: skip
+    command.add_argument("recipe", metavar="RECIPE", help=options.RECIPE_NAMES)
+    cost.add_sample(command)
+    return command
+
+
+def run(args: options.Args) -> None:
+    """Print the recipe."""
+    recipe = PruningRecipe.named(args.recipe)
+    priced = cost.price(recipe, args)
+    decoder, n = recipe.model.decoder, priced.visual_tokens
+    print(f"model               {_text(recipe.model.model_type)}, {decoder.layers} layers of width {decoder.hidden}")
+    print(f"budget              {_budget(recipe.provenance)}")
+    plain = recipe.scorer == {"name": "fitprune"}  # the library's own: torch is not needed to say so
+    print(f"ranked by           {'fitprune' if plain else cost.scorer_of(recipe)}")
+    if parameters := recipe.scorer.get("parameters"):
+        print(f"with parameters     {_text(parameters)}")
+    print(f"visual tokens       {n}, mean {priced.mean_visual_tokens:.1f} a layer, {priced.kept[-1]} at the end")
+    print("\n".join(cost.cost_lines(recipe, priced)))
+    entering = rounding.kept_counts(recipe.entering, n)
+    lines = [("layer", "enter", "leave", "stay")]
+    lines += [
+        (str(layer), str(enters), str(enters - stays), str(stays))
+        for layer, (enters, stays) in enumerate(zip(entering, priced.kept, strict=True))
+    ]
+    bars = ["", *("#" * round(BAR * stays / n) for stays in priced.kept)]
+    table = aligned(lines).splitlines()
+    print("\n" + "\n".join(f"{line}  {bar}".rstrip() for line, bar in zip(table, bars, strict=True)))
+    print("\norigin")
+    for name, value in _flat(recipe.provenance):
+        print(f"  {name:<32}  {value}")
+
+
+def _budget(provenance: Mapping[str, Any]) -> str:
+    budget = provenance.get("budget")
+    if isinstance(budget, Mapping) and budget:
+        budgets = ", ".join(f"{_text(kind)} {_text(value)}" for kind, value in budget.items())
+        return budgets + (f", reached {_text(provenance['reached'])}" if "reached" in provenance else "")
+    if "nominal_percent" in provenance:
+        return f"{_text(provenance['nominal_percent'])}% of the visual FLOPs, as its authors name it"
+    return "not recorded"
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Write nested values as name.name -> text."""
+    for key, value in mapping.items():
+        name = f"{prefix}{_text(key)}"
+        if isinstance(value, Mapping) and value and prefix.count(".") < 3:
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, _text(value)
+
+
+def _text(value: Any) -> str:
+    """Write a value of a recipe, which may be a stranger's: on one line, control characters escaped, not too long."""
+    text = json.dumps(value, ensure_ascii=True)
+    text = text[1:-1] if isinstance(value, str) else text
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

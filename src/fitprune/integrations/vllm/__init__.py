@@ -1,0 +1,13 @@
+"""Serve a recipe in vLLM: visual tokens leave inside the LLM's prefill, as they do under `prune`.
+
+A vLLM plug-in (entry point `vllm.general_plugins`). Where a recipe is configured it hooks the decoder's layers in each
+worker once the model is loaded; nothing of vLLM is replaced. vLLM runs the tokens of all requests of a step as one list
+of rows, and looks up each layer's attention metadata by the layer's name. So a row that leaves is left out of the list,
+and the layers after it get metadata of their own, made by vLLM's own builder, for fewer tokens: their keys fill the
+first slots of the request's blocks. How many tokens a request lost is kept in a table by its first block, which is the
+request's alone while it lives: written in its prefill, read in its decoding, in tensor operations.
+
+`plugin` finds the recipe and hooks vLLM's workers, `rules` refuses what would be wrong, `layers` reads vLLM's decoder,
+`pruner` lets tokens leave. docs/vllm.md says what is supported; the rest is refused when the engine starts. This file
+imports nothing, so that the entry point costs nothing.
+"""

@@ -1,0 +1,242 @@
+"""Hooks on vLLM's decoder, by which a recipe's tokens leave.
+
+Legend: T rows of a step, T' those that are present, R requests of the step, S stages, m rows of a request.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from fitprune.engine.choose import choose_by, quotas_by
+from fitprune.integrations.vllm.layers import Layer, Request, Step
+from fitprune.recipes.recipe import PruningRecipe
+from fitprune.scoring.received import Attention, text_after
+from fitprune.scoring.scorers import get_scorer
+from fitprune.scoring.view import LayerView, Prompt
+
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+
+logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
+
+
+class Pruner:
+    """Hooks on a vLLM model runner's decoder, by which a recipe's tokens leave.
+
+    Args:
+        runner: vLLM's GPUModelRunner or CPUModelRunner, with its KV cache.
+        recipe: one fitted to its model.
+
+    Raises:
+        ValueError: the attention backend or the decoder's layers are not supported.
+    """
+
+    def __init__(self, runner: Any, recipe: PruningRecipe) -> None:
+        groups = [group for groups in runner.attn_groups for group in groups]
+        if len(groups) != 1:
+            raise ValueError(f"fitprune: the model has {len(groups)} kinds of attention; must have one")
+        (group,) = groups
+        if (backend := group.backend.get_name()) not in BACKENDS:
+            raise ValueError(f"fitprune: attention backend {backend}: must be one of {', '.join(BACKENDS)}")
+        decoder = runner.get_model().get_language_model().model
+        self._runner, self._norm = runner, decoder.norm
+        self._layers = [Layer.of(number, layer) for number, layer in enumerate(decoder.layers)]
+        scorer = get_scorer(recipe.scorer)
+        self._quotas, self._choose, self._query_aware = quotas_by(recipe), choose_by(scorer), scorer.query_aware
+        self._removing = recipe.removing
+        # Tokens that a request has lost before each stage, by the request's first block.
+        table, (kind,) = runner.input_batch.block_table[0], runner.kv_cache_config.kv_cache_groups
+        self._block_size = table.block_size
+        blocks = runner.kv_cache_config.num_blocks * max(kind.kv_cache_spec.block_size // table.block_size, 1)
+        self._lost = torch.zeros(blocks + 1, len(self._removing) + 1, dtype=torch.int32, device=runner.device)
+        self._any_lost = False
+        self._common: Any = None
+        self._step: Step | None = None
+        self._build = group.build_metadata
+        group.build_metadata = self._watched
+        self._hook()
+        logger.info("fitprune: visual tokens leave at layers %s of %d", self._removing, len(self._layers))
+
+    def _watched(self, common: Any, *args: Any, **kwargs: Any) -> Any:
+        """Build vLLM's metadata as before, and keep what it was built of."""
+        self._common = common
+        return self._build(common, *args, **kwargs)
+
+    def _hook(self) -> None:
+        for number, layer in enumerate(self._layers):
+            enter = functools.partial(self._enter, number)
+            layer.module.register_forward_pre_hook(enter, with_kwargs=True)
+        for stage, number in enumerate(self._removing):
+            layer = self._layers[number]
+            layer.attention.register_forward_pre_hook(self._see, with_kwargs=True)
+            layer.norm.register_forward_hook(functools.partial(self._leave, number, stage + 1))
+        self._layers[-1].module.register_forward_hook(self._end)
+
+    def _begin(self, hidden: torch.Tensor) -> Step | None:
+        from vllm.forward_context import get_forward_context
+
+        context, common, self._common = get_forward_context(), self._common, None
+        if not context.attn_metadata or common is None:  # vLLM measures its memory
+            return None
+        if common.num_actual_tokens != len(hidden):
+            raise RuntimeError(f"fitprune: {len(hidden)} rows for {common.num_actual_tokens} tokens: vLLM pads them")
+        lengths = common.query_start_loc_cpu.diff().tolist()
+        whole = common.seq_lens_cpu_upper_bound.tolist()
+        first = common.block_table_tensor[:, 0].long()
+        begun = [row for row, length in enumerate(lengths) if length == whole[row]]
+        pruned = [each for row in begun if (each := self._request(row, lengths[row])) is not None]
+        if begun and self._any_lost:
+            self._lost[first[begun]] = 0  # of the request that had the block before
+        self._any_lost |= bool(pruned)
+        return Step(common, context, lengths, pruned, first, len(hidden)) if self._any_lost else None
+
+    def _request(self, row: int, length: int) -> Request | None:
+        """Look at a request that begins; None if it loses no tokens."""
+        batch = self._runner.input_batch
+        request, prompt_length = self._runner.requests[batch.req_ids[row]], int(batch.num_prompt_tokens[row])
+        features = sorted(request.mm_features, key=lambda feature: feature.mm_position.offset)
+        if not features or request.prompt_token_ids is None:
+            return None
+        if any(feature.modality != "image" for feature in features):
+            logger.warning_once("fitprune: a request with more than images and text runs dense")
+            return None
+        if length < prompt_length or hasattr(request, "fitprune_dense"):
+            request.fitprune_dense = True  # also if it is preempted and then prefilled whole
+            logger.warning_once("fitprune: a prompt whose images come in several steps runs dense; see docs/vllm.md")
+            return None
+        image = torch.full((1, length), -1)
+        for number, feature in enumerate(features):
+            place = feature.mm_position
+            span = image[0, place.offset : place.offset + place.length]
+            span[slice(None) if place.is_embed is None else place.is_embed] = number
+        valid = (torch.arange(length) < prompt_length)[None]  # after a preemption, an answer's first part follows
+        question = text_after(image >= 0, valid)
+        if not question.any():  # its last token, whose logits are asked for, might leave
+            logger.warning_once("fitprune: a prompt without text after its last image runs dense")
+            return None
+        if not self._query_aware:
+            question = torch.zeros_like(question)
+        ids = torch.zeros_like(image)
+        ids[0, :prompt_length] = torch.tensor(request.prompt_token_ids)
+        device = self._runner.device
+        image, question, valid = image.to(device), question.to(device), valid.to(device)
+        prompt = Prompt(ids, valid, _no_vision, image, self._norm, self._quotas(image))
+        return Request(row, prompt, question, torch.arange(length, device=device))
+
+    def _enter(self, number: int, module: Any, args: Any, kwargs: Any) -> Any:
+        """Give a layer its rows' positions and metadata."""
+        call = {**dict(zip(self._layers[number].takes, args, strict=False)), **kwargs}
+        hidden, residual = call["hidden_states"], call["residual"]
+        if number == 0:
+            self._step = self._begin(hidden)
+        step = self._step
+        if step is None:
+            return None
+        if number - 1 in self._removing:
+            self._enter_stage(step, self._removing.index(number - 1) + 1)
+        if step.pruned and number in self._removing:
+            step.hidden = hidden if residual is None else hidden + residual
+        if step.rows is None:
+            return None
+        return (), {**call, "positions": call["positions"][..., step.rows]}
+
+    def _enter_stage(self, step: Step, stage: int) -> None:
+        """Make the metadata of the layers after one that removes, up to the next."""
+        common = step.common
+        if step.pruned:
+            starts = torch.tensor([0, *itertools.accumulate(step.lengths)], dtype=common.query_start_loc_cpu.dtype)
+            common = common.replace(
+                query_start_loc=starts.to(common.query_start_loc.device),
+                query_start_loc_cpu=starts,
+                num_actual_tokens=sum(step.lengths),
+                max_query_len=max(step.lengths),
+                positions=None if common.positions is None or step.rows is None else common.positions[step.rows],
+            )
+            keys, slots = (part[0] for part in self._places(common, self._lost[step.first, stage][None]))
+        else:  # no row leaves in this step: all stages at once
+            if step.places is None:
+                step.places = self._places(common, self._lost[step.first].T.contiguous())
+            keys, slots = (part[stage] for part in step.places)
+        metadata = self._build(
+            common.replace(
+                seq_lens=keys,
+                slot_mapping=slots,
+                _num_computed_tokens_cache=None,
+                _token_to_req_indices_cache=None,
+            )
+        )
+        end = self._removing[stage] + 1 if stage < len(self._removing) else len(self._layers)
+        for layer in self._layers[self._removing[stage - 1] + 1 : end]:
+            step.context.attn_metadata[layer.attention.layer_name] = metadata
+            step.context.slot_mapping[layer.attention.layer_name] = slots
+
+    def _places(self, common: Any, lost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find for S stages, from tokens lost [S, R], the keys of each request [S, R] and the step's slots [S, T]."""
+        begin, count = common.query_start_loc, common.num_actual_tokens
+        lengths, keys = begin.diff(), common.seq_lens - lost
+        owner = torch.arange(len(lengths), device=begin.device).repeat_interleave(lengths, output_size=count)
+        place = torch.arange(count, device=begin.device) + (keys - lengths - begin[:-1])[:, owner]
+        block = common.block_table_tensor[owner, place // self._block_size].long()
+        return keys, block * self._block_size + place % self._block_size
+
+    def _see(self, module: Any, args: Any, kwargs: Any) -> None:
+        """Keep queries, keys and values of a layer where tokens may leave."""
+        if self._step is not None and self._step.pruned:
+            call = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+            self._step.states = tuple(call[name] for name in ("query", "key", "value"))
+
+    def _leave(self, number: int, stage: int, module: Any, args: Any, output: Any) -> Any:
+        """Let tokens leave after a layer's attention."""
+        step = self._step
+        if step is None or not step.pruned:
+            return None
+        stays = torch.ones(len(output[0]), dtype=torch.bool, device=step.first.device)
+        starts = [0, *itertools.accumulate(step.lengths)]
+        for request in step.pruned:
+            rows = slice(starts[request.row], starts[request.row + 1])
+            chosen = self._choose(self._view(step, number, request, rows))
+            if chosen is None:
+                continue
+            stays[rows] = chosen[0]
+            request.kept = request.kept[chosen[0]]
+            lost = step.lengths[request.row] - len(request.kept)
+            step.lengths[request.row] = len(request.kept)
+            self._lost[step.first[request.row], stage:] += lost
+        step.hidden = step.states = None
+        index = torch.nonzero(stays)[:, 0]
+        if len(index) == len(stays):
+            return None
+        step.rows = index if step.rows is None else step.rows[index]
+        return tuple(part[index] for part in output)
+
+    def _view(self, step: Step, number: int, request: Request, rows: slice) -> LayerView:
+        assert step.hidden is not None
+        assert step.states is not None
+        attention = self._layers[number].attention
+        shape = 1, len(request.kept), -1, attention.head_size
+        query, key, value = (part[rows].view(shape).transpose(1, 2) for part in step.states)
+        return LayerView(
+            layer=number,
+            before=False,
+            image=request.prompt.images[:, request.kept],
+            question=request.question[:, request.kept],
+            column=request.kept[None],
+            hidden=step.hidden[None, rows],
+            prompt=request.prompt,
+            attention=lambda: Attention(query, key, value, self._layers[number].softmax()),
+        )
+
+    def _end(self, module: Any, args: Any, output: Any) -> Any:
+        """Put rows back where vLLM's sampler looks for them; zero where a token left."""
+        step, self._step = self._step, None
+        if step is None or step.rows is None:
+            return None
+        return tuple(part.new_zeros(step.total, part.shape[1]).index_copy_(0, step.rows, part) for part in output)
+
+
+def _no_vision() -> torch.Tensor:
+    raise ValueError("vLLM does not give the attention of the vision tower")

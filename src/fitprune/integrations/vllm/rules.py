@@ -1,0 +1,120 @@
+"""What vLLM must be set to, and a recipe must be, for pruned answers to be right. A rule is a line of a list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fitprune.families.config import fingerprint_of
+from fitprune.recipes.recipe import PruningRecipe, short
+from fitprune.scoring.scorers import get_scorer
+
+
+def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:
+    """Refuse settings under which pruned results would be wrong.
+
+    Args:
+        vllm_config: the engine's VllmConfig.
+        recipe: what is to be served.
+
+    Raises:
+        ValueError: names every such setting, and how to change it.
+    """
+    rules = (*_engine_rules(vllm_config), *_recipe_rules(vllm_config, recipe))
+    if messages := [message for broken, message in rules if broken]:
+        _refuse(messages)
+
+
+def require_runner(runner: Any) -> None:
+    """Refuse a model runner that cannot be hooked.
+
+    Args:
+        runner: the worker's.
+
+    Raises:
+        ValueError: it is another one than vLLM's GPUModelRunner, or a child of it.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if not isinstance(runner, GPUModelRunner):
+        kind = type(runner)
+        _refuse([
+            f"model runner {kind.__qualname__} of {kind.__module__}: must be GPUModelRunner of "
+            "vllm.v1.worker.gpu_model_runner, or a child of it"
+        ])  # fmt: skip
+
+
+def _refuse(messages: list[str]) -> None:
+    raise ValueError(
+        "fitprune cannot prune in this vLLM engine (VLLM_PLUGINS=none runs it dense):\n- " + "\n- ".join(messages)
+    )
+
+
+def _engine_rules(config: Any) -> Iterator[tuple[bool, str]]:
+    """For each setting of the engine, whether it is broken, and what to say."""
+    model, scheduler, parallel = config.model_config, config.scheduler_config, config.parallel_config
+    threshold, tensor, pipeline = (
+        scheduler.long_prefill_token_threshold,
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+    )
+    context = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
+    yield (
+        scheduler.enable_chunked_prefill,
+        "enable_chunked_prefill=True: a prompt must be prefilled in one step; pass --no-enable-chunked-prefill",
+    )
+    yield (
+        0 < threshold < model.max_model_len,
+        f"long_prefill_token_threshold={threshold}: splits longer prompts; leave it out",
+    )
+    yield (
+        config.cache_config.enable_prefix_caching,
+        "enable_prefix_caching=True: what is cached depends on the question; pass --no-enable-prefix-caching",
+    )
+    yield not model.enforce_eager, "enforce_eager=False: compiled graphs have fixed rows; pass --enforce-eager"
+    yield config.use_v2_model_runner, "Model Runner V2: is not supported yet; set VLLM_USE_V2_MODEL_RUNNER=0"
+    yield (
+        tensor > 1,
+        f"tensor_parallel_size={tensor}: scores need all heads; use 1, and --data-parallel-size for more devices",
+    )
+    yield pipeline > 1, f"pipeline_parallel_size={pipeline}: rows leave between its stages; use 1"
+    yield context > 1, "context parallelism: splits a request's keys; leave it out"
+    yield parallel.use_ubatching, "dual batch overlap: splits a step's rows; leave out --enable-dbo"
+    yield (
+        config.speculative_config is not None,
+        "speculative decoding: drafts are made from dense hidden states; leave out --speculative-config",
+    )
+    yield config.lora_config is not None, "LoRA: its kernels count the dense rows; merge the adapter into the weights"
+    yield config.kv_transfer_config is not None, "a KV connector: moves dense caches; leave out --kv-transfer-config"
+    yield model.runner_type != "generate", f"runner_type={model.runner_type!r}: must be 'generate'"
+
+
+def _recipe_rules(config: Any, recipe: PruningRecipe) -> Iterator[tuple[bool, str]]:
+    """For each need of the decoder, the recipe and its scorer, whether it is broken, and what to say."""
+    decoder, scorer = fingerprint_of(config.model_config.hf_config).decoder, get_scorer(recipe.scorer)
+    name = f"scorer {short(recipe.scorer['name'])}"
+    yield (
+        bool(decoder.linear_layers),
+        "this decoder has layers without softmax attention, which keep a summary of all rows; serve it dense",
+    )
+    yield (
+        decoder.bidirectional,
+        "this decoder's image tokens see later ones, which vLLM's attention masks by their dense position; serve it "
+        "dense",
+    )
+    yield (
+        bool(recipe.enter),
+        f"{name}: its recipe takes tokens away between layers (enter); vLLM's plug-in lets them leave inside layers "
+        "alone; use another method",
+    )
+    yield scorer.reads_vision, f"{name}: reads the vision tower's attention, which vLLM does not give; use another"
+    yield (
+        scorer.accumulates,
+        f"{name}: reads the attention of all layers, also of those that remove nothing; use another",
+    )
+    yield scorer.reads_previous, f"{name}: reads the layer before, which no token may leave before in vLLM; use another"
+    yield (
+        not set(recipe.removing) <= set(decoder.prunable),
+        f"recipe removes tokens at layers {recipe.removing}, of which this family lets tokens leave "
+        f"{list(decoder.prunable)} alone; fit a recipe from this model's statistics",
+    )

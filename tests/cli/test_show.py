@@ -1,0 +1,88 @@
+"""`fitprune show`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fitprune import PruningRecipe
+from fitprune.cli.main import main
+from fitprune.recipes import published
+
+
+@pytest.mark.parametrize("name", [f"{n}:{p}" for n, ps in published.names().items() for p in ps])
+def test_every_published_recipe_is_shown(name, capsys):
+    assert main(["show", name]) == 0
+    said = capsys.readouterr().out
+    recipe = PruningRecipe.named(name)
+    layers = [line.split() for line in said.split("layer  enter")[1].split("\n\n")[0].splitlines()[1:]]
+    assert [int(cells[3]) for cells in layers] == recipe.kept(recipe.visual_tokens)
+    assert [int(cells[2]) for cells in layers] == recipe.counts(recipe.visual_tokens)
+    assert f"{name.split(':')[1]}% of the visual FLOPs, as its authors name it" in said
+    assert "ranked by           fitprune\n" in said
+    assert "arXiv:2409.10197" in said
+
+
+def test_a_fitted_recipe_and_one_in_a_folder(made, tmp_path, capsys):
+    path = made / "recipes" / "flops_reduction-0.5.json"
+    assert main(["show", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "budget              flops_reduction 0.5, reached 0.50" in shown
+    assert "measured.weights" in shown
+    assert "model               llava, 8 layers of width 192" in shown
+    PruningRecipe.load(path).save_pretrained(tmp_path)
+    assert main(["show", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["show", str(path), "--visual-tokens", "100"]) == 0
+    assert "visual tokens       100, " in capsys.readouterr().out
+
+
+def test_a_recipe_on_the_hub(made, hub, capsys):
+    hub.create("lab/scenes")
+    hub.put("lab/scenes", {"fitprune_recipe.json": (made / "recipes" / "flops_reduction-0.5.json").read_bytes()})
+    assert main(["show", "lab/scenes"]) == 0
+    assert "flops_reduction 0.5" in capsys.readouterr().out
+
+
+def test_a_scorer_of_another_kind_is_named_with_its_parameters(made, tmp_path, capsys):
+    data = json.loads((made / "recipes" / "flops_reduction-0.5.json").read_text())
+    for scorer, text in [
+        ({"name": "random", "parameters": {"seed": 7}}, "ranked by           random\nwith parameters     "),
+        ({"name": "os.system"}, "ranked by           os.system, which no model can be pruned by: "),
+    ]:
+        (tmp_path / "r.json").write_text(json.dumps(data | {"scorer": scorer}))
+        assert main(["show", str(tmp_path / "r.json")]) == 0
+        assert text in capsys.readouterr().out
+
+
+def test_what_a_stranger_wrote_stays_on_its_line_and_in_plain_text(made, tmp_path, capsys):
+    data = json.loads((made / "recipes" / "flops_reduction-0.5.json").read_text())
+    data["provenance"] = {
+        "budget": [1],
+        "a\x1b[31m\nb": "\x1b]0;title\x07" + "é" * 500,
+        "deep": [[[[1] * 500]]],
+        "n": {},
+    }
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    assert main(["show", str(tmp_path / "r.json")]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert said.isascii()
+    assert max(map(len, said.splitlines())) < 300
+    assert "budget              not recorded" in said
+
+
+def test_it_needs_no_torch_for_the_librarys_own_scorer():
+    code = (
+        "import sys, fitprune.cli.main\n"
+        "assert fitprune.cli.main.main(['show', 'llava-1.5-7b:60']) == 0\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'numpy', 'PIL'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_names_that_are_no_recipe(tmp_path, capsys):
+    assert main(["show", f"{tmp_path}/none.json"]) == 1
+    assert main(["show", "llava-1.5-7b"]) == 2
+    assert "say which of its recipes" in capsys.readouterr().err
