@@ -12,6 +12,7 @@ from fitprune import PruningRecipe
 from fitprune.baselines.base import Baseline, Sizes, baseline, before, solve
 from fitprune.baselines.table import BASELINES, make_method, parse_name, register_baseline
 from fitprune.cli.main import main
+from fitprune.costs.counts import Counts
 from fitprune.fitting.budget import checked_budget
 
 MODEL = PruningRecipe.published("llava-1.5-7b", 60).model
@@ -175,10 +176,12 @@ def gives(counts):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (gives(([576] * 32, [576] * 32)), "mine: its schedule reaches flops_reduction=0.0000, not 0.5: must meet it"),
-        (gives(([576] * 32, [100] * 31)), "mine: its schedule's kept=[100, 100,"),
-        (gives(([576.0] * 32, [100] * 32)), "mine: its schedule's entering=[576.0,"),
-        (gives(([100] * 32, [200] * 32)), "must not exceed"),
+        (gives(Counts(576, [576] * 32)), "mine: its schedule reaches flops_reduction=0.0000, not 0.5: must meet it"),
+        (gives(Counts(576, [100] * 31, [576] * 31)), "mine: its schedule's entering=[576, 576,"),
+        (gives(Counts(576, [100] * 32, [576.0] * 32)), "mine: its schedule's entering=[576.0,"),
+        (gives(Counts(576, [200] * 32, [100] * 32)), "must not exceed"),
+        (gives(Counts(100, [50] * 32)), "must be Counts of 576 visual tokens"),
+        (gives(([576] * 32, [100] * 32)), "must be Counts of 576 visual tokens"),
         (Baseline(one_removal.schedule, "no-such-scorer", "x", {"layer": "at"}), "no-such-scorer"),
     ],
 )

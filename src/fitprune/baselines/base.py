@@ -10,11 +10,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fitprune.costs.counts import Counts
 from fitprune.costs.sizes import ModelFingerprint
 from fitprune.fitting.budget import Budget, OutOfReach
 from fitprune.fitting.fit import Fitter
 
-Counts = tuple[list[int], list[int]]  # tokens that enter each layer, tokens that it keeps
 Solution = tuple[Counts, dict[str, Any]]  # counts, and what the recipe's provenance says of them
 Schedule = Callable[..., Solution]
 
@@ -92,21 +92,19 @@ def baseline(*, scorer: str, source: str, **parameters: str) -> Callable[[Schedu
 def inside(target: Target, layer: int, count: int) -> Counts:
     """All tokens up to a layer's attention, `count` from its MLP on."""
     layers, n = target.model.decoder.layers, target.visual_tokens
-    kept = [n] * layer + [count] * (layers - layer)
-    return [n, *kept[:-1]], kept
+    return Counts(n, (*[n] * layer, *[count] * (layers - layer)))
 
 
 def before(target: Target, layer: int, count: int) -> Counts:
     """All tokens up to the end of the layer before, `count` from this layer on."""
     layers, n = target.model.decoder.layers, target.visual_tokens
-    counts = [n] * layer + [count] * (layers - layer)
-    return counts, counts
+    counts = (*[n] * layer, *[count] * (layers - layer))
+    return Counts(n, counts, counts)
 
 
 def measured(target: Target, budget: Budget, counts: Counts) -> float:
     """Evaluate the budget's kind for counts."""
-    entering, kept = counts
-    return budget.measured(target.model.decoder, target.visual_tokens, kept, entering)
+    return budget.measured(target.model.decoder, target.visual_tokens, counts.kept, counts.entering)
 
 
 def fits(target: Target, budget: Budget, counts: Counts) -> bool:
@@ -147,7 +145,7 @@ def solve(target: Target, budget: Budget, counts: Callable[[int], Counts], what:
 def before_decoder(name: str, target: Target, budget: Budget) -> Solution:
     """One removal, before the first layer."""
     counts = solve(target, budget, lambda count: before(target, 0, count), name)
-    return counts, {"kept": counts[0][0]}
+    return counts, {"kept": counts.kept[0]}
 
 
 def latest(target: Target, budget: Budget, counts: Callable[[Target, int, int], Counts], first: int, last: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fitprune.baselines.base import Solution, Target, baseline, before_decoder
 from fitprune.baselines.vtw import remove_all_late
+from fitprune.costs.counts import Counts
 from fitprune.fitting.budget import Budget, OutOfReach
 from fitprune.fitting.leftover import give_back
 
@@ -36,7 +37,7 @@ def uniform(target: Target, budget: Budget) -> Solution:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     counts = give_back(budget, decoder, n, kept(high))
-    return ([n, *counts[:-1]], counts), {"removed_per_layer": round(high, 2)}
+    return Counts(n, tuple(counts)), {"removed_per_layer": round(high, 2)}
 
 
 last_layer_first = baseline(scorer="fitprune", source="control: as late as possible, FitPrune's scores")(

@@ -16,4 +16,4 @@ def fastv(target: Target, budget: Budget, *, k: int | None = None) -> Solution:
     require_layer("fastv", k, target)
     layer = latest(target, budget, inside, 1, 0) if k is None else k - 1
     counts = solve(target, budget, lambda count: inside(target, layer, count), f"fastv with k={layer + 1}")
-    return counts, {"k": layer + 1, "r": round(1 - counts[1][-1] / target.visual_tokens, 4)}
+    return counts, {"k": layer + 1, "r": round(1 - counts.kept[-1] / target.visual_tokens, 4)}

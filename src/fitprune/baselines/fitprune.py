@@ -14,10 +14,8 @@ def _fitted(target: Target, budget: Budget) -> Solution:
     """FitPrune's own counts."""
     if not isinstance(target, Fitter):
         raise ValueError("FitPrune's counts are fitted from statistics: measure the model, and pass a Fitter of them")
-    n = target.visual_tokens
     recipe = target.fit(budget)
-    kept = recipe.kept(n)
-    return ([n, *kept[:-1]], kept), {"tolerance": recipe.provenance["tolerance"]}
+    return recipe.layer_counts(target.visual_tokens), {"tolerance": recipe.provenance["tolerance"]}
 
 
 fitprune = baseline(scorer="fitprune", source="FitPrune, arXiv:2409.10197")(_fitted)

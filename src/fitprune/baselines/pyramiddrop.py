@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fitprune.baselines.base import Counts, Solution, Target, baseline, fits, largest
+from fitprune.baselines.base import Solution, Target, baseline, fits, largest
+from fitprune.costs.counts import Counts
 from fitprune.fitting.budget import Budget, OutOfReach
 
 
@@ -35,7 +36,7 @@ def pyramiddrop(target: Target, budget: Budget, *, shift: int | None = None) -> 
             f"{[stage + (shift or 0) for stage in authors]} of {layers}: ask for less, or for an earlier shift"
         )
     _, moved, stages, share = min(solved)
-    left, _ = _counts(target, stages, share)
+    left = _counts(target, stages, share).kept
     room = left[stages[-1] - 1] - left[-1]
     last = largest(lambda more: fits(target, budget, _counts(target, stages, share, more)), room) or 0
     return _counts(target, stages, share, last), {"stages": stages, "share": round(share, 4), "shift": moved}
@@ -46,7 +47,7 @@ def _counts(target: Target, stages: Sequence[int], share: float, last: int = 0) 
     n = target.visual_tokens
     left = [int(n * share ** sum(layer >= stage for stage in stages)) for layer in range(target.model.decoder.layers)]
     left = [count + (last if layer >= stages[-1] else 0) for layer, count in enumerate(left)]
-    return left, left
+    return Counts(n, tuple(left), tuple(left))
 
 
 def _share(target: Target, budget: Budget, stages: Sequence[int]) -> float | None:

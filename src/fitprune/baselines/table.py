@@ -6,10 +6,11 @@ which says which. A recipe holds both. docs/baselines.md says what was read in e
 
 from __future__ import annotations
 
+from fitprune._support.messages import short
 from fitprune._support.registry import Registry
 from fitprune.baselines import controls
 from fitprune.baselines import fitprune as own
-from fitprune.baselines.base import Baseline, Counts, Target, measured
+from fitprune.baselines.base import Baseline, Target, measured
 from fitprune.baselines.cdpruner import cdpruner
 from fitprune.baselines.dart import dart
 from fitprune.baselines.divprune import divprune
@@ -17,6 +18,7 @@ from fitprune.baselines.fastv import fastv
 from fitprune.baselines.pyramiddrop import pyramiddrop
 from fitprune.baselines.visionzip import visionzip
 from fitprune.baselines.vtw import vtw
+from fitprune.costs.counts import Counts
 from fitprune.fitting.budget import Budget, OutOfReach
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.scorers import get_scorer
@@ -82,7 +84,7 @@ def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> 
     get_scorer(scorer)  # a wrong seed or an unknown scorer is found now
     counts, details = baseline.schedule(target, budget, **parameters)
     _require_counts(name, target, counts)
-    (entering, kept), n, model = counts, target.visual_tokens, target.model
+    model = target.model
     reached = measured(target, budget, counts)
     if budget.kind != "tolerance" and not budget.met_by(reached):
         raise ValueError(f"{name}: its schedule reaches {budget.kind}={reached:.4f}, not {budget.value}: must meet it")
@@ -93,15 +95,7 @@ def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> 
         "reached": reached,
         **details,
     }
-    between = entering != [n, *kept[:-1]]
-    recipe = PruningRecipe(
-        tuple(count / n for count in kept),
-        model,
-        n,
-        provenance,
-        tuple(count / n for count in entering) if between else (),
-        scorer,
-    )
+    recipe = PruningRecipe.from_counts(counts, model, provenance=provenance, scorer=scorer)
     if wrong := [layer for layer in recipe.removing if layer not in model.decoder.prunable]:
         raise OutOfReach(
             f"{name} removes tokens at layers {wrong}, which they may not leave in a {model.model_type} model: of its "
@@ -112,8 +106,13 @@ def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> 
 
 def _require_counts(name: str, target: Target, counts: Counts) -> None:
     """Refuse a schedule's counts that are not whole numbers, one for each layer; that they fall, the recipe checks."""
-    layers = target.model.decoder.layers
-    for part, of_layers in zip(("entering", "kept"), counts, strict=True):
+    layers, n = target.model.decoder.layers, target.visual_tokens
+    if not isinstance(counts, Counts) or counts.visual_tokens != n:
+        raise ValueError(
+            f"{name}: its schedule returns {short(counts)}: must be Counts of {n} visual tokens, and a dict"
+        )
+    for part in ("entering", "kept"):
+        of_layers = list(getattr(counts, part))
         if len(of_layers) != layers or any(type(count) is not int for count in of_layers):
             raise ValueError(
                 f"{name}: its schedule's {part}={of_layers}: must be {layers} integers, one for each layer"

@@ -6,7 +6,8 @@ ranks them: they are the last of the prompt.
 
 from __future__ import annotations
 
-from fitprune.baselines.base import Counts, Solution, Target, baseline, inside, latest, solve
+from fitprune.baselines.base import Solution, Target, baseline, inside, latest, solve
+from fitprune.costs.counts import Counts
 from fitprune.fitting.budget import Budget
 
 
@@ -16,8 +17,7 @@ def remove_all_late(target: Target, budget: Budget) -> Solution:
     k = latest(target, budget, inside, layers - 1, 0)
 
     def counts(count: int) -> Counts:
-        kept = [n] * k + [count] + [0] * (layers - k - 1)
-        return [n, *kept[:-1]], kept
+        return Counts(n, (*[n] * k, count, *[0] * (layers - k - 1)))
 
     return solve(target, budget, counts, "removing everything inside layer 0"), {"k": k + 1}
 

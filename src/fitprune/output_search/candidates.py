@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fitprune.costs.counts import Counts
 from fitprune.costs.flops import ahead_macs, visual_macs
 from fitprune.costs.sizes import DecoderSizes, ModelFingerprint
 from fitprune.fitting.budget import Budget
@@ -161,15 +162,7 @@ def recipe_of(
     scorer: Mapping[str, Any] = {"name": "by-stage", "parameters": {"stages": scorers}}
     if len(different) <= 1:
         scorer = next(iter(different.values()), {"name": "fitprune"})
-    between = entering != [n, *kept[:-1]]
-    return PruningRecipe(
-        tuple(count / n for count in kept),
-        model,
-        n,
-        {},
-        tuple(count / n for count in entering) if between else (),
-        scorer,
-    )
+    return PruningRecipe.from_counts(Counts(n, tuple(kept), tuple(entering)), model, scorer=scorer)
 
 
 def scaled(candidate: Candidate, budget: Budget, decoder: DecoderSizes, n: int) -> list[int] | None:
