@@ -45,10 +45,7 @@ class Removal:
 
     def cls_attention(self, images: Images) -> torch.Tensor:
         """The [CLS] attention of a call's visual tokens, [B, Q]; see `fitprune.families.clip_tower`."""
-        if self.tower is None:
-            raise ValueError(
-                "the scorer reads [CLS] attention without saying so: make it Scorer(..., reads_vision=True)"
-            )
+        assert self.tower is not None  # a Scorer that reads it without declaring it is refused
         return self.tower.deal(images.features, images.visual)
 
 
