@@ -292,7 +292,7 @@ def test_a_scorer_that_reads_the_layers_so_far_must_say_so():
     def score(view):
         return view.prompt.received.gather(1, view.column)
 
-    with prune(model, recipe, score), pytest.raises(ValueError, match=r"made as Scorer\(\.\.\., accumulates=True\)"):
+    with prune(model, recipe, score), pytest.raises(ValueError, match=r"Scorer\(\.\.\., accumulates=True\)"):
         model(**inputs)
     with prune(model, recipe, Scorer(score, accumulates=True)) as pruner:
         model(**inputs)

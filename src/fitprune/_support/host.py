@@ -77,7 +77,7 @@ def cache_in(output: Any) -> Any:
 def generate_encodes(model: Any, kinds: Collection[str]) -> bool:
     """Whether `generate` encodes a model's images or videos (`kinds`) once, ahead of all steps."""
     modalities = getattr(model, "input_modalities", ())
-    return "mm_encoder_outputs" in parameters(type(model).forward) and any(kind in modalities for kind in kinds)
+    return ENCODED in parameters(type(model).forward) and any(kind in modalities for kind in kinds)
 
 
 def attention_implementation(config: Any) -> str:

@@ -45,10 +45,7 @@ class Removal:
 
     def cls_attention(self, images: Images) -> torch.Tensor:
         """The [CLS] attention of a call's visual tokens, [B, Q]; see `fitprune.families.clip_tower`."""
-        if self.tower is None:
-            raise ValueError(
-                "the scorer reads [CLS] attention without saying so: make it Scorer(..., reads_vision=True)"
-            )
+        assert self.tower is not None  # a Scorer that reads it without declaring it is refused
         return self.tower.deal(images.features, images.visual)
 
 
@@ -119,7 +116,7 @@ def _prompt_length(adapted: AdaptedModel, call: Call, calls: Calls) -> int:
     each step has the same pixels.
     """
     values = call.arguments
-    encoded = values.get("mm_encoder_outputs") or not host.generate_encodes(adapted.model, PIXELS)
+    encoded = values.get(host.ENCODED) or not host.generate_encodes(adapted.model, PIXELS)
     images, ids = given_images(values) if encoded else None, values.get("input_ids")
     cached = call.cache is not None or values.get("use_cache") is not False
     return call.length if cached or ids is None or images is None else calls.prompt_length(images, ids)

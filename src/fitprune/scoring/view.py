@@ -73,14 +73,10 @@ class Prompt:
         """[B, Q] fp32, cross attention that each token received in all layers so far, mean over heads.
 
         Raises:
-            ValueError: no layer has added to it.
+            ValueError: no layer has run yet.
         """
         if self._received is None:
-            raise ValueError(
-                "the scorer reads view.prompt.received, the attention of all layers so far, and there is none. No "
-                "layer has run before layer 0: with 'accumulated', remove inside it or later; a scorer of your own "
-                "must be made as Scorer(..., accumulates=True)"
-            )
+            raise ValueError("no layer has run before layer 0: with 'accumulated', remove inside it or later")
         return self._received
 
     def accumulate(self, view: LayerView) -> None:
