@@ -8,9 +8,10 @@ import pytest
 
 from fitprune import PruningRecipe
 from fitprune.cli.main import main
+from fitprune.recipes import published
 
 
-@pytest.mark.parametrize("name", [f"{n}:{p}" for n, ps in PruningRecipe.published_names().items() for p in ps])
+@pytest.mark.parametrize("name", [f"{n}:{p}" for n, ps in published.names().items() for p in ps])
 def test_every_published_recipe_is_shown(name, capsys):
     assert main(["show", name]) == 0
     said = capsys.readouterr().out
