@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from openai import AsyncOpenAI
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -118,10 +117,11 @@ def server(folder: Path, recipe: Path | None, log: Path) -> Iterator[str]:
 
 async def load(url: str, requests: int, concurrency: int, tokens: int, first: int) -> dict[str, Any]:
     """Send chats, n at a time, and say what came of them."""
+    from openai import AsyncOpenAI  # comes with vLLM; --help works without
 
     async def ask(number: int) -> tuple[float, int]:
         async with limit:
-            begin, said, arrived = time.perf_counter(), 0, 0.0
+            begin, new_tokens, arrived = time.perf_counter(), 0, 0.0
             data = io.BytesIO()
             picture(number).save(data, "PNG")
             link = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
@@ -134,8 +134,8 @@ async def load(url: str, requests: int, concurrency: int, tokens: int, first: in
                 if part.choices and not arrived:
                     arrived = time.perf_counter() - begin
                 if part.usage:
-                    said = part.usage.completion_tokens
-            return arrived, said
+                    new_tokens = part.usage.completion_tokens
+            return arrived, new_tokens
 
     limit = asyncio.Semaphore(concurrency)
     async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600) as client:
@@ -145,7 +145,7 @@ async def load(url: str, requests: int, concurrency: int, tokens: int, first: in
         seconds = time.perf_counter() - begin
     waits = sorted(wait for wait, _ in done)
     return {
-        "requests": sum(said == tokens for _, said in done),
+        "requests": sum(new_tokens == tokens for _, new_tokens in done),
         "seconds": seconds,
         "requests per second": requests / seconds,
         "first token, median s": statistics.median(waits),

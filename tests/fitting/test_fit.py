@@ -213,3 +213,11 @@ def test_a_budget_by_keyword_is_the_budget_of_its_kind():
 def test_a_budget_in_a_list_is_named_with_its_place(stats, budget, message):
     with pytest.raises(ValueError, match=message):
         Fitter(stats).fit(**budget)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda fitter: fitter.fit(0.6), lambda fitter: fitter.fit(Budget("tolerance", 0.1), tolerance=0.1)]
+)
+def test_a_fitter_takes_one_budget_or_keywords(stats, call):
+    with pytest.raises(ValueError, match=r"budget=.*: must be a Budget alone, or pass flops_reduction=0.6"):
+        call(Fitter(stats))

@@ -1,6 +1,6 @@
 """Count what a package's layout asks of a reader: `python tests/helpers/structure.py [src/fitprune]`.
 
-With `--write` it puts the tree of folders into README.md and docs/design.md instead.
+With `--write` it writes the tree of folders, and the core with its lines, into README.md and docs/design.md.
 
 A *room* is what one sees at the top of the package: a module, or a folder as one. An *arrow* is a pair of rooms of
 which the first imports from the second, in a function or for types alone too. A *circle* is a set of rooms that import
@@ -149,10 +149,40 @@ def tree() -> str:
     return "\n".join(f"{name:20} {text}" for name, text in rows)
 
 
-def with_tree(page: str) -> str:
-    """The page with today's tree between its two marks."""
-    new = f"<!-- tree -->\n```\n{tree()}\n```\n<!-- end of tree -->"
-    return re.sub(r"<!-- tree -->\n.*?<!-- end of tree -->", lambda _: new, page, flags=re.S)
+# The core, in the order in which it is read.
+CORE = {
+    "recipes/rounding.py": "from fractions to counts: the one rounding rule",
+    "fitting/rules.py": "which tokens could leave (the fit), which leave (inference)",
+    "fitting/budget.py": "what is asked for, what counts, whether it is met",
+    "fitting/walk.py": "the paper's rule at one tolerance, for all samples",
+    "fitting/fit.py": "the search for the tolerance, and the recipe",
+    "scoring/softmax.py": "weights as the layer computes them",
+    "scoring/received.py": "what a token receives in one layer",
+    "scoring/attention_scorers.py": "scorers; FitPrune's is the first",
+    "engine/prune.py": "`prune` and `attach`",
+    "engine/choose.py": "from a recipe and a scorer to the rows that stay",
+    "engine/remover.py": "the hooks on the model",
+    "engine/running.py": "one running prefill, layer by layer",
+    "engine/rows.py": "rows packed, taken, put back",
+    "engine/masks.py": "masks cut to the rows and keys present",
+}
+
+
+def core() -> str:
+    """The core as a table: number, file, lines, what it is."""
+    source = ROOT / "src" / "fitprune"
+    counts = {name: lines([source / name]) for name in CORE}
+    rows = [f"| {n} | `{name}` | {counts[name]} | {what} |" for n, (name, what) in enumerate(CORE.items(), 1)]
+    total = f"| | together | {sum(counts.values()):,} | |"
+    return "\n".join(["| | file | lines | |", "|---|---|---|---|", *rows, total])
+
+
+def with_structure(page: str) -> str:
+    """The page with today's tree and core between their marks."""
+    for name, text in (("tree", f"```\n{tree()}\n```"), ("core", core())):
+        new = f"<!-- {name} -->\n{text}\n<!-- end of {name} -->"
+        page = re.sub(rf"<!-- {name} -->\n.*?<!-- end of {name} -->", lambda _, new=new: new, page, flags=re.S)
+    return page
 
 
 def lines(paths: list[Path]) -> int:
@@ -178,6 +208,6 @@ def main(package: Path) -> None:
 if __name__ == "__main__":
     if "--write" in sys.argv:
         for path in (ROOT / "README.md", ROOT / "docs" / "design.md"):
-            path.write_text(with_tree(path.read_text()))
+            path.write_text(with_structure(path.read_text()))
     else:
         main(Path(sys.argv[1] if len(sys.argv) > 1 else "src/fitprune"))

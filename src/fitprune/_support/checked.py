@@ -11,8 +11,15 @@ from fitprune._support.messages import short
 def whole(name: str, value: Any, least: int, most: int, remedy: str = "") -> None:
     """Refuse what is no integer from `least` to `most`.
 
+    Args:
+        name: of the value, for the message.
+        value: what is checked.
+        least: the smallest that is allowed.
+        most: the largest that is allowed.
+        remedy: ends the message.
+
     Raises:
-        ValueError: it is something else; `remedy` ends the message.
+        ValueError: it is something else.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise ValueError(f"{name}={short(value)}: must be an integer from {least} to {most:,}{remedy}")
@@ -20,6 +27,10 @@ def whole(name: str, value: Any, least: int, most: int, remedy: str = "") -> Non
 
 def number(name: str, value: Any) -> None:
     """Refuse what is no real number, such as text or NaN.
+
+    Args:
+        name: of the value, for the message.
+        value: what is checked.
 
     Raises:
         ValueError: it is something else.
@@ -30,6 +41,10 @@ def number(name: str, value: Any) -> None:
 
 def fraction(name: str, value: Any) -> None:
     """Refuse what is no number from 0 to 1.
+
+    Args:
+        name: of the value, for the message.
+        value: what is checked.
 
     Raises:
         ValueError: it is something else.

@@ -63,8 +63,9 @@ def fit_sequential(
     budget = checked_budget("flops_reduction", flops_reduction)
     if not tolerance_step >= TOLERANCE_STEP:
         raise ValueError(f"tolerance_step={tolerance_step}: must be at least {TOLERANCE_STEP}")
+    batches = checked(batches)
     adapted = adapt(model)
-    samples = list(checked(batches))
+    samples = list(batches)
     if any(len(batch["input_ids"]) != 1 for batch in samples):
         raise ValueError("batches hold several samples: fit_sequential takes one sample at a time, as the authors do")
     stats = stats if stats is not None else measure(adapted.model, samples, progress=progress)

@@ -15,7 +15,8 @@ from fitprune.fitting.budget import Budget, OutOfReach
 from fitprune.fitting.fit import Fitter
 
 Counts = tuple[list[int], list[int]]  # tokens that enter each layer, tokens that it keeps
-Schedule = Callable[..., tuple[Counts, dict[str, Any]]]
+Solution = tuple[Counts, dict[str, Any]]  # counts, and what the recipe's provenance says of them
+Schedule = Callable[..., Solution]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Baseline:
     """A method before its budget is known; `baseline` makes one of a schedule.
 
     Attributes:
-        schedule: (target, budget, **parameters) -> counts, and what the recipe's provenance says of them. A parameter
-            is keyword-only and an integer; its default is an integer or None.
+        schedule: (target, budget, **parameters) -> `Solution`. A parameter is keyword-only and an integer; its default
+            is an integer or None.
         scorer: name of the scorer that ranks the tokens, as `fitprune.scoring.scorers.get_scorer` finds it.
         source: where it was published.
         parameters: meaning of each of the schedule's parameters, which a user sets as in "fastv:k=1".
@@ -143,7 +144,7 @@ def solve(target: Target, budget: Budget, counts: Callable[[int], Counts], what:
     return counts(best)
 
 
-def before_decoder(name: str, target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def before_decoder(name: str, target: Target, budget: Budget) -> Solution:
     """One removal, before the first layer."""
     counts = solve(target, budget, lambda count: before(target, 0, count), name)
     return counts, {"kept": counts[0][0]}

@@ -7,13 +7,11 @@ text tower.
 
 from __future__ import annotations
 
-from typing import Any
-
-from fitprune.baselines.base import Counts, Target, baseline, before_decoder
+from fitprune.baselines.base import Solution, Target, baseline, before_decoder
 from fitprune.fitting.budget import Budget
 
 
 @baseline(scorer="dpp", source="CDPruner, arXiv:2506.10967")
-def cdpruner(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def cdpruner(target: Target, budget: Budget) -> Solution:
     """One removal, before the first layer."""
     return before_decoder("cdpruner", target, budget)

@@ -5,22 +5,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fitprune.baselines.base import Counts, Target, baseline, before_decoder
+from fitprune.baselines.base import Solution, Target, baseline, before_decoder
 from fitprune.baselines.vtw import remove_all_late
 from fitprune.fitting.budget import Budget, OutOfReach
 from fitprune.fitting.leftover import give_back
 
 
 @baseline(scorer="random", source="control: tokens by chance before the decoder")
-def random_input(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def random_input(target: Target, budget: Budget) -> Solution:
     """One removal, before the first layer."""
     return before_decoder("random-input", target, budget)
 
 
 @baseline(scorer="fitprune", source="control: as many at each layer, FitPrune's scores")
-def uniform(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def uniform(target: Target, budget: Budget) -> Solution:
     """The same number leaves at every layer that tokens may leave, as long as there are any."""
     decoder, n = target.model.decoder, target.visual_tokens
     passed = [sum(layer <= last for layer in decoder.prunable) for last in range(decoder.layers)]

@@ -6,14 +6,12 @@ turns in falling order of their keys, not in that of a Python set.
 
 from __future__ import annotations
 
-from typing import Any
-
-from fitprune.baselines.base import FIRST_LAYER, Counts, Target, baseline, before, latest, require_layer, solve
+from fitprune.baselines.base import FIRST_LAYER, Solution, Target, baseline, before, latest, require_layer, solve
 from fitprune.fitting.budget import Budget, OutOfReach
 
 
 @baseline(scorer="duplication", source="DART, arXiv:2502.11494", k=FIRST_LAYER)
-def dart(target: Target, budget: Budget, *, k: int | None = None) -> tuple[Counts, dict[str, Any]]:
+def dart(target: Target, budget: Budget, *, k: int | None = None) -> Solution:
     """One removal before layer k, which needs the keys of the layer before it."""
     require_layer("dart", k, target)
     layer = latest(target, budget, before, 2, 1) if k is None else k

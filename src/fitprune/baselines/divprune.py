@@ -6,13 +6,11 @@ authors' code: fp32 whatever the model's type, and a token is never picked twice
 
 from __future__ import annotations
 
-from typing import Any
-
-from fitprune.baselines.base import Counts, Target, baseline, before_decoder
+from fitprune.baselines.base import Solution, Target, baseline, before_decoder
 from fitprune.fitting.budget import Budget
 
 
 @baseline(scorer="max-min", source="DivPrune, arXiv:2503.02175")
-def divprune(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def divprune(target: Target, budget: Budget) -> Solution:
     """One removal, before the first layer."""
     return before_decoder("divprune", target, budget)

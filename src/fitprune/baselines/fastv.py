@@ -6,14 +6,12 @@ the same values; the MLP of that layer does not run for what goes, so a budget k
 
 from __future__ import annotations
 
-from typing import Any
-
-from fitprune.baselines.base import FIRST_LAYER, Counts, Target, baseline, inside, latest, require_layer, solve
+from fitprune.baselines.base import FIRST_LAYER, Solution, Target, baseline, inside, latest, require_layer, solve
 from fitprune.fitting.budget import Budget
 
 
 @baseline(scorer="last", source="FastV, arXiv:2403.06764", k=FIRST_LAYER)
-def fastv(target: Target, budget: Budget, *, k: int | None = None) -> tuple[Counts, dict[str, Any]]:
+def fastv(target: Target, budget: Budget, *, k: int | None = None) -> Solution:
     """One removal, by layer k - 1's attention and inside that layer."""
     require_layer("fastv", k, target)
     layer = latest(target, budget, inside, 1, 0) if k is None else k - 1

@@ -5,14 +5,12 @@ The control `random` has the same counts, and takes tokens by chance.
 
 from __future__ import annotations
 
-from typing import Any
-
-from fitprune.baselines.base import Counts, Target, baseline
+from fitprune.baselines.base import Solution, Target, baseline
 from fitprune.fitting.budget import Budget
 from fitprune.fitting.fit import Fitter
 
 
-def _fitted(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def _fitted(target: Target, budget: Budget) -> Solution:
     """FitPrune's own counts."""
     if not isinstance(target, Fitter):
         raise ValueError("FitPrune's counts are fitted from statistics: measure the model, and pass a Fitter of them")

@@ -7,9 +7,8 @@ the share is solved for, and the stages move together, earlier or later, to wher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from fitprune.baselines.base import Counts, Target, baseline, fits, largest
+from fitprune.baselines.base import Counts, Solution, Target, baseline, fits, largest
 from fitprune.fitting.budget import Budget, OutOfReach
 
 
@@ -18,7 +17,7 @@ from fitprune.fitting.budget import Budget, OutOfReach
     source="PyramidDrop, arXiv:2410.17247",
     shift="layers by which the stages move from 1/4, 2/4 and 3/4 of the depth",
 )
-def pyramiddrop(target: Target, budget: Budget, *, shift: int | None = None) -> tuple[Counts, dict[str, Any]]:
+def pyramiddrop(target: Target, budget: Budget, *, shift: int | None = None) -> Solution:
     """Three removals, before the layers at 1/4, 2/4 and 3/4 of the depth, moved by `shift`."""
     layers = target.model.decoder.layers
     authors = [round(layers * part / 4) for part in (1, 2, 3)]

@@ -5,13 +5,11 @@ Differs from the authors' code: the contextual tokens, merged from the rest, and
 
 from __future__ import annotations
 
-from typing import Any
-
-from fitprune.baselines.base import Counts, Target, baseline, before_decoder
+from fitprune.baselines.base import Solution, Target, baseline, before_decoder
 from fitprune.fitting.budget import Budget
 
 
 @baseline(scorer="cls", source="VisionZip (dominant tokens), arXiv:2412.04467")
-def visionzip(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def visionzip(target: Target, budget: Budget) -> Solution:
     """One removal, before the first layer."""
     return before_decoder("visionzip", target, budget)

@@ -6,13 +6,11 @@ ranks them: they are the last of the prompt.
 
 from __future__ import annotations
 
-from typing import Any
-
-from fitprune.baselines.base import Counts, Target, baseline, inside, latest, solve
+from fitprune.baselines.base import Counts, Solution, Target, baseline, inside, latest, solve
 from fitprune.fitting.budget import Budget
 
 
-def remove_all_late(target: Target, budget: Budget) -> tuple[Counts, dict[str, Any]]:
+def remove_all_late(target: Target, budget: Budget) -> Solution:
     """Everything leaves, as late as the budget allows: in layer k, but for what still fits in one layer more."""
     layers, n = target.model.decoder.layers, target.visual_tokens
     k = latest(target, budget, inside, layers - 1, 0)

@@ -120,8 +120,9 @@ def _require_sound(run: Run) -> None:
     if not run.tasks or not all(run.tasks.values()):
         empty = [name for name, samples in run.tasks.items() if not samples]
         raise ValueError(f"samples is empty ({', '.join(empty) or 'no task'}): there must be at least one question")
-    if twice := sorted({name for name in run.labels if run.labels.count(name) > 1}):
-        raise ValueError(f"methods has {twice[0]!r} twice ({DENSE!r} is the model without pruning): rename one")
+    labels = run.labels
+    if repeated := sorted({name for name in labels if labels.count(name) > 1}):
+        raise ValueError(f"methods has {repeated[0]!r} twice ({DENSE!r} is the model without pruning): rename one")
     for entry in run.entries:
         entry.recipe.model.require_same(run.adapted.fingerprint, what=f"recipe {entry.label!r}")
 
@@ -137,8 +138,8 @@ def _answer_all(run: Run, path: str | os.PathLike[str] | None, progress: bool) -
     processes.wait()  # all have read before any writes
     if journal:
         journal.open()
-    batches = run.batches()
-    todo = [batch for batch in batches if not all(_is_whole(records.get(place), run.labels) for place, _, _ in batch)]
+    batches, labels = run.batches(), run.labels
+    todo = [batch for batch in batches if not all(_is_whole(records.get(place), labels) for place, _, _ in batch)]
     total, own = sum(map(len, batches)), todo[processes.rank :: processes.count]
     before = total - sum(map(len, todo))
     share = before + sum(map(len, own))  # with several processes, the bar shows the first one's share
@@ -154,7 +155,7 @@ def _answer_all(run: Run, path: str | os.PathLike[str] | None, progress: bool) -
     if processes.rank > 0:
         return None
     if journal:
-        records = {place: _of_labels(record, run.labels) for place, record in journal.done().items() if place < total}
+        records = {place: _of_labels(record, labels) for place, record in journal.done().items() if place < total}
         journal.finish([records[place] for place in range(total)])
     return [records[place] for place in range(total)]
 

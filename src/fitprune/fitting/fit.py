@@ -173,7 +173,9 @@ class Fitter:
         Returns:
             The recipe, or for a list of values a list of recipes.
         """
-        wanted = budget or budget_from(**budgets)
+        wanted = budget_from(**budgets) if budget is None else budget
+        if budget is not None and (budgets or not isinstance(budget, Budget)):
+            raise ValueError(f"budget={short(budget)}: must be a Budget alone, or pass flops_reduction=0.6 or the like")
         if max_removal_layers is not None and (type(max_removal_layers) is not int or max_removal_layers < 1):
             raise ValueError(
                 f"max_removal_layers={short(max_removal_layers)}: must be an integer of at least 1; leave it out to "

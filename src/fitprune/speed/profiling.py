@@ -150,7 +150,7 @@ class Profiler:
     def _removal_seconds(self) -> dict[int, float]:
         """Tokens of the prompt -> seconds that removal takes in a layer that this number of tokens enters."""
         decoder, text = self._adapted.fingerprint.decoder, self._inputs["input_ids"].shape[1] - self._visual
-        found = {}
+        seconds = {}
         for share in (1, 2, 4, 8):
             # All but a share leave in the first layer that lets them, then one in each.
             most = max(self._visual // share, 1)
@@ -171,8 +171,8 @@ class Profiler:
                 layers = decoder.attention_layers if name == "after_attention" else range(decoder.layers)
                 by_layer = dict(zip(layers, watch.seconds(), strict=True))
                 total += statistics.median(by_layer[layer] for layer in layers_timed)
-            found[most + text] = total
-        return found
+            seconds[most + text] = total
+        return seconds
 
 
 # What a Remover does in a layer.
