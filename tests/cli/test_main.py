@@ -48,10 +48,10 @@ def test_one_command_is_one_file():
 
 
 def test_the_options_of_loading_are_those_of_load_model():
-    from fitprune.families import loading
+    from fitprune.families import loading, quantization
 
     assert tuple(options.DTYPES) == tuple(loading.DTYPES)
-    assert tuple(options.QUANTIZATIONS) == tuple(loading.QUANTIZATIONS)
+    assert tuple(options.QUANTIZATIONS) == tuple(quantization.QUANTIZATIONS)
     assert set(options.LOADING) <= set(inspect.signature(loading.load_model).parameters)
 
 
