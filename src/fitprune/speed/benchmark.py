@@ -17,7 +17,6 @@ from tqdm import tqdm
 from fitprune._support.host import cache_in
 from fitprune.calibration.batches import make_batches
 from fitprune.calibration.samples import Sample
-from fitprune.costs.counts import entering_counts
 from fitprune.costs.latency import LatencyProfile
 from fitprune.engine.prune import prune
 from fitprune.families.adapter import AdaptedModel, adapt
@@ -153,8 +152,8 @@ def _token_counts(methods: Iterable[_Method], visual: int, length: int) -> list[
     counts = {visual}
     for method in methods:
         if (recipe := method.recipe) is not None:
-            counts.update(recipe.kept(visual))
-            counts.update(entering_counts(visual, recipe.counts(visual), recipe.counts_before(visual)))
+            layers = recipe.layer_counts(visual)
+            counts.update(layers.kept, layers.entering)
     return sorted(max(1, count + length - visual) for count in counts)
 
 
@@ -205,7 +204,7 @@ def _timing(
     runs, recipe = method.runs, method.recipe or PruningRecipe.dense(profiles[0].model, visual)
     value_bytes = 4 if profiles[0].dtype == "float32" else 2
     cost = recipe.cost(visual_tokens=visual, text_tokens=text, value_bytes=value_bytes)
-    entering = entering_counts(visual, recipe.counts(visual), recipe.counts_before(visual))
+    entering = recipe.layer_counts(visual).entering
     ideals = [p.prefill_seconds(visual, cost.kept, entering, text_tokens=text, scoring=False) for p in profiles]
     longest = max(runs[0].at)
     steps = [(run.at[longest] - run.prefill) / (longest - 1) for run in runs] if longest > 1 else []

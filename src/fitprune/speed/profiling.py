@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fitprune.costs.counts import Counts
 from fitprune.costs.latency import LatencyProfile, interpolated, token_grid
 from fitprune.engine.choose import choose_by, quotas_by
 from fitprune.engine.remover import removing
@@ -154,12 +155,12 @@ class Profiler:
         for share in (1, 2, 4, 8):
             # All but a share leave in the first layer that lets them, then one in each.
             most = max(self._visual // share, 1)
-            kept, left = [], self._visual
+            kept, left = list[int](), self._visual
             for layer in range(decoder.layers):
                 if layer in decoder.prunable:
                     left = most if left > most else max(left - 1, 0)
-                kept.append(left / self._visual)
-            recipe = PruningRecipe(tuple(kept), self._adapted.fingerprint, self._visual)
+                kept.append(left)
+            recipe = PruningRecipe.from_counts(Counts(self._visual, tuple(kept)), self._adapted.fingerprint)
             watches = {name: Stopwatch(self._model) for name in REMOVING}
             choose, quotas = choose_by(get_scorer(recipe.scorer)), quotas_by(recipe)
             observe = lambda name, function, watches=watches: watches[name].timed(function)  # noqa: E731
