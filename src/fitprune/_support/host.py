@@ -42,6 +42,10 @@ def _cache_names(forward: Any) -> tuple[str, ...]:
 def cache_of(module: Any, arguments: Mapping[str, Any]) -> Any:
     """Take the KV cache from the keyword arguments of a call of `module`; None if it has none.
 
+    Args:
+        module: the model, or a layer.
+        arguments: of the call, by name.
+
     Raises:
         ValueError: a cache comes under a name that fitprune does not know.
     """

@@ -164,6 +164,9 @@ def counted_positions(call: Call) -> torch.Tensor | None:
     generate counts on from the last column: where that is padding, whose position is 0, the row continues at 1. Other
     positions are the caller's own and stay.
 
+    Args:
+        call: the call.
+
     Returns:
         [B, Q] int64; None where the call's own are correct, or where it has none.
     """

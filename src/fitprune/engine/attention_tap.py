@@ -42,6 +42,10 @@ class AttentionTap:
     Each attention module gets a copy of its config that names our function. The model's own config, and with it masks
     and all else that depends on the attention implementation, stays the user's.
 
+    Args:
+        adapted: the model.
+        tap: what is called.
+
     Attributes:
         adapted: the model.
         tap: the function.
@@ -77,6 +81,10 @@ class AttentionTap:
 @contextlib.contextmanager
 def tap_attention(adapted: AdaptedModel, tap: Tap) -> Iterator[AttentionTap]:
     """Call `tap` at every attention of the decoder; undone on exit.
+
+    Args:
+        adapted: the model.
+        tap: what is called.
 
     Yields:
         The tap, which is on.

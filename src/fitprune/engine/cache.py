@@ -71,6 +71,12 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not fo
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values, [B, G, Q, D] each.
 
+        Args:
+            key_states: of the new tokens.
+            value_states: of the new tokens.
+            *args: of the layer that this extends.
+            **kwargs: of the layer that this extends.
+
         Raises:
             ValueError: the layer is pruned and nobody cut the mask to its keys: the model runs outside of `prune`.
         """
@@ -221,6 +227,10 @@ def require_whole(cache: Any) -> None:
 
 def require_plain(cache: Any, adapted: AdaptedModel) -> None:
     """Refuse a cache that cannot hold layers of different length.
+
+    Args:
+        cache: of a call.
+        adapted: the model.
 
     Raises:
         ValueError: it is not a DynamicCache, offloads, or has quantized or other special layers, or windows that are

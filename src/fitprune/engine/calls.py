@@ -52,6 +52,9 @@ class _UncachedStep:
 class Calls:
     """The calls of one model that run now, by thread, and what earlier ones left for later ones.
 
+    Args:
+        adapted: the model.
+
     Attributes:
         lock: while it is held no call begins.
     """

@@ -40,6 +40,10 @@ class _Inputs:
 class LayerInputs:
     """Makes the arguments of each layer in one call of the model.
 
+    Args:
+        adapted: the model.
+        call: the call.
+
     Attributes:
         adapted: the model.
         call: the call.

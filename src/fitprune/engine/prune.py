@@ -117,7 +117,15 @@ def kept_positions(
     pool_images: bool = False,
     force: bool = False,
 ) -> list[torch.Tensor]:
-    """Run one prefill, and return which positions of the prompt enter each layer; arguments as for `prune`.
+    """Run one prefill, and return which positions of the prompt enter each layer.
+
+    Args:
+        model: as for `prune`.
+        recipe: as for `prune`.
+        inputs: of one call: what the processor returned.
+        scorer: as for `prune`.
+        pool_images: as for `prune`.
+        force: as for `prune`.
 
     Returns:
         For each layer, [B, m] int64: ascending columns of `input_ids`; -1 at padding, and on the left of rows that hold

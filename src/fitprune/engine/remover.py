@@ -42,6 +42,10 @@ Observe = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 class Remover:
     """What the hooks on one model do; made and undone by `removing`.
 
+    Args:
+        removal: what removes the tokens.
+        observe: as for `removing`.
+
     Attributes:
         calls: the model's running calls.
         attached: what is to live as long as the hooks that are on the model.

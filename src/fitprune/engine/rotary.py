@@ -26,6 +26,9 @@ from fitprune.families.images import given_images
 class RotaryOffsets:
     """Positions of one model's calls; for models without multimodal rotary positions it does nothing.
 
+    Args:
+        adapted: the model.
+
     Attributes:
         tracked: whether the model has such positions.
     """
@@ -38,6 +41,9 @@ class RotaryOffsets:
 
     def positions(self, call: Call) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Find the positions of a call that passes none, and the offsets of its columns.
+
+        Args:
+            call: the call.
 
         Returns:
             Positions [A, B, Q], None where the call has its own or the model finds them; the offset after each column

@@ -151,6 +151,9 @@ class RunningPrefill:
     def before_mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         """Take the rows that stay, if some leave: [B, m, d] -> [B, m', d].
 
+        Args:
+            hidden: the MLP's input.
+
         Raises:
             ValueError: the MLP does not see the layer's rows.
         """
@@ -165,6 +168,9 @@ class RunningPrefill:
 
     def after_mlp(self, output: Any) -> Any:
         """Give an MLP's output the residual's rows: [B, m', d] -> [B, m, d], any value where a token leaves.
+
+        Args:
+            output: the MLP's; a tuple if experts return their routing too.
 
         Raises:
             ValueError: the output is not one row for each row of the input.
