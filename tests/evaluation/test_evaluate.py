@@ -260,7 +260,7 @@ def test_methods_without_answers_or_with_wrong_names(stats, tmp_path, capsys):
         (["--methods", "fitprune"], "--flops-reduction is missing"),
         (["--flops-reduction", "0.5"], "--stats is missing"),
         (["--methods", "best", "--flops-reduction", "0.5", "--stats", stats], "method 'best': must be one of"),
-        (["--methods", "fastv", "fastv", "--flops-reduction", "0.5", "--stats", stats], "one stands twice"),
+        (["--methods", "fastv", "fastv", "--flops-reduction", "0.5", "--stats", stats], "fastv is passed twice"),
         (["--flops-reduction", "50", "--stats", stats], "a fraction, not percent"),
         (["--methods", "fastv:k=99", "--flops-reduction", "0.5", "--stats", stats], "must be from 1 to 7"),
         (["--flops-reduction", "0.5", "--stats", stats, "--data", "digit-scenes/test", "digit-scenes/test"], "twice"),

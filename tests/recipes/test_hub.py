@@ -313,7 +313,7 @@ def test_model_processor_and_recipe_come_from_one_commit(hub, monkeypatch):
 
 def test_what_load_model_cannot_do_is_said(tmp_path):
     for arguments, message in [
-        ({"device": "cpu", "device_map": "auto"}, "state one"),
+        ({"device": "cpu", "device_map": "auto"}, "pass one"),
         ({"dtype": "int8"}, "dtype='int8': must be one of auto, float32"),
         ({"device": "foo"}, "device foo: unknown"),
         ({"quantization": "gguf"}, "quantization='gguf': must be one of bnb-4bit"),

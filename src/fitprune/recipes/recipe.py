@@ -230,7 +230,9 @@ class PruningRecipe:
             OSError: a file cannot be written (each is written whole or not at all), or as `push_to_hub`.
             ValueError: an argument of `push_to_hub` without it.
         """
-        passed = [name for name, value in {"repo_id": repo_id, **hub_options}.items() if value not in (None, False)]
+        defaults = {"create_pr": False}
+        options = {"repo_id": repo_id, **hub_options}
+        passed = [name for name, value in options.items() if value is not defaults.get(name)]
         if passed and not push_to_hub:
             raise ValueError(f"{passed[0]}: is for the hub; pass push_to_hub=True too, or leave it out")
         files.require_path(directory)
