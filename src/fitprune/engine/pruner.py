@@ -17,7 +17,7 @@ from fitprune.engine.calls import paused
 from fitprune.engine.choose import choose_by, quotas_by
 from fitprune.engine.kept import Prefill
 from fitprune.engine.remover import Remover, removing
-from fitprune.families.adapter import AdaptedModel, adapt
+from fitprune.families.adapter import adapt
 from fitprune.recipes.find import find_recipe, fitted_to
 from fitprune.recipes.recipe import PruningRecipe, scorer_parts
 from fitprune.scoring.scorers import Score, Scorer, get_scorer
@@ -61,7 +61,6 @@ class Pruner(contextlib.ContextDecorator):
         self._adapted = adapt(model)
         self.model = self._adapted.model
         self.recipe = fitted_to(find_recipe(self.model, recipe), self._adapted.fingerprint, force=force)
-        _require_prunable(self.recipe, self._adapted)
         scorer = self.recipe.scorer if scorer is None else scorer
         self.scorer = get_scorer(scorer)
         spec = {"name": scorer} if isinstance(scorer, str) else scorer
@@ -176,13 +175,3 @@ class Pruner(contextlib.ContextDecorator):
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-
-def _require_prunable(recipe: PruningRecipe, adapted: AdaptedModel) -> None:
-    """Refuse a recipe by which tokens leave where the model's family does not let them."""
-    allowed = adapted.fingerprint.decoder.prunable
-    if wrong := [layer for layer in recipe.removing if layer not in allowed]:
-        raise ValueError(
-            f"recipe removes tokens at layers {wrong}: from model_type={adapted.fingerprint.model_type!r} tokens leave "
-            f"{adapted.family.removal}, which are {list(allowed)}; fit a recipe from this model's statistics"
-        )

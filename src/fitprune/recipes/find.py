@@ -81,17 +81,23 @@ def fitted_to(
         The recipe; one of another model gets this one's fingerprint, so that costs are those of what runs.
 
     Raises:
-        ValueError: it is of another model, or, with `force`, of one with another number of layers.
+        ValueError: it is of another model, or, with `force`, of one with another number of layers; or it removes tokens
+            at layers that they may not leave in this model.
     """
     if not isinstance(recipe, PruningRecipe):
         raise ValueError(f"{what} is a {type(recipe).__name__}: must be a PruningRecipe, as of PruningRecipe.named")
     if not force:
         recipe.model.require_same(fingerprint, what=what)
-        return recipe
     there, here = len(recipe.keep), fingerprint.decoder.layers
     if there != here:
         raise ValueError(f"{what} has {there} layers, the model {here}: force=True cannot help; fit one for this model")
-    if recipe.model == fingerprint:
+    allowed = fingerprint.decoder.prunable
+    if any(layer not in allowed for layer in recipe.removing):
+        raise ValueError(
+            f"{what} removes tokens at layers {list(recipe.removing)}: in a {fingerprint.model_type} model they may "
+            f"leave layers {list(allowed)} alone ('fitprune families' says why); fit a recipe from this model's statistics"
+        )
+    if not force or recipe.model == fingerprint:
         return recipe
     provenance = {**recipe.provenance, "forced_from": recipe.model.to_dict()}
     return dataclasses.replace(recipe, model=fingerprint, provenance=provenance)

@@ -113,8 +113,3 @@ def _recipe_rules(config: Any, recipe: PruningRecipe) -> Iterator[tuple[bool, st
         f"{name}: reads the attention of all layers, also of those that remove nothing; use another",
     )
     yield scorer.reads_previous, f"{name}: reads the layer before, which no token may leave before in vLLM; use another"
-    yield (
-        not set(recipe.removing) <= set(decoder.prunable),
-        f"recipe removes tokens at layers {recipe.removing}, of which this family lets tokens leave "
-        f"{list(decoder.prunable)} alone; fit a recipe from this model's statistics",
-    )
