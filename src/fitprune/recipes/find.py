@@ -95,7 +95,8 @@ def fitted_to(
     if any(layer not in allowed for layer in recipe.removing):
         raise ValueError(
             f"{what} removes tokens at layers {list(recipe.removing)}: in a {fingerprint.model_type} model they may "
-            f"leave layers {list(allowed)} alone ('fitprune families' says why); fit a recipe from this model's statistics"
+            f"leave layers {list(allowed)} alone ('fitprune families' says why); fit a recipe from this model's "
+            "statistics"
         )
     if not force or recipe.model == fingerprint:
         return recipe
