@@ -91,8 +91,7 @@ def convert(source: str | os.PathLike[str], destination: str | os.PathLike[str])
             raise OSError(f"cannot write {path}: {error}; what is done is kept: run it again to go on") from error
         weights = {}  # they keep the shard in memory
     index = {"metadata": {"total_size": total, "source": identity}, "weight_map": weight_map}
-    with files.replacing(destination / _INDEX) as temporary:
-        temporary.write_text(json.dumps(index, indent=1) + "\n")
+    files.write_json(destination / _INDEX, index)
     processor.save_pretrained(destination)
     text = config.text_config
     GenerationConfig(
