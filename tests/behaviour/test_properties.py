@@ -66,7 +66,7 @@ def inputs_of(batch, side, number):
 @given(batches, recipes, st.sampled_from(["left", "right"]), st.booleans(), st.integers(0, 9), st.booleans())
 def test_what_stays_in_any_layout(batch, keep, side, pool, number, query_aware):
     inputs, spans = inputs_of(batch, side, number)
-    recipe = PruningRecipe(keep, adapt(model()).shape, 100)
+    recipe = PruningRecipe(keep, adapt(model()).fingerprint, 100)
     scorer = "fitprune" if query_aware else "self"
     entered = kept_positions(model(), recipe, inputs, scorer, pool_images=pool)
     assert len(entered) == LAYERS

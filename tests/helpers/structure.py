@@ -152,19 +152,19 @@ def tree() -> str:
 # The core, in the order in which it is read.
 CORE = {
     "recipes/rounding.py": "from fractions to counts: the one rounding rule",
-    "fitting/rules.py": "which tokens could leave (the fit), which leave (inference)",
+    "fitting/rules.py": "two rules: which tokens could leave a layer, and which leave it",
     "fitting/budget.py": "what is asked for, what counts, whether it is met",
-    "fitting/walk.py": "the paper's rule at one tolerance, for all samples",
+    "fitting/walk.py": "the first rule at one tolerance, for all samples at once",
     "fitting/fit.py": "the search for the tolerance, and the recipe",
     "scoring/softmax.py": "weights as the layer computes them",
     "scoring/received.py": "what a token receives in one layer",
+    "scoring/view.py": "what a scorer may look at",
     "scoring/attention_scorers.py": "scorers; FitPrune's is the first",
-    "engine/prune.py": "`prune` and `attach`",
-    "engine/choose.py": "from a recipe and a scorer to the rows that stay",
-    "engine/remover.py": "the hooks on the model",
-    "engine/running.py": "one running prefill, layer by layer",
     "engine/rows.py": "rows packed, taken, put back",
     "engine/masks.py": "masks cut to the rows and keys present",
+    "engine/choose.py": "from a recipe and a scorer to the rows that stay",
+    "engine/running.py": "one running prefill, layer by layer",
+    "engine/remover.py": "the hooks on the model",
 }
 
 
