@@ -4,11 +4,9 @@ Run it from any folder: `python own_baseline.py`. What a schedule is, and how a 
 process: docs/extending.md.
 """
 
-from fitprune import evaluate, load_model, load_samples
-from fitprune.baselines.base import Sizes, baseline, before, solve
-from fitprune.baselines.table import make_method, register_baseline
+from fitprune import Sizes, checked_budget, evaluate, load_model, load_samples, make_method, register_baseline
+from fitprune.baselines.base import baseline, before, solve
 from fitprune.families.config import fingerprint_of
-from fitprune.fitting.budget import checked_budget
 
 
 @baseline(scorer="max-min", source="an example", layer="before which tokens leave; by default the middle layer")

@@ -7,8 +7,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from fitprune import fit, measure, prune
-from fitprune.families.table import Family, register_family
+from fitprune import Family, fit, measure, prune, register_family
 
 
 class TinyConfig(LlavaConfig):

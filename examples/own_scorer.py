@@ -8,9 +8,7 @@ import dataclasses
 
 import torch
 
-from fitprune import fit, load_model, load_samples, make_batches, measure, prune
-from fitprune.scoring.scorers import register_scorer
-from fitprune.scoring.view import LayerView
+from fitprune import LayerView, fit, load_model, load_samples, make_batches, measure, prune, register_scorer
 
 
 def tempered(view: LayerView, *, power: float = 1.0) -> torch.Tensor:
