@@ -11,10 +11,12 @@ def test_it_prints_the_table(capsys):
 
 def test_a_package_that_cannot_be_imported_is_a_row(capsys, plugins):
     rows = table.table().splitlines()
-    plugins("fitprune.families", brokenfam="nomodule:x")
+    source = "from fitprune.families.table import Family\nrow = Family('mine', 'Mine')"
+    plugins("fitprune.families", source, brokenfam="nomodule:x", other="stranger:row")
     assert main(["families"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    (row,) = [row for row in shown if row not in rows]
+    row, renamed = [row for row in shown if row not in rows]
+    assert "its entry point has a row with model_type='mine'" in renamed
     assert row.startswith("| `brokenfam` | | family 'brokenfam': its entry point 'nomodule:x' cannot be imported")
     assert row.count("|") == 7
     assert [row for row in shown if row in rows] == rows

@@ -147,9 +147,9 @@ def _triton_kernels() -> str:
 
 def _entry_points(group: str) -> str:
     points = []
-    found = list(dict.fromkeys(importlib.metadata.entry_points(group=group)))  # one package may be found twice
-    names = [point.name for point in found]
-    for point in found:
+    entries = list(dict.fromkeys(importlib.metadata.entry_points(group=group)))  # one package may be found twice
+    names = [point.name for point in entries]
+    for point in entries:
         package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown package"
         try:
             point.load()

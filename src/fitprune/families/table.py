@@ -209,7 +209,7 @@ def table() -> str:
     }
     for model_type in (*FAMILIES, ""):
         try:
-            family = FAMILIES[model_type] if model_type else GENERIC
+            family = find_family(model_type)
         except ValueError as error:  # a package's entry point: the other rows are shown all the same
             status = line(error, 300).replace("|", "/")
             rows.append(f"| `{line(model_type)}` | | {status} | | | |")
