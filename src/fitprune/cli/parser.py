@@ -16,7 +16,8 @@ HINTS = {
     "--objective": "--objective is gone: 'fitprune fit' is the paper's rule (attention); for output use 'fitprune "
     "search MODEL --stats STATS --data DATA'",
     "--shape": "--shape is now --random-model",
-    "--prefill-latency-reduction": "--prefill-latency-reduction: only 'fitprune recipe' and 'fitprune fit' have it",
+    "--prefill-latency-reduction": "unknown: --prefill-latency-reduction; only 'fitprune recipe' and "
+    "'fitprune fit' have it",
 }
 
 
