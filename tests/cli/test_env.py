@@ -22,6 +22,7 @@ def test_markdown_and_json_hold_the_same_facts(capsys):
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(facts)
     assert facts["fitprune"] == fitprune.__version__
     assert facts["torch"] == importlib.metadata.version("torch")
+    assert {"matplotlib", "torchao", "bitsandbytes", "datasets", "peft"} <= set(facts)
     assert facts["vllm"] == "not installed" or facts["vllm"][0].isdigit()
     assert "sdpa" in facts["attention implementations"]
     assert {f"entry points {group}" for group in env.GROUPS} <= set(facts)
@@ -76,3 +77,12 @@ def test_entry_points_are_named_with_their_package_and_a_broken_one_says_so(monk
         "late (other 1.2); bad (other 1.2, cannot be imported: ImportError: no module 'x')"
     )
     assert facts["entry points fitprune.families"] == "none"
+
+
+def test_all_entry_points_are_shown_and_doubled_names_say_so(monkeypatch):
+    points = [importlib.metadata.EntryPoint(f"name-{n % 40}", f"json:loads{n}", "fitprune.scorers") for n in range(41)]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [*points, points[5]])
+    fact = env.environment()["entry points fitprune.scorers"]
+    assert all(f"name-{n} (" in fact for n in range(40))
+    assert fact.count("several have this name: uninstall all but one") == 2
+    assert fact.count("name-5 (") == 1

@@ -46,6 +46,20 @@ def test_methods_that_need_no_statistics_run_without(made, tmp_path, capsys):
     assert json.loads((tmp_path / "smaller.json").read_text())["rows"] != json.loads(alone.read_text())["rows"]
 
 
+def test_all_leaves_out_methods_of_a_package_that_cannot_be_imported(made, tmp_path, plugins, capsys):
+    plugins("fitprune.baselines", broken="nomodule:x")
+    out = tmp_path / "r.json"
+    options = ["--data", "digit-scenes/test", "--samples", "1", "--timed-batches", "0", "--examples", "0"]
+    methods = ["--methods", "all", "--flops-reduction", "0.5", "--stats", f"{made}/stats.safetensors", "--seeds", "0"]
+    assert main(["evaluate", "digit-scenes", *options, *methods, "-o", str(out)]) == 0
+    (skipped,) = [each for each in json.loads(out.read_text())["skipped"] if each["method"] == "broken"]
+    assert skipped["budget"] == 0.5
+    assert "'nomodule:x' cannot be imported" in skipped["reason"]
+    assert "'nomodule:x' cannot be imported" in capsys.readouterr().out
+    assert main(["evaluate", "digit-scenes", *options, "--methods", "broken", *methods[2:], "-o", str(out)]) == 2
+    assert "cannot be imported" in capsys.readouterr().err
+
+
 def test_fitted_counts_need_statistics_and_say_so_before_the_model_is_loaded(tmp_path, capsys):
     for methods in (["fitprune"], ["random"], ["all"], ["fastv", "random"]):
         command = ["evaluate", "/no-such-model", "--data", "digit-scenes/test", "--flops-reduction", "0.5"]

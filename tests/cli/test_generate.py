@@ -19,8 +19,12 @@ def test_generate_answers(made, capsys):
     assert len(capsys.readouterr().out.strip()) > 0
 
 
-def test_the_picture_of_generates_example_is_there(capsys):
+def test_the_example_of_generate_runs_wherever_it_is_typed(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
-    words = shlex.split(capsys.readouterr().out.split("example:")[1])
-    assert os.path.isfile(words[words.index("--image") + 1])
+    words = shlex.split(capsys.readouterr().out.split("example:")[1].replace("\\\n", ""))
+    (tmp_path / "r.json").write_bytes((made / "recipes" / "flops_reduction-0.5.json").read_bytes())
+    assert not any(map(os.path.isabs, words))
+    assert main(words[1:]) == 0
+    assert capsys.readouterr().out.strip()

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import logging
+import os
 import subprocess
 import sys
 import time
@@ -24,12 +26,17 @@ def test_help_of_every_command_is_quick_and_shows_an_example():
         started = time.perf_counter()
         code = "import sys; from fitprune.cli.main import main; main(sys.argv[1:])"
         done = subprocess.run(
-            [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=False
+            [sys.executable, "-c", code, *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"COLUMNS": "120"},
         )
         assert done.returncode == 0
         assert "example:" in done.stdout
         assert time.perf_counter() - started < 5  # catches an import of torch; the 0.3 s are shown by a benchmark
         assert "torch" not in done.stderr
+        assert max(map(len, done.stdout.splitlines())) <= 120
 
 
 def test_help_lists_every_command_in_the_order_of_the_data(capsys):
@@ -75,6 +82,7 @@ def test_help_needs_no_more_than_the_standard_library_and_recipes():
         (["fit", "s", "--objective=attention", "-o", "r"], "--objective"),
         (["profile", "--shape", "llava-1.5-7b", "-o", "p"], "--shape is now --random-model"),
         (["benchmark", "--shape=llava-1.5-7b"], "--shape is now --random-model"),
+        (["search", "m", "--prefill-latency-reduction", ".9"], "only 'fitprune recipe' and 'fitprune fit' have it"),
     ],
 )
 def test_an_option_that_was_renamed_names_the_new_one(command, message, capsys):
@@ -147,6 +155,57 @@ def test_failures_exit_1_with_one_line(made, tmp_path, capsys):
         assert main(command) == 1, command
         err = capsys.readouterr().err.strip().splitlines()
         assert message in err[-1], (command, err)
+
+
+FAULTY = "def key(): return {}['x']\ndef value(): raise ValueError('no')\ndef calls(f): f()\n"
+
+
+@pytest.mark.parametrize(("function", "message"), [("key", "KeyError: 'x'"), ("value", "no")])
+def test_what_a_plug_in_raises_is_one_line(plugins, monkeypatch, capsys, function, message):
+    plugins("fitprune.scorers", FAULTY, faulty="stranger:key")
+    stranger = importlib.import_module("stranger")
+    monkeypatch.setattr("fitprune.cli.families.run", lambda args: getattr(stranger, function)())
+    assert main(["families"]) == 1
+    expected = f"fitprune: error: {message}; in a plug-in of the package stranger, --debug shows where\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises((KeyError, ValueError)):
+        main(["families", "--debug"])
+
+    def wrapped(args):
+        try:
+            stranger.key()
+        except KeyError as error:
+            raise ValueError("scorer 'faulty' failed") from error
+
+    monkeypatch.setattr("fitprune.cli.families.run", wrapped)
+    assert main(["families"]) == 1
+    assert "scorer 'faulty' failed; in a plug-in of the package stranger" in capsys.readouterr().err
+
+
+def test_a_fault_of_fitprunes_own_keeps_its_traceback(plugins, monkeypatch):
+    """Also under a plug-in's frames, as hooks run under those of a model."""
+    plugins("fitprune.families", FAULTY, faulty="stranger:calls")
+    stranger = importlib.import_module("stranger")
+    code = compile("def bug(): raise TypeError('ours')", "x", "exec")
+    names = {"__name__": "fitprune.engine.x"}
+    exec(code, names)
+    for run in (lambda args: names["bug"](), lambda args: stranger.calls(names["bug"])):
+        monkeypatch.setattr("fitprune.cli.families.run", run)
+        with pytest.raises(TypeError, match="ours"):
+            main(["families"])
+
+
+def test_only_our_own_log_messages_are_shown_as_ours(monkeypatch, capsys):
+    def run(args):
+        logging.getLogger("fitprune.engine").warning("ours")
+        logging.getLogger("torchao").warning("theirs")
+
+    monkeypatch.setattr("fitprune.cli.families.run", run)
+    for _ in range(2):
+        assert main(["families"]) == 0
+        said = capsys.readouterr().err
+        assert said.count("fitprune: ours\n") == 1
+        assert "fitprune: theirs" not in said
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -194,3 +194,11 @@ def test_what_needs_matplotlib_says_so_alike(kinds, tmp_path, capsys, monkeypatc
     assert capsys.readouterr().err == f"fitprune: error: {hint}\n"
     assert main(["analyze", str(kinds["statistics"]), "-o", f"{tmp_path}/a"]) == 1
     assert f"{hint}, or use --no-pictures" in capsys.readouterr().err
+
+
+def test_what_matplotlib_lacks_is_named(kinds, tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "packaging.version", None)  # which matplotlib imports first
+    assert main(["report", str(kinds["results"]), "-o", f"{tmp_path}/page.html"]) == 1
+    assert "pictures need matplotlib, which cannot be imported (import of packaging.version" in capsys.readouterr().err

@@ -35,6 +35,21 @@ def test_what_is_no_recipe_is_not_pushed(hub, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lab/x/y"], "'lab/x/y': must be a hub name, owner/name, or your own repository's name"),
+        (["a b"], "'a b': must be a hub name"),
+        (["lab/x@v1"], "'lab/x@v1': must be a hub name"),
+        (["lab/x", "--revision", ""], "revision='': must be the name of a branch"),
+    ],
+)
+def test_names_that_no_repository_or_branch_has(hub, capsys, arguments, message):
+    assert main(["push", "llava-1.5-7b:60", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not hub.requests
+
+
 def test_the_arguments_go_on_as_push_to_hub_takes_them(made, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(

@@ -35,14 +35,51 @@ def test_statistics_are_used_again_only_for_the_same_model_and_data(tmp_path, ca
     assert "3 samples, 8 layers, used again" in capsys.readouterr().out
     assert out.read_bytes() == first
     assert (tmp_path / "r.stats.safetensors").read_bytes() == stats
-    assert main([*command[:-4], "--samples", "2", "-o", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "were measured with other samples: measured again" in said
-    assert "2 samples, 8 layers\n" in said
-    assert main([*command, "--dtype", "bfloat16"]) == 0
-    assert "other weights, dtype: measured again" in capsys.readouterr().out
-    assert main(command) == 0
+    path = tmp_path / "r.stats.safetensors"
+    fewer = [*command[:-4], "--samples", "2", "-o", str(out)]
+    for other, differs in [
+        (fewer, "3 samples there, 2 here"),
+        ([*fewer, "--seed", "1", "--samples", "3"], "3 samples there, others here"),
+        ([*command, "--dtype", "bfloat16"], "dtype 'float32' there, 'bfloat16' here"),
+    ]:
+        with monkeypatch.context() as patch:  # refused before anything is measured
+            patch.setattr("fitprune.calibration.measure.measure", lambda *_, **__: measured.append(1))
+            assert main(other) == 2
+        message = capsys.readouterr().err
+        for part in (f"{path} holds other statistics (", differs, "pass --overwrite", "another --output"):
+            assert part in message
+        assert not measured
+        assert (path.read_bytes(), out.read_bytes()) == (stats, first)
+    assert main([*fewer, "--overwrite"]) == 0
+    assert f"{path}: 2 samples, 8 layers, which replaced the one there\n" in capsys.readouterr().out
+    assert main([*command, "--overwrite"]) == 0
     assert out.read_bytes() == first
+
+
+def test_a_budget_out_of_reach_replaces_no_statistics(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "r.stats.safetensors"
+    command = ["recipe", "digit-scenes", "-o", f"{tmp_path}/r.json", "--overwrite", "--flops-reduction"]
+    assert main([*command, "0.5", "--samples", "2"]) == 0
+    stats = path.read_bytes()
+    assert main([*command, "0.99999", "--samples", "1"]) == 2
+    assert path.read_bytes() == stats
+    assert "0.99999" in capsys.readouterr().err
+    assert (tmp_path / "r.stats.safetensors.parts").is_dir()  # what was measured is not lost
+    assert main([*command, "0.5", "--samples", "2"]) == 0
+    assert "used again" in capsys.readouterr().out
+    assert not (tmp_path / "r.stats.safetensors.parts").exists()
+
+
+def test_truncated_statistics_are_replaced_with_overwrite_alone(made, tmp_path, capsys):
+    path = tmp_path / "r.stats.safetensors"
+    path.write_bytes((made / "stats.safetensors").read_bytes()[:-100])
+    broken = path.read_bytes()
+    command = ["recipe", "digit-scenes", "--samples", "1", "--flops-reduction", "0.5", "-o", f"{tmp_path}/r.json"]
+    assert main(command) == 2
+    assert "--overwrite replaces the file" in capsys.readouterr().err
+    assert path.read_bytes() == broken
+    assert main([*command, "--overwrite"]) == 0
+    assert "1 sample, 8 layers, which replaced the one there" in capsys.readouterr().out
 
 
 def test_another_model_needs_data(tmp_path, capsys):

@@ -56,6 +56,20 @@ def test_a_scorer_of_another_kind_is_named_with_its_parameters(made, tmp_path, c
         assert text in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["show", "cost"])
+def test_a_scorer_that_is_not_usable_is_named_on_one_line_of_plain_text(made, tmp_path, capsys, plugins, command):
+    plugins("fitprune.scorers", "def x(*, k=1):\n    raise KeyError('a\\n\\x1b[31m')", faulty="stranger:x")
+    data = json.loads((made / "recipes" / "flops_reduction-0.5.json").read_text())
+    for name, shown in [("a\nb\x1b[31m", r"a\nb\x1b[31m, which"), ("", "'', which"), ("faulty", "faulty, which")]:
+        (tmp_path / "r.json").write_text(json.dumps(data | {"scorer": {"name": name}}))
+        assert main([command, f"{tmp_path}/r.json"]) == 0
+        said = capsys.readouterr().out
+        (line,) = [line for line in said.splitlines() if line.startswith("ranked by")]
+        assert line.startswith(f"ranked by           {shown} no model can be pruned by: ")
+        assert said.replace("\n", "").isprintable()
+    assert "KeyError" in line
+
+
 def test_what_a_stranger_wrote_stays_on_its_line_and_in_plain_text(made, tmp_path, capsys):
     data = json.loads((made / "recipes" / "flops_reduction-0.5.json").read_text())
     data["provenance"] = {
@@ -84,5 +98,9 @@ def test_it_needs_no_torch_for_the_librarys_own_scorer():
 
 def test_names_that_are_no_recipe(tmp_path, capsys):
     assert main(["show", f"{tmp_path}/none.json"]) == 1
+    for command in ("show", "cost", "push"):
+        with pytest.raises(SystemExit):
+            main([command, "", *["me/x"][: command == "push"]])
+        assert "'': must be the name of a recipe" in capsys.readouterr().err
     assert main(["show", "llava-1.5-7b"]) == 2
     assert "say which of its recipes" in capsys.readouterr().err

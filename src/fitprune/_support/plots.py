@@ -56,10 +56,11 @@ def require_matplotlib(remedy: str = "") -> None:
         remedy: what else to do, for the message.
 
     Raises:
-        ImportError: it is not.
+        ImportError: it is not, or something that it needs is not.
     """
     try:
         import matplotlib  # noqa: F401  # only whether it is there
-    except ImportError:
+    except ImportError as error:
+        why = "" if error.name == "matplotlib" else f", which cannot be imported ({error})"
         other = f", or {remedy}" if remedy else ""
-        raise ImportError(f"pictures need matplotlib: pip install matplotlib{other}") from None
+        raise ImportError(f"pictures need matplotlib{why}: pip install matplotlib{other}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from fitprune._support.messages import line
 from fitprune._support.text_tables import scaled
 from fitprune.cli import options, parser
 from fitprune.costs.cost import Cost
@@ -16,7 +17,7 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
         commands, "cost", run, "show what a recipe costs",
         "fitprune cost llava-1.5-7b:60 --visual-tokens 576 --text-tokens 64",
     )  # fmt: skip
-    command.add_argument("recipe", metavar="RECIPE", help=options.RECIPE_NAMES)
+    command.add_argument("recipe", metavar="RECIPE", type=parser.recipe, help=options.RECIPE_NAMES)
     add_sample(command)
     return command
 
@@ -72,9 +73,10 @@ def scorer_of(recipe: PruningRecipe) -> str:
     """Name the recipe's scorer and say whether this version knows it; imports torch."""
     from fitprune.scoring.scorers import get_scorer
 
-    name = str(recipe.scorer["name"])[:60]
+    name = line(str(recipe.scorer["name"])) or "''"
     try:
         get_scorer(recipe.scorer)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        return f"{name}, which no model can be pruned by: {str(error)[:200]}"
+    except Exception as error:  # a package's scorer may raise anything
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return f"{name}, which no model can be pruned by: {kind}{line(error, 200)}"
     return name

@@ -13,12 +13,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from fitprune._support.messages import line
 from fitprune._version import __version__
 from fitprune.cli import options
 
 PACKAGES = (
     "torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow", "torchvision", "accelerate", "triton",
-    "flash-attn", "vllm", "lmms-eval",
+    "flash-attn", "torchao", "bitsandbytes", "peft", "datasets", "matplotlib", "vllm", "lmms-eval",
 )  # fmt: skip
 IMPORTED = ("torch", "transformers")  # those that are imported to see whether they work
 GROUPS = ("fitprune.families", "fitprune.scorers", "fitprune.baselines")
@@ -67,8 +68,12 @@ def _line(fact: Callable[[], str]) -> str:
     try:
         text = fact()
     except (Exception, SystemExit) as error:
-        text = f"cannot be found out: {type(error).__name__}: {error}"
-    return _without_folders(" ".join(str(text).split()))[:500]
+        text = f"cannot be found out: {_reason(error)}"
+    return _without_folders(" ".join(str(text).split()))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {line(_without_folders(' '.join(str(error).split())), 300)}"
 
 
 def _without_folders(text: str) -> str:
@@ -87,7 +92,7 @@ def _version(name: str) -> str:
         try:
             importlib.import_module(name)
         except (Exception, SystemExit) as error:
-            return f"{version}, cannot be imported: {type(error).__name__}: {error}"
+            return f"{version}, cannot be imported: {_reason(error)}"
     return version
 
 
@@ -142,12 +147,15 @@ def _triton_kernels() -> str:
 
 def _entry_points(group: str) -> str:
     points = []
-    for point in importlib.metadata.entry_points(group=group):
+    entries = list(dict.fromkeys(importlib.metadata.entry_points(group=group)))  # one package may be found twice
+    names = [point.name for point in entries]
+    for point in entries:
         package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown package"
         try:
             point.load()
             state = ""
         except (Exception, SystemExit) as error:
-            state = f", cannot be imported: {type(error).__name__}: {error}"
-        points.append(f"{point.name} ({package}{state})")
+            state = f", cannot be imported: {_reason(error)}"
+        doubled = ", several have this name: uninstall all but one" if names.count(point.name) > 1 else ""
+        points.append(f"{point.name} ({package}{doubled}{state})")
     return "; ".join(points) or "none"

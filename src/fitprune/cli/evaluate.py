@@ -24,8 +24,8 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
     """Declare the command."""
     command = options.command(
         commands, "evaluate", run, "compare recipes and published methods with the dense model on questions",
-        "fitprune evaluate digit-scenes --data digit-scenes/test --methods all --flops-reduction 0.4 0.6 0.8 "
-        "--stats stats.safetensors -o results.json",
+        "fitprune evaluate digit-scenes --data digit-scenes/test --methods all \\\n"
+        "    --flops-reduction 0.4 0.6 0.8 --stats stats.safetensors -o results.json",
         _resumable,
     )  # fmt: skip
     options.add_model(command)
@@ -91,7 +91,7 @@ def run(args: options.Args) -> None:
     replaced = files.claim(args.output, files.RESULTS, overwrite=args.overwrite)
     files.claim(beside(args.output, "timings.json"), files.RESULT_TIMES, overwrite=args.overwrite)
     recipes = options.read_recipes(args.recipe)
-    names = _method_names(args)
+    names, left_out = _method_names(args)
     solved = _solved_by_statistics(args, names) if names and args.stats else None
     at = {name: _searched_budget(recipe) for name, recipe in recipes.items()}
     budgets = [budget for budget in at.values() if budget is not None]
@@ -114,7 +114,7 @@ def run(args: options.Args) -> None:
         tasks,
         entries + solved[0],
         journal=beside(args.output, "samples.jsonl"),
-        skipped=solved[1],
+        skipped=left_out + solved[1],
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         prompt_template=args.prompt_template,
@@ -137,16 +137,26 @@ def _searched_budget(recipe: PruningRecipe) -> float | None:
     return value if isinstance(value, float) and 0 <= value < 1 else None
 
 
-def _method_names(args: options.Args) -> list[str]:
-    """Check --methods, --flops-reduction and --seeds before the model is loaded; empty where no method is asked for."""
+def _method_names(args: options.Args) -> tuple[list[str], list[dict[str, Any]]]:
+    """Check --methods, --flops-reduction and --seeds before the model is loaded; empty where no method is asked for.
+
+    Also gives the methods of "all" that cannot be used, for each budget with the reason.
+    """
     from fitprune.baselines.table import BASELINES, parse_name
     from fitprune.fitting.budget import checked_budget
 
     if not args.methods and not args.flops_reduction:
-        return []
+        return [], []
     if not args.flops_reduction:
         raise ValueError("--methods are solved for budgets: --flops-reduction is missing")
-    names = [name for each in args.methods or ["fitprune"] for name in (BASELINES if each == "all" else [each])]
+    broken = {}
+    for name in BASELINES if "all" in (args.methods or []) else ():
+        try:
+            BASELINES[name]
+        except ValueError as error:  # of an installed package
+            broken[name] = str(error)
+    every = [name for name in BASELINES if name not in broken]
+    names = [name for each in args.methods or ["fitprune"] for name in (every if each == "all" else [each])]
     options.require_different("--seeds", args.seeds)
     options.require_different("--methods", names)
     options.require_different("--flops-reduction", args.flops_reduction)
@@ -155,9 +165,11 @@ def _method_names(args: options.Args) -> list[str]:
     fitted = [name for name in names if parse_name(name)[0] in FITTED]
     if fitted and not args.stats:
         raise ValueError(
-            f"method {fitted[0]} is fitted from statistics: --stats is missing; make it by 'fitprune measure'"
+            f"method {fitted[0]} is fitted from statistics: --stats is missing; make it by 'fitprune measure', or name "
+            f"methods other than {' and '.join(FITTED)}"
         )
-    return names
+    budgets = args.flops_reduction
+    return names, [{"method": name, "budget": at, "reason": why} for name, why in broken.items() for at in budgets]
 
 
 def _solved_by_statistics(args: options.Args, names: Sequence[str]) -> tuple[list[Any], list[dict[str, Any]]]:

@@ -12,16 +12,17 @@ from fitprune.recipes.recipe import PruningRecipe
 
 def add(commands: options.Commands) -> argparse.ArgumentParser:
     """Declare the command."""
-    picture = assets.folder("test") / "images" / "0000.jpg"
     command = options.command(
         commands, "generate", run, "answer one question with pruning",
-        f"fitprune generate digit-scenes --recipe recipes/flops_reduction-0.6.json --image {picture} "
-        "--question 'Which digit is blue?'",
+        "fitprune generate digit-scenes --recipe r.json --image digit-scenes/test/images/0000.jpg \\\n"
+        "    --question 'Which digit is blue?'",
     )  # fmt: skip
     options.add_model(command)
-    command.add_argument("--recipe", help=f"{options.RECIPE_NAMES} (default: the one beside the model)")
+    command.add_argument(
+        "--recipe", type=parser.recipe, help=f"{options.RECIPE_NAMES} (default: the one beside the model)"
+    )
     options.add_force(command)
-    command.add_argument("--image", required=True, help="image file")
+    command.add_argument("--image", required=True, help="image file; the example has one of the bundled data")
     command.add_argument("--question", required=True, help="the question, without the image token")
     command.add_argument(
         "--max-new-tokens", type=parser.positive, default=64, help="most tokens of the answer (default: 64)"
@@ -39,7 +40,7 @@ def run(args: options.Args) -> None:
     from fitprune.families.inputs import to_model
 
     recipe = None if args.recipe is None else PruningRecipe.named(args.recipe)
-    sample = Sample("0", args.question, located(args.image, Path()), where="--image")
+    sample = Sample("0", args.question, located(_bundled(args.image), Path()), where="--image")
     sample.load_image()
     model, processor = options.load(args)
     format_prompt(processor, args.question, args.prompt_template)  # so that its fault is not laid to --image
@@ -47,3 +48,9 @@ def run(args: options.Args) -> None:
     with prune(model, recipe, force=args.force):
         ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip())
+
+
+def _bundled(image: str) -> str:
+    """Find a picture of the bundled data by its name, such as digit-scenes/test/images/0000.jpg; other names stay."""
+    data = next((name for name in assets.DATA if image.startswith(f"{name}/")), None)
+    return image if data is None or Path(image).exists() else assets.resolve(data) + image.removeprefix(data)

@@ -10,7 +10,9 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 
 from fitprune._version import __version__
 from fitprune.cli import (
@@ -32,7 +34,7 @@ from fitprune.cli import (
     search,
     show,
 )
-from fitprune.cli.parser import Parser, shortened
+from fitprune.cli.parser import HelpFormatter, Parser, shortened
 
 # In the order of the data: from a model to a recipe, to answers, to tables.
 GROUPS = {
@@ -43,11 +45,15 @@ GROUPS = {
     "more": (analyze, families, env, convert_llava_hr, demo),
 }
 
+EXPECTED = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError)  # of use, files and machine
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="fitprune: %(message)s")
+    handler = logging.StreamHandler()  # of our logger alone: what other libraries log is not ours
+    handler.setFormatter(logging.Formatter("fitprune: %(message)s"))
+    logging.getLogger("fitprune").addHandler(handler)
     try:
         args.run(args)
         sys.stdout.flush()
@@ -58,20 +64,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has had enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError) as error:
-        if args.debug:
-            raise
+    except Exception as error:
+        package = _plugin_of(error)
+        if args.debug or not (package or isinstance(error, EXPECTED)):
+            raise  # any other error is a bug of fitprune's, and its traceback is wanted
         number = f"[Errno {error.errno}] " if isinstance(error, OSError) else ""
         message = " ".join(str(error).removeprefix(number).split()) or type(error).__name__
+        if package:
+            kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
+            message = f"{kind}{message}; in a plug-in of the package {package}, --debug shows where"
         print(f"fitprune: error: {shortened(message)}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, ValueError) and not package else 1
+    finally:
+        logging.getLogger("fitprune").removeHandler(handler)
     return 0
+
+
+def _plugin_of(error: BaseException | None) -> str:
+    """Name the package of the plug-in that an error, or the error that caused it, was raised in; "" for none."""
+    known = {point.module.partition(".")[0] for group in env.GROUPS for point in entry_points(group=group)}
+    while error is not None:
+        frames = traceback.walk_tb(error.__traceback__)
+        names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames]
+        ours = [name for name in names if name in known | {"fitprune"}]
+        if ours and ours[-1] != "fitprune":  # the innermost: a plug-in's model may run our hooks
+            return ours[-1]
+        error = error.__cause__
+    return ""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="fitprune",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         epilog="example:\n  fitprune recipe digit-scenes --flops-reduction 0.6 -o r.json",
     )
     parser.add_argument("--version", action="version", version=f"fitprune {__version__}")

@@ -39,9 +39,13 @@ def add_batch_size(to: argparse.ArgumentParser) -> None:
 
 def run(args: options.Args) -> None:
     """Measure, and write the statistics."""
+    from fitprune.calibration.measure import forget_parts
+
     replaced = files.claim(args.output, files.STATISTICS, overwrite=args.overwrite)
     stats = measured(args, args.output)
     if stats is not None:
+        stats.save(args.output)
+        forget_parts(f"{args.output}.parts")
         print(f"{args.output}: {plural(len(stats), 'sample')}, {stats.model.decoder.layers} layers{replaced}")
 
 
@@ -50,11 +54,11 @@ def measured(
     path: str | Path,
     known: Callable[[Any, Callable[[], Any]], AttentionStats | None] = lambda model, batches: None,
 ) -> AttentionStats | None:
-    """Measure by the options of a command, and save the statistics; goes on from a run that was killed.
+    """Measure by the options of a command; goes on from a run that was killed. The parts stay: the caller deletes them.
 
     Args:
         args: the command's.
-        path: where to save them.
+        path: where they will be saved.
         known: gives the statistics if they need not be measured: of the model, and of a function that makes its
             batches.
 
@@ -63,7 +67,7 @@ def measured(
     """
     from fitprune._support.processes import Processes
     from fitprune.calibration.batches import make_batches
-    from fitprune.calibration.measure import forget_parts, measure
+    from fitprune.calibration.measure import measure
 
     samples = options.joined(options.read_samples(args))  # before the model: bad data is found in seconds
     model, processor = options.load(args)
@@ -78,9 +82,6 @@ def measured(
     if stats is None:
         total = -(-len(samples) // args.batch_size)
         stats = measure(model, batches(processes), parts=f"{path}.parts", total=total, progress=True)
-        if processes.rank == 0:
-            stats.save(path)
-            forget_parts(f"{path}.parts")
     return stats if processes.rank == 0 else None
 
 

@@ -53,7 +53,7 @@ def command(
         name,
         description=help_text[0].upper() + help_text[1:] + ".",
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=parser.HelpFormatter,
     )
     added.add_argument("--debug", action="store_true", help="show the traceback of an error")
     added.set_defaults(run=run, resumable=resumable)
@@ -184,7 +184,7 @@ def require_different(option: str, values: Sequence[Any]) -> None:
 
 def add_recipes(to: argparse.ArgumentParser) -> None:
     """Add --recipe for any number of recipes."""
-    to.add_argument("--recipe", nargs="+", help=f"any number, each a {RECIPE_NAMES}")
+    to.add_argument("--recipe", nargs="+", type=parser.recipe, help=f"any number, each a {RECIPE_NAMES}")
 
 
 def read_recipes(names: Sequence[str] | None) -> dict[str, PruningRecipe]:

@@ -5,17 +5,31 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from fitprune.costs.sizes import MOST_TOKENS
 
 LONGEST_MESSAGE = 600  # characters of an error; a longer one quotes a file, and is cut in the middle
-RENAMED = {
+HINTS = {
     "--objective": "--objective is gone: 'fitprune fit' is the paper's rule (attention); for output use 'fitprune "
     "search MODEL --stats STATS --data DATA'",
     "--shape": "--shape is now --random-model",
+    "--prefill-latency-reduction": "unknown: --prefill-latency-reduction; only 'fitprune recipe' and "
+    "'fitprune fit' have it",
 }
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Breaks the line of a group of options, which argparse leaves whole whatever its length."""
+
+    def _format_usage(self, *args: Any) -> str:
+        lines = []
+        for line in super()._format_usage(*args).splitlines():
+            indent = " " * (len(line) - len(line.lstrip()) + 1)
+            lines += textwrap.wrap(line, self._width, subsequent_indent=indent, break_on_hyphens=False) or [""]
+        return "\n".join(lines) + "\n\n"
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,8 +55,8 @@ class Parser(argparse.ArgumentParser):
         known = list(self._option_string_actions)
         options = [word.partition("=")[0] for word in self.words if word.startswith("--")]
         stray = [option for option in options if not any(name.startswith(option) for name in known)]
-        if renamed := next((option for option in stray if option in RENAMED), None):
-            self._exit(RENAMED[renamed])
+        if hint := next((HINTS[option] for option in stray if option in HINTS), None):
+            self._exit(hint)
         for group in self._mutually_exclusive_groups:
             names = [option for action in group._group_actions for option in action.option_strings]
             if group.required and message.startswith("the following") and not set(names) & set(self.words):
@@ -82,11 +96,19 @@ positive = whole(1)
 seed = whole(0, 2**32 - 1)
 
 
-def path(text: str) -> str:
-    """Read the name of a file or folder, which is not empty."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"{text!r}: must be the name of a file or folder")
-    return text
+def _filled(what: str) -> Callable[[str], str]:
+    """Make the type of text that is not empty."""
+
+    def read(text: str) -> str:
+        if not text.strip():
+            raise argparse.ArgumentTypeError(f"{text!r}: must be the name of {what}")
+        return text
+
+    return read
+
+
+path = _filled("a file or folder")
+recipe = _filled("a recipe")
 
 
 def template(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fitprune.cli import options
+from fitprune.cli import options, parser
 from fitprune.recipes.recipe import PruningRecipe
 
 
@@ -14,7 +14,7 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
         commands, "push", run, "push a recipe and its card to the Hugging Face hub",
         "fitprune push r.json me/llava-1.5-7b-60 --private",
     )  # fmt: skip
-    command.add_argument("recipe", metavar="RECIPE", help=options.RECIPE_NAMES)
+    command.add_argument("recipe", metavar="RECIPE", type=parser.recipe, help=options.RECIPE_NAMES)
     command.add_argument(
         "repo", metavar="REPO", help="owner/name, or your own repository's name; made where it is missing. A model's "
         "repository is good too. Log in by 'hf auth login' or HF_TOKEN",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fitprune._support import assets, files
+from fitprune._support.messages import short
 from fitprune._support.text_tables import plural
 from fitprune.cli import options
 from fitprune.cli.fit import fitted
@@ -32,7 +33,8 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
     options.add_fitting(command)
     options.add_output(
         command, "recipe file; a folder for several budgets. The statistics are kept beside it, as r.stats.safetensors "
-        "or stats.safetensors in the folder, and used again while model and data are the same", required=True,
+        "or stats.safetensors in the folder, and used again while model and data are the same; others are replaced "
+        "only with --overwrite", required=True,
     )  # fmt: skip
     add_batch_size(command)
     return command
@@ -40,6 +42,7 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
 
 def run(args: options.Args) -> None:
     """Measure unless that was done before, fit, and write the recipes."""
+    from fitprune.calibration.measure import forget_parts
     from fitprune.fitting.stats import AttentionStats
 
     budgets = options.read_budgets(args)
@@ -47,14 +50,33 @@ def run(args: options.Args) -> None:
     path = outputs.statistics
     args.data = args.data or _bundled_data(args.model)
     replaced = outputs.claim(overwrite=args.overwrite)
-    files.claim(path, files.STATISTICS, overwrite=args.overwrite)
-    kept = AttentionStats.load(path) if files.kind_of(path) == files.STATISTICS else None
-    stats = measured(args, path, lambda model, batches: _if_same(kept, model, batches))
+    ending = files.claim(path, files.STATISTICS, overwrite=args.overwrite)
+    kept = None
+    try:
+        kept = AttentionStats.load(path) if files.kind_of(path) == files.STATISTICS else None
+    except ValueError as error:
+        if not args.overwrite:
+            raise ValueError(f"{error}; --overwrite replaces the file") from error
+
+    def known(model: Any, batches: Callable[[], Any]) -> AttentionStats | None:
+        differing = _differing(kept, model, batches) if kept is not None else []
+        if differing and not args.overwrite:
+            raise ValueError(
+                f"{path} holds other statistics ({', '.join(differing)}): pass --overwrite to replace them, or choose "
+                "another --output"
+            )
+        return None if differing else kept
+
+    stats = measured(args, path, known)
     if stats is None:  # another process has them
         return
-    again = ", used again" if stats is kept else ""
-    print(f"{path}: {plural(len(stats), 'sample')}, {stats.model.decoder.layers} layers{again}")
-    outputs.save(fitted(args, stats, budgets), replaced)
+    recipes = fitted(args, stats, budgets)  # a budget out of reach leaves the old statistics, and the parts of the new
+    if stats is not kept:
+        stats.save(path)
+    forget_parts(f"{path}.parts")
+    ending = ", used again" if stats is kept else ending
+    print(f"{path}: {plural(len(stats), 'sample')}, {stats.model.decoder.layers} layers{ending}")
+    outputs.save(recipes, replaced)
 
 
 def _bundled_data(model: str) -> list[str]:
@@ -67,23 +89,22 @@ def _bundled_data(model: str) -> list[str]:
     )
 
 
-def _if_same(kept: AttentionStats | None, model: Any, batches: Callable[[], Any]) -> AttentionStats | None:
-    """Give the kept statistics if they are those of the model on the batches."""
-    from fitprune._support.processes import Processes
+def _differing(kept: AttentionStats, model: Any, batches: Callable[[], Any]) -> list[str]:
+    """Say in what the kept statistics differ from those of the model on the batches."""
     from fitprune.families.adapter import adapt
     from fitprune.families.inputs import input_digests
     from fitprune.families.provenance import provenance_of
 
-    if kept is None:
-        return None
     adapted = adapt(model)
-    now = provenance_of(adapted.model)
-    differing = [name for name in now if kept.provenance.get(name) != now[name]]
+    there = kept.provenance
+    differing = [
+        f"{name} {short(there.get(name))} there, {short(value)} here"
+        for name, value in provenance_of(adapted.model).items()
+        if there.get(name) != value
+    ]
     if not differing:
         digests = [digest for batch in batches() for digest in input_digests(adapted, batch)]
-        differing = [] if tuple(digests) == kept.digests else ["samples"]
-    if not differing:
-        return kept
-    if Processes().rank == 0:
-        print(f"the statistics that are there were measured with other {', '.join(differing)}: measured again")
-    return None
+        if tuple(digests) != kept.digests:
+            here = "others" if len(digests) == len(kept) else len(digests)
+            differing = [f"{plural(len(kept), 'sample')} there, {here} here"]
+    return differing

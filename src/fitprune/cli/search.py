@@ -17,8 +17,8 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
     """Declare the command."""
     command = options.command(
         commands, "search", run, "search recipes that change the model's answers least",
-        "fitprune search digit-scenes --stats stats.safetensors --data digit-scenes/calibration --flops-reduction 0.8 "
-        "-o best-80.json",
+        "fitprune search digit-scenes --stats stats.safetensors --data digit-scenes/calibration \\\n"
+        "    --flops-reduction 0.8 -o best-80.json",
         _resumable,
     )  # fmt: skip
     options.add_model(command)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fitprune._support.text_tables import aligned
-from fitprune.cli import cost, options
+from fitprune.cli import cost, options, parser
 from fitprune.recipes import rounding
 from fitprune.recipes.recipe import PruningRecipe
 
@@ -22,7 +22,7 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
         commands, "show", run, "show what a recipe does: counts in each layer, costs, scorer, origin",
         "fitprune show llava-1.5-7b:60",
     )  # fmt: skip
-    command.add_argument("recipe", metavar="RECIPE", help=options.RECIPE_NAMES)
+    command.add_argument("recipe", metavar="RECIPE", type=parser.recipe, help=options.RECIPE_NAMES)
     cost.add_sample(command)
     return command
 

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-from fitprune._support.messages import short
+from fitprune._support.messages import line, short
 from fitprune._support.registry import Registry
 from fitprune.costs.sizes import DecoderSizes, VisionSizes
 from fitprune.families.sizes import clip_tower, decoder_sizes, lfm2_sizes, llava_hr_tower, unknown_tower
@@ -207,7 +207,13 @@ def table() -> str:
         "tiles": "its tiles together",
         "joined": "its tiles together",
     }
-    for family in (*FAMILIES.values(), GENERIC):
+    for model_type in (*FAMILIES, ""):
+        try:
+            family = find_family(model_type)
+        except ValueError as error:  # a package's entry point: the other rows are shown all the same
+            status = line(error, 300).replace("|", "/")
+            rows.append(f"| `{line(model_type)}` | | {status} | | | |")
+            continue
         name = f"`{family.model_type}`" if family.model_type else "others"
         if family.refused:
             rows.append(f"| {name} | {family.models} | refused: {family.refused} | | | |")

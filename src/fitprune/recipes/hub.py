@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fitprune._support.messages import short
+
 RECIPE_FILE = "fitprune_recipe.json"
 CARD_FILE = "README.md"
 
@@ -56,15 +58,20 @@ def download(
         ConnectionError: the hub is out of reach, and the cache has no such file.
         OSError: the hub answers with another error.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
+    cache_dir = None if cache_dir is None else os.fspath(cache_dir)
     with _explained(repo_id, revision, local_files_only=local_files_only):
+        cached = try_to_load_from_cache(repo_id, RECIPE_FILE, cache_dir, revision)
+        if not local_files_only and (force_download or not isinstance(cached, str)):
+            # One request: where the hub is out of reach, hf_hub_download would go on asking for 20 seconds.
+            HfApi(token=token).model_info(repo_id, revision=revision, timeout=10)
         path = hf_hub_download(
             repo_id,
             RECIPE_FILE,
             revision=revision,
             token=token,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
         )
@@ -124,9 +131,14 @@ class Repository:
 
         Raises:
             OSError: as for `download`.
+            ValueError: `repo_id` or `revision` is no name.
         """
         from huggingface_hub import HfApi, hf_hub_download
 
+        if split_name(repo_id if "/" in repo_id else f"me/{repo_id}") is None or "@" in repo_id:
+            raise ValueError(f"{short(repo_id)}: must be a hub name, owner/name, or your own repository's name")
+        if revision == "":
+            raise ValueError("revision='': must be the name of a branch; leave it out for main")
         api = HfApi(token=token)
         with _explained(repo_id, revision, writing=True):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
