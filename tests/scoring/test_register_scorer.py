@@ -367,7 +367,7 @@ def test_a_change_of_what_is_shown_is_refused_or_changes_nothing(part, model, in
 
 def test_nothing_of_a_view_can_be_set(model, inputs):
     for change in (lambda view: setattr(view, "hidden", None), lambda view: delattr(view.prompt, "ids")):
-        with pytest.raises(ValueError, match="the scorer (sets|deletes) .* of its view: must change nothing"):
+        with pytest.raises(ValueError, match=r"the scorer (sets|deletes) .* of its view: must change nothing"):
             kept(model, inputs, change)
 
 
@@ -385,16 +385,15 @@ def test_without_query_aware_what_is_kept_is_the_same_for_every_question(model, 
         lambda view: close(view.keys) + view.keys[..., 0],
         lambda view: view.value_norms.sum(1) - view.value_norms.sum((1, 2))[:, None],
     ):
-        scores = []
-        for sample in (samples[0], other):
+        scores = [], []
+        for sample, found in zip((samples[0], other), scores, strict=True):
 
-            def score(view):
-                scores.append(read(view).masked_fill(view.image < 0, 0))
-                return scores[-1]
+            def score(view, read=read, found=found):
+                found.append(read(view).masked_fill(view.image < 0, 0))
+                return found[-1]
 
             kept(model, sample, Scorer(score, query_aware=False))
-        half = len(scores) // 2
-        assert all(torch.equal(a, b) for a, b in zip(scores[:half], scores[half:], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*scores, strict=True))
     for read in (lambda view: view.states, lambda view: view.attention(), lambda view: view.prompt.ids):
         with pytest.raises(ValueError, match=r"it does not announce: make it Scorer\(\.\.\., query_aware=True\)"):
             kept(model, inputs, Scorer(read, query_aware=False))
@@ -436,7 +435,7 @@ def test_want_of_memory_passes_as_it_is(model, inputs):
     def full(view):
         raise torch.OutOfMemoryError("full")
 
-    with pytest.raises(torch.OutOfMemoryError, match="^full$"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"^full$"):
         kept(model, inputs, full)
 
 
@@ -470,7 +469,7 @@ def test_the_stand_in_is_a_view_that_can_be_copied(model, inputs):
 def test_an_entry_point_that_ends_the_process_is_refused(installed):
     installed("dummy_one", {"new": "dummy_one:x"}, "import sys\nsys.exit(0)")
     with pytest.raises(
-        ValueError, match="scorer 'new': its entry point 'dummy_one:x' cannot be imported .SystemExit: 0"
+        ValueError, match=r"scorer 'new': its entry point 'dummy_one:x' cannot be imported .SystemExit: 0"
     ):
         get_scorer("new")
 
