@@ -75,12 +75,12 @@ class Scorer:
                 refused; see `checked_scores`.
         """
         name = f"scorer {self.name or getattr(self.score, '__name__', type(self.score).__name__)!r}"
-        shown = _Announced(view, self, _VIEW_FLAGS, [])
+        stand_in = _Announced(view, self, _VIEW_FLAGS, [])
         if self.reads_previous and view.previous is None:
             name += " (no layer is shown as `previous` here: let tokens leave before a layer from 1 on, and only there)"
         with failures_of(name):
-            score = self.score(cast(LayerView, shown))
-        for part, tensor, version in shown._seen:
+            score = self.score(cast(LayerView, stand_in))
+        for part, tensor, version in stand_in._versions:
             if tensor._version != version:
                 raise ValueError(f"{name} changes {part} of its view in place: must change nothing; clone it first")
         return checked_scores(score, view.image)
@@ -107,15 +107,15 @@ class _Announced:
         view: what is shown.
         scorer: whose flags count.
         flags: the flag that announces each part.
-        seen: gets each tensor that is shown: its name, itself and its version, which a change in place raises.
+        versions: gets each tensor that is shown: its name, itself and its version, which a change in place raises.
     """
 
-    _seen: list[tuple[str, torch.Tensor, int]]
+    _versions: list[tuple[str, torch.Tensor, int]]
 
     def __init__(
-        self, view: Any, scorer: Scorer, flags: Mapping[str, str], seen: list[tuple[str, torch.Tensor, int]]
+        self, view: Any, scorer: Scorer, flags: Mapping[str, str], versions: list[tuple[str, torch.Tensor, int]]
     ) -> None:
-        vars(self).update(_view=view, _scorer=scorer, _flags=flags, _seen=seen)
+        vars(self).update(_view=view, _scorer=scorer, _flags=flags, _versions=versions)
 
     @property  # type: ignore[misc]  # read-only
     def __class__(self) -> Any:  # so that it is an instance of what it stands for
@@ -128,7 +128,7 @@ class _Announced:
         value = getattr(self._view, name)
         if name in ("prompt", "previous") and value is not None:
             flags = _PROMPT_FLAGS if name == "prompt" else _VIEW_FLAGS
-            value = _Announced(value, self._scorer, flags, self._seen)
+            value = _Announced(value, self._scorer, flags, self._versions)
         else:
             if name in _TEXT_ROWS and not self._scorer.query_aware:
                 text = self._view.image < 0
@@ -160,7 +160,7 @@ class _Announced:
         if isinstance(value, torch.Tensor):
             if value.is_inference():
                 return value.clone()
-            self._seen.append((name, value, value._version))
+            self._versions.append((name, value, value._version))
         elif isinstance(value, dict):
             return {key: self._watched(name, part) for key, part in value.items()}
         elif isinstance(value, (Attention, ReceivedAttention, Quotas)):

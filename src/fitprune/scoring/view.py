@@ -185,7 +185,7 @@ class LayerView:
         """Attention that the visual tokens receive from each head: kind -> [B, H, m]; see `head_attention`.
 
         Args:
-            kinds: of `HEAD_KINDS`.
+            *kinds: of `HEAD_KINDS`.
 
         Raises:
             ValueError: there is no such kind.
