@@ -19,7 +19,8 @@ from fitprune._support import assets
 from fitprune.engine.prune import kept_positions
 from fitprune.families.adapter import adapt
 from fitprune.families.config import fingerprint_of
-from fitprune.scoring.scorers import _PROMPT_FLAGS, _VIEW_FLAGS, SCORERS, Scorer, get_scorer, register_scorer
+from fitprune.scoring.announced import PROMPT_FLAGS, VIEW_FLAGS
+from fitprune.scoring.scorers import SCORERS, Scorer, get_scorer, register_scorer
 from fitprune.scoring.view import LayerView, Prompt
 from helpers.models import batch_of, prompts, tiny_model
 
@@ -172,7 +173,7 @@ def test_a_scorer_that_reads_what_it_does_not_announce_says_which_flag_to_set(pa
     register_scorer("new", Scorer(score, **flags))
     scorer = {"name": "new", "parameters": {"diversity": 0.5} if diversity else {}}
     name = part.removeprefix("prompt's ")
-    tables = (_PROMPT_FLAGS,) if part.startswith("prompt") else (_VIEW_FLAGS, {"by_head": "query_aware"})
+    tables = (PROMPT_FLAGS,) if part.startswith("prompt") else (VIEW_FLAGS, {"by_head": "query_aware"})
     flag = next(table[name] for table in tables if name in table)
     with pytest.raises(ValueError, match=rf"the scorer reads {name}.*: make it Scorer\(\.\.\., {flag}=True\)"):
         kept(model, inputs, scorer)
@@ -197,7 +198,7 @@ def test_one_that_reads_no_question_may_read_self_attention_by_head(model, input
 
 def test_the_flags_name_parts_that_views_have():
     fields = {field.name for kind in (LayerView, Prompt) for field in dataclasses.fields(kind)}
-    for kind, flags in ((LayerView, _VIEW_FLAGS), (Prompt, _PROMPT_FLAGS)):
+    for kind, flags in ((LayerView, VIEW_FLAGS), (Prompt, PROMPT_FLAGS)):
         for name, flag in flags.items():
             assert name in fields or hasattr(kind, name)
             assert flag in {field.name for field in dataclasses.fields(Scorer)}
@@ -345,6 +346,7 @@ CHANGES = {
     "left": lambda view: view.left.zero_(),
     "quotas": lambda view: view.quotas.counts.fill_(3),
     "states": lambda view: view.states.key.mul_(0),
+    "states ": lambda view: view.attention().key.mul_(0),
     "received": lambda view: view.received.self_attention.clamp_(max=0),
     "by_head": lambda view: view.by_head("mean")["mean"].zero_(),
     "images": lambda view: view.prompt.images.zero_(),
@@ -357,7 +359,10 @@ def test_a_change_of_what_is_shown_is_refused_or_changes_nothing(part, model, in
         CHANGES[part](view)
         return view.place.float()
 
-    with torch.no_grad(), pytest.raises(ValueError, match=rf"scorer 'score' changes {part} of its view in place"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=rf"scorer 'score' changes {part.strip()} of its view in place"),
+    ):
         kept(model, inputs, score)
     with torch.inference_mode(), prune(model, recipe_of(model, {"name": "place"})):  # tensors without a version
         expected = model(**inputs).logits

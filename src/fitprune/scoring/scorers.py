@@ -19,8 +19,8 @@ from fitprune._support.registry import Registry, failures_of
 from fitprune.recipes.recipe import scorer_parts, short
 from fitprune.scoring import attention_scorers as attention
 from fitprune.scoring import diversity, fitted_scorers
-from fitprune.scoring.received import Attention, ReceivedAttention
-from fitprune.scoring.view import LayerView, Quotas
+from fitprune.scoring.announced import VIEW_FLAGS, Announced
+from fitprune.scoring.view import LayerView
 
 Score = Callable[..., torch.Tensor]  # of a LayerView, and of keyword-only parameters where the scorer is registered
 
@@ -75,7 +75,7 @@ class Scorer:
                 refused; see `checked_scores`.
         """
         name = f"scorer {self.name or getattr(self.score, '__name__', type(self.score).__name__)!r}"
-        stand_in = _Announced(view, self, _VIEW_FLAGS, [])
+        stand_in = Announced(view, vars(self), VIEW_FLAGS, [])
         if self.reads_previous and view.previous is None:
             name += " (no layer is shown as `previous` here: let tokens leave before a layer from 1 on, and only there)"
         with failures_of(name):
@@ -87,86 +87,6 @@ class Scorer:
 
 
 _FLAGS = ("query_aware", "reads_vision", "accumulates", "reads_previous")
-# The flag of `Scorer` that announces each part of a view, and of its prompt.
-_VIEW_FLAGS = dict.fromkeys(
-    ("question", "cross_attention", "last_attention", "received", "states", "attention"), "query_aware"
-) | {"cls_attention": "reads_vision", "previous": "reads_previous"}
-_PROMPT_FLAGS = {
-    "ids": "query_aware",
-    "cls_attention": "reads_vision",
-    "vision": "reads_vision",
-    "received": "accumulates",
-}
-_TEXT_ROWS = {"hidden": 1, "keys": 1, "value_norms": 2}  # what has rows of text, and in which dimension
-
-
-class _Announced:
-    """A view, or its prompt, that cannot be changed and refuses to show what the scorer's flags do not announce.
-
-    Args:
-        view: what is shown.
-        scorer: whose flags count.
-        flags: the flag that announces each part.
-        versions: gets each tensor that is shown: its name, itself and its version, which a change in place raises.
-    """
-
-    _versions: list[tuple[str, torch.Tensor, int]]
-
-    def __init__(
-        self, view: Any, scorer: Scorer, flags: Mapping[str, str], versions: list[tuple[str, torch.Tensor, int]]
-    ) -> None:
-        vars(self).update(_view=view, _scorer=scorer, _flags=flags, _versions=versions)
-
-    @property  # type: ignore[misc]  # read-only
-    def __class__(self) -> Any:  # so that it is an instance of what it stands for
-        return self._view.__class__
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "accumulate":  # a copy has no `_view` yet
-            raise AttributeError(name)
-        self._require(self._flags.get(name), name)
-        value = getattr(self._view, name)
-        if name in ("prompt", "previous") and value is not None:
-            flags = _PROMPT_FLAGS if name == "prompt" else _VIEW_FLAGS
-            value = _Announced(value, self._scorer, flags, self._versions)
-        else:
-            if name in _TEXT_ROWS and not self._scorer.query_aware:
-                text = self._view.image < 0
-                value = value.masked_fill(text[:, None] if _TEXT_ROWS[name] == 2 else text[..., None], 0)
-            value = self._watched(name, value)
-        vars(self)[name] = value
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise ValueError(f"the scorer sets {name} of its view: must change nothing that it is shown")
-
-    def __delattr__(self, name: str) -> None:
-        raise ValueError(f"the scorer deletes {name} of its view: must change nothing that it is shown")
-
-    def by_head(self, *kinds: str) -> dict[str, torch.Tensor]:
-        for kind in kinds:
-            self._require(None if kind == "self" else "query_aware", f"by_head({kind!r})")
-        attention: dict[str, torch.Tensor] = self._watched("by_head", self._view.by_head(*kinds))
-        return attention
-
-    def _require(self, flag: str | None, name: str) -> None:
-        if flag and not getattr(self._scorer, flag):
-            raise ValueError(
-                f"the scorer reads {name} of its view, which it does not announce: make it Scorer(..., {flag}=True)"
-            )
-
-    def _watched(self, name: str, value: Any) -> Any:
-        """Note the version of each tensor in a value; of what has no version, and of a list, give a copy."""
-        if isinstance(value, torch.Tensor):
-            if value.is_inference():
-                return value.clone()
-            self._versions.append((name, value, value._version))
-        elif isinstance(value, dict):
-            return {key: self._watched(name, part) for key, part in value.items()}
-        elif isinstance(value, (Attention, ReceivedAttention, Quotas)):
-            parts = {key: part for key, part in vars(value).items() if isinstance(part, torch.Tensor)}
-            return dataclasses.replace(value, **self._watched(name, parts))
-        return list(value) if isinstance(value, list) else value
 
 
 def checked_scores(score: Any, image: torch.Tensor) -> torch.Tensor:
@@ -305,8 +225,8 @@ def get_scorer(scorer: str | Scorer | Mapping[str, Any] | Score) -> Scorer:
     for parameter, default in known.items():
         if parameter not in parameters and default is inspect.Parameter.empty:
             raise ValueError(f"scorer {name!r}: missing parameter {parameter!r}; state it, or fit the recipe again")
-        value, kind = parameters.get(parameter, default), _kind(default)
-        if kind and _kind(value) != kind:
+        value, kind = parameters.get(parameter, default), fitted_scorers.kind_of(default)
+        if kind and fitted_scorers.kind_of(value) != kind:
             raise ValueError(f"scorer {name!r}: {parameter}={short(value)}: must be {kind}, as {short(default)} is")
     try:
         scorer = _with_parameters(entry, takes_view, parameters)
@@ -369,17 +289,9 @@ def _signature(name: str, entry: Entry) -> tuple[bool, dict[str, Any]]:
     if "diversity" in known:
         raise ValueError(f"scorer {name!r}: takes 'diversity', which every scorer has; choose another name for it")
     for parameter, default in known.items():
-        if default is not None and default is not inspect.Parameter.empty and not _kind(default):
+        if default is not None and default is not inspect.Parameter.empty and not fitted_scorers.kind_of(default):
             raise ValueError(
                 f"scorer {name!r}: {parameter}={short(default)}: a default must be what a recipe can hold: a number, "
                 "text, a list, an object or None"
             )
     return bool(views), known
-
-
-def _kind(value: Any) -> str | None:
-    """Name the kind of a parameter's value; None for what no recipe holds, and for None, which says nothing."""
-    if fitted_scorers.is_number(value):
-        return "a number"
-    kinds: dict[Any, str] = {bool: "true or false", str: "text", (list, tuple): "a list", Mapping: "an object"}
-    return next((kind for types, kind in kinds.items() if isinstance(value, types)), None)
