@@ -271,8 +271,8 @@ def by_chance(seed):
 # The functions themselves, without names; and the flags that prune needs.
 PLAIN = {
     "fitprune": Scorer(attention_scorers.self_times_cross),
-    "random": Scorer(by_chance(7), query_aware=False),
-    "random-input": Scorer(by_chance(7), query_aware=False),
+    "random": Scorer(by_chance(7)),
+    "random-input": Scorer(by_chance(7)),
     "uniform": Scorer(attention_scorers.self_times_cross),
     "last-layer-first": Scorer(attention_scorers.self_times_cross),
     "fastv": Scorer(attention_scorers.by_last_row),

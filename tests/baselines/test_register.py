@@ -9,11 +9,12 @@ import sys
 import pytest
 
 from fitprune import PruningRecipe
-from fitprune.baselines.base import Baseline, Sizes, baseline, before, solve
+from fitprune.baselines.base import Baseline, Sizes, baseline, before, inside, solve
 from fitprune.baselines.table import BASELINES, make_method, parse_name, register_baseline
 from fitprune.cli.main import main
 from fitprune.costs.counts import Counts
-from fitprune.fitting.budget import checked_budget
+from fitprune.evaluation.entries import entries_for
+from fitprune.fitting.budget import OutOfReach, checked_budget
 
 MODEL = PruningRecipe.published("llava-1.5-7b", 60).model
 TARGET, BUDGET = Sizes(MODEL, 576), checked_budget("flops_reduction", 0.5)
@@ -197,3 +198,93 @@ def test_a_baseline_may_name_a_registered_scorer():
     register_scorer("of-a-test", lambda view: view.place.float(), replace=True)
     register_baseline("mine", Baseline(one_removal.schedule, "of-a-test", "a test", one_removal.parameters))
     assert make_method("mine", TARGET, BUDGET).scorer == {"name": "of-a-test"}
+
+
+def seeded(*, seed):
+    from fitprune.scoring.scorers import Scorer
+
+    return Scorer(lambda view: view.place.float() + seed)
+
+
+def test_a_baselines_scorer_has_parameters_and_a_seed(monkeypatch):
+    from fitprune.scoring.scorers import SCORERS, register_scorer
+
+    monkeypatch.setattr(SCORERS, "_added", {})
+    register_scorer("seeded", seeded)
+    for scorer, expected in (
+        ("seeded", {"name": "seeded", "parameters": {"seed": 5}}),
+        (
+            {"name": "seeded", "parameters": {"diversity": 1.0}},
+            {"name": "seeded", "parameters": {"diversity": 1.0, "seed": 5}},
+        ),
+        ({"name": "seeded", "parameters": {"seed": 2}}, {"name": "seeded", "parameters": {"seed": 2}}),
+        ({"name": "last", "parameters": {"diversity": 0.5}}, {"name": "last", "parameters": {"diversity": 0.5}}),
+    ):
+        row = Baseline(one_removal.schedule, scorer, "a test", one_removal.parameters)
+        register_baseline("mine", row, replace=True)
+        assert make_method("mine", TARGET, BUDGET, seed=5).scorer == expected
+        entries, _ = entries_for(["mine"], TARGET, [0.5], seeds=(0, 1))
+        assert len(entries) == (2 if row.seeded else 1)
+    assert [name for name, row in BASELINES.items() if row.seeded] == ["random", "random-input"]
+
+
+def test_a_baseline_may_need_statistics(capsys):
+    register_baseline("mine", baseline(scorer="last", source="a test", needs_statistics=True)(lambda target, budget: 0))
+    with pytest.raises(ValueError, match="mine: is fitted from statistics; measure the model, and pass a Fitter"):
+        make_method("mine", TARGET, BUDGET)
+    command = ["evaluate", "digit-scenes", "--data", "digit-scenes/test", "--methods", "vtw", "mine"]
+    assert main([*command, "--flops-reduction", "0.5", "-o", "results.json"]) == 2
+    assert "method mine is fitted from statistics: --stats is missing" in capsys.readouterr().err
+
+
+def schedule_of(give):
+    return Baseline(lambda target, budget: give(target), "last", "a test")
+
+
+@pytest.mark.parametrize(
+    ("give", "message"),
+    [
+        (lambda target: None, "mine: its schedule returns None: must be Counts of 576 visual tokens, and a dict"),
+        (lambda target: (Counts(576, [0] * 32), None), "must be Counts of 576 visual tokens, and a dict"),
+        (lambda target: {}["x"], "baseline 'mine': its schedule failed: KeyError: 'x'"),
+        (lambda target: sys.exit(0), "baseline 'mine': its schedule failed: SystemExit: 0"),
+        (lambda target: (before(target, 99, 0), {}), "layer=99: must be an integer from 0 to 31, one of the 32"),
+        (lambda target: (inside(target, -1, 0), {}), "layer=-1: must be an integer from 0 to 31, one of the 32"),
+    ],
+)
+def test_what_a_schedule_does_wrong_is_one_line(give, message):
+    register_baseline("mine", schedule_of(give))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}" if "mine" in message else re.escape(message)):
+        make_method("mine", TARGET, BUDGET)
+
+
+def test_a_schedule_may_say_that_a_budget_is_out_of_reach():
+    def refuse(target):
+        raise OutOfReach("too much")
+
+    register_baseline("mine", schedule_of(refuse))
+    with pytest.raises(OutOfReach, match=r"^too much$"):
+        make_method("mine", TARGET, BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_method("fastv:k=1,k=2", TARGET, BUDGET), "method 'fastv:k=1,k=2': states k twice"),
+        (lambda: make_method("fastv:", TARGET, BUDGET), "method 'fastv:': no parameter ''; must be one of ['k']"),
+        (lambda: make_method(5, TARGET, BUDGET), "method 5: must be one of"),
+        (lambda: make_method("fastv", None, BUDGET), "target is a NoneType: must be a Fitter or Sizes"),
+        (lambda: make_method("fastv", TARGET, 0.5), "budget=0.5: must be a Budget, as checked_budget"),
+        (lambda: Sizes(MODEL, 0), "visual_tokens=0: must be an integer from 1"),
+        (lambda: Sizes(None, 5), "model is a NoneType: must be a ModelFingerprint"),
+        (lambda: Baseline(lambda: 1, "last", "x"), "schedule takes (): must take target and budget"),
+        (lambda: Baseline(lambda a, b, c: 1, "last", "x"), "schedule takes (a, b, c): must take target and budget"),
+        (lambda: Baseline(one_removal.schedule, "last", "x", {"layer": 5}), "must say in text what each means"),
+        (lambda: Baseline(one_removal.schedule, "last", "x", None), "parameters=None: must say in text"),
+        (lambda: Baseline(one_removal.schedule, 5, "x"), "scorer=5: must be a text that is not empty, or an object"),
+        (lambda: Baseline(one_removal.schedule, {"nme": 1}, "x"), "must be an object with a 'name'"),
+    ],
+)
+def test_wrong_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()

@@ -208,3 +208,21 @@ def test_an_unwritable_path_names_itself(tmp_path):
         thing.save(tmp_path / "file" / "r.json")
     with pytest.raises(OSError, match="is a folder"):
         thing.save(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda stats: AttentionStats.concat(None), "parts is NoneType: must be a list of them"),
+        (lambda stats: stats.select([2]), "sample=2: must be an integer from 0 to 1"),
+        (lambda stats: stats.select([-1]), "sample=-1: must be an integer from 0 to 1"),
+        (lambda stats: stats.select(["a"]), "sample='a': must be an integer"),
+        (lambda stats: dataclasses.replace(stats, self_attention=stats.self_attention.numpy()), "must be a Tensor"),
+        (lambda stats: dataclasses.replace(stats, visual_tokens=None), "visual_tokens is a NoneType: must be a tuple"),
+        (lambda stats: dataclasses.replace(stats, model="llava"), "model is a str: must be a ModelFingerprint"),
+    ],
+)
+def test_wrong_arguments_are_refused(make, message):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        make(measure(model, [tiny_inputs(model, batch=2)]))

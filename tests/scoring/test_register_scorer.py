@@ -1,5 +1,6 @@
 """Scorers from outside the package: registered in a process, and by an installed package's entry point."""
 
+import copy
 import dataclasses
 import functools
 import os
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 import fitprune
@@ -17,7 +19,8 @@ from fitprune._support import assets
 from fitprune.engine.prune import kept_positions
 from fitprune.families.adapter import adapt
 from fitprune.families.config import fingerprint_of
-from fitprune.scoring.scorers import _PROMPT_FLAGS, _VIEW_FLAGS, SCORERS, Scorer, get_scorer, register_scorer
+from fitprune.scoring.announced import PROMPT_FLAGS, VIEW_FLAGS
+from fitprune.scoring.scorers import SCORERS, Scorer, get_scorer, register_scorer
 from fitprune.scoring.view import LayerView, Prompt
 from helpers.models import batch_of, prompts, tiny_model
 
@@ -170,7 +173,7 @@ def test_a_scorer_that_reads_what_it_does_not_announce_says_which_flag_to_set(pa
     register_scorer("new", Scorer(score, **flags))
     scorer = {"name": "new", "parameters": {"diversity": 0.5} if diversity else {}}
     name = part.removeprefix("prompt's ")
-    tables = (_PROMPT_FLAGS,) if part.startswith("prompt") else (_VIEW_FLAGS, {"by_head": "query_aware"})
+    tables = (PROMPT_FLAGS,) if part.startswith("prompt") else (VIEW_FLAGS, {"by_head": "query_aware"})
     flag = next(table[name] for table in tables if name in table)
     with pytest.raises(ValueError, match=rf"the scorer reads {name}.*: make it Scorer\(\.\.\., {flag}=True\)"):
         kept(model, inputs, scorer)
@@ -195,7 +198,7 @@ def test_one_that_reads_no_question_may_read_self_attention_by_head(model, input
 
 def test_the_flags_name_parts_that_views_have():
     fields = {field.name for kind in (LayerView, Prompt) for field in dataclasses.fields(kind)}
-    for kind, flags in ((LayerView, _VIEW_FLAGS), (Prompt, _PROMPT_FLAGS)):
+    for kind, flags in ((LayerView, VIEW_FLAGS), (Prompt, PROMPT_FLAGS)):
         for name, flag in flags.items():
             assert name in fields or hasattr(kind, name)
             assert flag in {field.name for field in dataclasses.fields(Scorer)}
@@ -330,3 +333,160 @@ def test_the_example_ranks_otherwise_and_keeps_as_many(registry, monkeypatch, ca
     assert own == plain.replace("fitprune", "tempered")
     assert where != elsewhere
     assert PruningRecipe.load(tmp_path / "tempered.json").scorer == {"name": "tempered", "parameters": {"power": 0.5}}
+
+
+# --- what a scorer does wrong
+
+
+CHANGES = {
+    "image": lambda view: view.image.zero_(),
+    "column": lambda view: view.column.sub_(1),
+    "question": lambda view: view.question.logical_not_(),
+    "hidden": lambda view: view.hidden[..., :2].zero_(),
+    "left": lambda view: view.left.zero_(),
+    "quotas": lambda view: view.quotas.counts.fill_(3),
+    "states": lambda view: view.states.key.mul_(0),
+    "states ": lambda view: view.attention().key.mul_(0),
+    "received": lambda view: view.received.self_attention.clamp_(max=0),
+    "by_head": lambda view: view.by_head("mean")["mean"].zero_(),
+    "images": lambda view: view.prompt.images.zero_(),
+}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_a_change_of_what_is_shown_is_refused_or_changes_nothing(part, model, inputs):
+    def score(view):
+        CHANGES[part](view)
+        return view.place.float()
+
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=rf"scorer 'score' changes {part.strip()} of its view in place"),
+    ):
+        kept(model, inputs, score)
+    with torch.inference_mode(), prune(model, recipe_of(model, {"name": "place"})):  # tensors without a version
+        expected = model(**inputs).logits
+    with torch.inference_mode(), prune(model, recipe_of(model, {"name": "place"}), score):
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_nothing_of_a_view_can_be_set(model, inputs):
+    for change in (lambda view: setattr(view, "hidden", None), lambda view: delattr(view.prompt, "ids")):
+        with pytest.raises(ValueError, match=r"the scorer (sets|deletes) .* of its view: must change nothing"):
+            kept(model, inputs, change)
+
+
+def test_without_query_aware_what_is_kept_is_the_same_for_every_question(model, inputs):
+    samples = [prompts(model, [[3, 6]], seed=seed)[0] for seed in (0, 1)]
+    end = int((samples[0]["input_ids"][0] == model.config.image_token_id).nonzero().max()) + 1
+    other = dict(samples[0], input_ids=samples[0]["input_ids"].clone())
+    other["input_ids"][0, end:] = (other["input_ids"][0, end:] + 7) % 50 + 3
+
+    def close(rows):
+        return (rows.float() @ rows.float()[:, -1:].transpose(1, 2))[..., 0] + rows.float().sum((1, 2))[:, None]
+
+    for read in (
+        lambda view: close(view.hidden) + view.hidden[..., 0],
+        lambda view: close(view.keys) + view.keys[..., 0],
+        lambda view: view.value_norms.sum(1) - view.value_norms.sum((1, 2))[:, None],
+    ):
+        scores = [], []
+        for sample, found in zip((samples[0], other), scores, strict=True):
+
+            def score(view, read=read, found=found):
+                found.append(read(view).masked_fill(view.image < 0, 0))
+                return found[-1]
+
+            kept(model, sample, Scorer(score, query_aware=False))
+        assert all(torch.equal(a, b) for a, b in zip(*scores, strict=True))
+    for read in (lambda view: view.states, lambda view: view.attention(), lambda view: view.prompt.ids):
+        with pytest.raises(ValueError, match=r"it does not announce: make it Scorer\(\.\.\., query_aware=True\)"):
+            kept(model, inputs, Scorer(read, query_aware=False))
+
+
+def fails(view):
+    raise KeyError("x")
+
+
+def leaves(view):
+    sys.exit(3)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (fails, "scorer 'new' failed: KeyError: 'x'"),
+        (leaves, "scorer 'new' failed: SystemExit: 3"),
+        (lambda view: int("x"), "scorer 'new': invalid literal for int"),
+        (lambda view: view.by_head("zz"), r"^by_head\('zz'\): must be among mean, max, last, self"),
+        (
+            Scorer(lambda view: view.previous.self_attention, reads_previous=True),
+            "'new' .no layer is shown as `previous`",
+        ),
+        (lambda view: view.hidden[..., 0].cfloat(), "the scorer returned torch.complex64, .*: must be real numbers"),
+        (lambda view: view.place.float().to_sparse(), "torch.sparse_coo, on cpu: must be real numbers, dense"),
+        (lambda view: view.place.float().to("meta"), "on meta: must be real numbers, dense, on cpu"),
+        (lambda view: view.prompt.accumulate(view), "scorer 'new' failed: AttributeError: accumulate"),
+    ],
+)
+def test_what_a_scorer_raises_names_it(score, message, model, inputs, registry):
+    register_scorer("new", score)
+    recipe = recipe_of(model, {"name": "new"}, enter=(1.0, 1.0, 0.6, 0.6, 0.3))
+    with pytest.raises(ValueError, match=message):
+        kept(model, inputs, None, recipe)
+
+
+def test_want_of_memory_passes_as_it_is(model, inputs):
+    def full(view):
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^full$"):
+        kept(model, inputs, full)
+
+
+@pytest.mark.parametrize(("until", "message"), [("x", "TypeError: '<' not supported"), (None, "KeyError: 'none'")])
+def test_what_a_factory_raises_names_the_scorer_and_its_parameters(until, message, registry):
+    def early(*, until):
+        if until is None:
+            raise KeyError("none")
+        return Scorer(late) if until < 1 else None
+
+    register_scorer("early", early)
+    with pytest.raises(ValueError, match=rf"scorer 'early' with parameters \{{'until': {until!r}\}} failed: {message}"):
+        get_scorer({"name": "early", "parameters": {"until": until}})
+
+
+def test_a_flag_is_true_or_false():
+    with pytest.raises(ValueError, match="query_aware='no': must be True or False"):
+        Scorer(late, query_aware="no")
+
+
+def test_the_stand_in_is_a_view_that_can_be_copied(model, inputs):
+    def score(view):
+        assert isinstance(view, LayerView)
+        assert isinstance(view.prompt, Prompt)
+        assert torch.equal(copy.copy(view).image, view.image)
+        return view.place.float()
+
+    kept(model, inputs, score)
+
+
+def test_an_entry_point_that_ends_the_process_is_refused(installed):
+    installed("dummy_one", {"new": "dummy_one:x"}, "import sys\nsys.exit(0)")
+    with pytest.raises(
+        ValueError, match=r"scorer 'new': its entry point 'dummy_one:x' cannot be imported .SystemExit: 0"
+    ):
+        get_scorer("new")
+
+
+def test_entry_points_with_names_that_none_may_have_are_left_out_with_one_warning(installed, registry, caplog):
+    registry._left_out.clear()
+    installed("dummy_one", {"we ird": "dummy_one:late", "place": "dummy_one:late", "good": "dummy_one:late"}, CODE)
+    for _ in range(2):
+        assert "good" in list(registry)
+        assert "we ird" not in registry
+    weird, own = sorted(caplog.messages, key=lambda text: "place" in text)
+    assert weird.startswith("scorer name 'we ird': must be letters")
+    assert own.startswith(
+        "scorer 'place': is one of fitprune's own, which cannot change; the entry point 'dummy_one:late'"
+    )

@@ -10,10 +10,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fitprune._support.checked import whole
+from fitprune._support.messages import short
 from fitprune.costs.counts import Counts
 from fitprune.costs.sizes import ModelFingerprint
 from fitprune.fitting.budget import Budget, OutOfReach
 from fitprune.fitting.fit import Fitter
+from fitprune.recipes.recipe import scorer_parts
+from fitprune.scoring.scorers import parameters_of
 
 Solution = tuple[Counts, dict[str, Any]]  # counts, and what the recipe's provenance says of them
 Schedule = Callable[..., Solution]
@@ -26,10 +30,20 @@ class Sizes:
     Attributes:
         model: the model's type and sizes.
         visual_tokens: image size that the budget is met for.
+
+    Raises:
+        ValueError: `model` is something else, or there is no visual token.
     """
 
     model: ModelFingerprint
     visual_tokens: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, ModelFingerprint):
+            raise ValueError(
+                f"model is a {type(self.model).__name__}: must be a ModelFingerprint, as fingerprint_of gives"
+            )
+        whole("visual_tokens", self.visual_tokens, 1, 2**31)
 
 
 Target = Fitter | Sizes
@@ -42,18 +56,21 @@ class Baseline:
     Attributes:
         schedule: (target, budget, **parameters) -> `Solution`. A parameter is keyword-only and an integer; its default
             is an integer or None.
-        scorer: name of the scorer that ranks the tokens, as `fitprune.scoring.scorers.get_scorer` finds it.
+        scorer: what ranks the tokens: a scorer's name, or its name and parameters as a recipe holds them. A `seed` that
+            it takes and that is not among these is `make_method`'s.
         source: where it was published.
         parameters: meaning of each of the schedule's parameters, which a user sets as in "fastv:k=1".
+        needs_statistics: whether the schedule's target must be a `Fitter`.
 
     Raises:
         ValueError: a field is of another kind, or the schedule's parameters are not those of `parameters`.
     """
 
     schedule: Schedule
-    scorer: str
+    scorer: str | Mapping[str, Any]
     source: str
     parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needs_statistics: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.schedule):
@@ -61,12 +78,18 @@ class Baseline:
                 f"baseline's schedule is a {type(self.schedule).__name__}: must be a function of target and budget, "
                 "and of parameters by keyword"
             )
-        for field in ("scorer", "source"):
-            if not isinstance(value := getattr(self, field), str) or not value:
-                raise ValueError(f"baseline's {field}={value!r}: must be a text that is not empty")
+        if not isinstance(self.source, str) or not self.source:
+            raise ValueError(f"baseline's source={self.source!r}: must be a text that is not empty")
+        if not isinstance(self.scorer, (str, Mapping)) or not scorer_parts(self.spec)[0]:
+            raise ValueError(f"baseline's scorer={short(self.scorer)}: must be a text that is not empty, or an object")
+        if not isinstance(self.parameters, Mapping) or not all(isinstance(v, str) for v in self.parameters.values()):
+            raise ValueError(f"baseline's parameters={short(self.parameters)}: must say in text what each means")
+        if not isinstance(self.needs_statistics, bool):
+            raise ValueError(f"baseline's needs_statistics={short(self.needs_statistics)}: must be True or False")
+        signature = _signature(self.schedule)
         defaults = {
             name: parameter.default
-            for name, parameter in inspect.signature(self.schedule).parameters.items()
+            for name, parameter in signature.parameters.items()
             if parameter.kind is parameter.KEYWORD_ONLY
         }
         if set(defaults) != set(self.parameters):
@@ -79,25 +102,52 @@ class Baseline:
                 raise ValueError(f"baseline's parameter {name!r}: its default must be an integer or None")
 
     @property
+    def spec(self) -> dict[str, Any]:
+        """The scorer as a recipe holds it, but for a seed."""
+        return {"name": self.scorer} if isinstance(self.scorer, str) else dict(self.scorer)
+
+    @property
     def seeded(self) -> bool:
-        """Whether the scorer draws at random."""
-        return self.scorer == "random"
+        """Whether the scorer takes a seed that is not stated; a ValueError says that there is no such scorer."""
+        name, parameters = scorer_parts(self.spec)
+        return "seed" not in parameters and "seed" in parameters_of(name)
 
 
-def baseline(*, scorer: str, source: str, **parameters: str) -> Callable[[Schedule], Baseline]:
+def _signature(schedule: Schedule) -> inspect.Signature:
+    """Read a schedule's arguments; refuse others than two by place, and parameters by keyword."""
+    try:
+        signature = inspect.signature(schedule)
+    except (TypeError, ValueError):
+        raise ValueError("baseline's schedule has no signature to read: wrap it in a function") from None
+    try:
+        signature.replace(
+            parameters=[each for each in signature.parameters.values() if each.kind is not each.KEYWORD_ONLY]
+        ).bind(None, None)
+    except TypeError:
+        raise ValueError(
+            f"baseline's schedule takes {signature}: must take target and budget, and parameters by keyword"
+        ) from None
+    return signature
+
+
+def baseline(
+    *, scorer: str | Mapping[str, Any], source: str, needs_statistics: bool = False, **parameters: str
+) -> Callable[[Schedule], Baseline]:
     """Make a `Baseline` of the schedule below it; its arguments are the other fields, `parameters` as keywords."""
-    return lambda schedule: Baseline(schedule, scorer, source, parameters)
+    return lambda schedule: Baseline(schedule, scorer, source, parameters, needs_statistics)
 
 
 def inside(target: Target, layer: int, count: int) -> Counts:
     """All tokens up to a layer's attention, `count` from its MLP on."""
     layers, n = target.model.decoder.layers, target.visual_tokens
+    whole("layer", layer, 0, layers - 1, f", one of the {layers}")
     return Counts(n, (*[n] * layer, *[count] * (layers - layer)))
 
 
 def before(target: Target, layer: int, count: int) -> Counts:
     """All tokens up to the end of the layer before, `count` from this layer on."""
     layers, n = target.model.decoder.layers, target.visual_tokens
+    whole("layer", layer, 0, layers - 1, f", one of the {layers}")
     counts = (*[n] * layer, *[count] * (layers - layer))
     return Counts(n, counts, counts)
 
@@ -150,7 +200,7 @@ def before_decoder(name: str, target: Target, budget: Budget) -> Solution:
 
 def latest(target: Target, budget: Budget, counts: Callable[[Target, int, int], Counts], first: int, last: int) -> int:
     """The largest layer up to `first`, at least `last`, at which removing everything meets the budget; else `last`."""
-    for layer in range(first, last, -1):
+    for layer in range(min(first, target.model.decoder.layers - 1), last, -1):
         if fits(target, budget, counts(target, layer, 0)):
             return layer
     return last

@@ -14,6 +14,8 @@ from fitprune.fitting.budget import Budget, OutOfReach
 def dart(target: Target, budget: Budget, *, k: int | None = None) -> Solution:
     """One removal before layer k, which needs the keys of the layer before it."""
     require_layer("dart", k, target)
+    if target.model.decoder.layers < 2:
+        raise OutOfReach("dart reads the keys of the layer before, and the model has one layer")
     layer = latest(target, budget, before, 2, 1) if k is None else k
     if layer - 1 in target.model.decoder.linear_layers:
         raise OutOfReach(

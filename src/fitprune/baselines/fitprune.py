@@ -12,11 +12,12 @@ from fitprune.fitting.fit import Fitter
 
 def _fitted(target: Target, budget: Budget) -> Solution:
     """FitPrune's own counts."""
-    if not isinstance(target, Fitter):
-        raise ValueError("FitPrune's counts are fitted from statistics: measure the model, and pass a Fitter of them")
+    assert isinstance(target, Fitter)  # since it needs statistics
     recipe = target.fit(budget)
     return recipe.layer_counts(target.visual_tokens), {"tolerance": recipe.provenance["tolerance"]}
 
 
-fitprune = baseline(scorer="fitprune", source="FitPrune, arXiv:2409.10197")(_fitted)
-random = baseline(scorer="random", source="control: FitPrune's counts, tokens by chance")(_fitted)
+fitprune = baseline(scorer="fitprune", source="FitPrune, arXiv:2409.10197", needs_statistics=True)(_fitted)
+random = baseline(scorer="random", source="control: FitPrune's counts, tokens by chance", needs_statistics=True)(
+    _fitted
+)

@@ -6,11 +6,14 @@ which says which. A recipe holds both. docs/baselines.md says what was read in e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fitprune._support.messages import short
-from fitprune._support.registry import Registry
+from fitprune._support.registry import Registry, failures_of
 from fitprune.baselines import controls
 from fitprune.baselines import fitprune as own
-from fitprune.baselines.base import Baseline, Target, measured
+from fitprune.baselines.base import Baseline, Solution, Target, measured
 from fitprune.baselines.cdpruner import cdpruner
 from fitprune.baselines.dart import dart
 from fitprune.baselines.divprune import divprune
@@ -20,6 +23,7 @@ from fitprune.baselines.visionzip import visionzip
 from fitprune.baselines.vtw import vtw
 from fitprune.costs.counts import Counts
 from fitprune.fitting.budget import Budget, OutOfReach
+from fitprune.fitting.fit import Fitter
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.scorers import get_scorer
 
@@ -41,6 +45,7 @@ BASELINES: Registry[Baseline] = Registry(
         "dart": dart,
         "visionzip": visionzip,
     },
+    {"all": "stands for all methods on the command line"},
 )
 
 
@@ -57,8 +62,6 @@ def register_baseline(name: str, baseline: Baseline, *, replace: bool = False) -
     Raises:
         ValueError: the name is not allowed or is taken, or `baseline` is no `Baseline`.
     """
-    if name == "all":
-        raise ValueError("baseline name 'all': stands for all methods on the command line; choose another name")
     BASELINES.add(name, baseline, replace=replace)
 
 
@@ -78,12 +81,21 @@ def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> 
         ValueError: there is no such method or parameter, the seed is negative, the method cannot meet the budget (the
             message says why), or a registered method's schedule or scorer is not usable.
     """
+    if not isinstance(target, Target):
+        raise ValueError(f"target is a {type(target).__name__}: must be a Fitter or Sizes")
+    if not isinstance(budget, Budget):
+        raise ValueError(f"budget={short(budget)}: must be a Budget, as checked_budget('flops_reduction', 0.6) gives")
     base, parameters = parse_name(name)
     baseline = BASELINES[base]
-    scorer = {"name": baseline.scorer, **({"parameters": {"seed": seed}} if baseline.seeded else {})}
+    if baseline.needs_statistics and not isinstance(target, Fitter):
+        raise ValueError(f"{name}: is fitted from statistics; measure the model, and pass a Fitter of them")
+    scorer = baseline.spec
+    if baseline.seeded:
+        scorer["parameters"] = {**scorer.get("parameters", {}), "seed": seed}
     get_scorer(scorer)  # a wrong seed or an unknown scorer is found now
-    counts, details = baseline.schedule(target, budget, **parameters)
-    _require_counts(name, target, counts)
+    with failures_of(f"baseline {name!r}: its schedule"):
+        solution = baseline.schedule(target, budget, **parameters)
+    counts, details = _solution(name, target, solution)
     model = target.model
     reached = measured(target, budget, counts)
     if budget.kind != "tolerance" and not budget.met_by(reached):
@@ -104,12 +116,13 @@ def make_method(name: str, target: Target, budget: Budget, *, seed: int = 0) -> 
     return recipe
 
 
-def _require_counts(name: str, target: Target, counts: Counts) -> None:
-    """Refuse a schedule's counts that are not whole numbers, one for each layer; that they fall, the recipe checks."""
+def _solution(name: str, target: Target, solution: Any) -> Solution:
+    """Refuse what is no `Counts` of whole numbers, one for each layer, and dict; that they fall, the recipe checks."""
     layers, n = target.model.decoder.layers, target.visual_tokens
-    if not isinstance(counts, Counts) or counts.visual_tokens != n:
+    counts, details = solution if isinstance(solution, tuple) and len(solution) == 2 else (solution, None)
+    if not isinstance(counts, Counts) or counts.visual_tokens != n or not isinstance(details, Mapping):
         raise ValueError(
-            f"{name}: its schedule returns {short(counts)}: must be Counts of {n} visual tokens, and a dict"
+            f"{name}: its schedule returns {short(solution)}: must be Counts of {n} visual tokens, and a dict"
         )
     for part in ("entering", "kept"):
         of_layers = list(getattr(counts, part))
@@ -117,6 +130,7 @@ def _require_counts(name: str, target: Target, counts: Counts) -> None:
             raise ValueError(
                 f"{name}: its schedule's {part}={of_layers}: must be {layers} integers, one for each layer"
             )
+    return counts, dict(details)
 
 
 def parse_name(name: str) -> tuple[str, dict[str, int]]:
@@ -126,17 +140,19 @@ def parse_name(name: str) -> tuple[str, dict[str, int]]:
         name: a method, and after a colon its parameters, separated by commas.
 
     Raises:
-        ValueError: there is no such method or parameter, or its value is no integer.
+        ValueError: there is no such method or parameter, it is stated twice, or its value is no integer.
     """
-    base, _, rest = name.partition(":")
+    base, colon, rest = name.partition(":") if isinstance(name, str) else ("", "", "")
     if base not in BASELINES:
-        raise ValueError(f"method {name!r}: must be one of {sorted(BASELINES)}")
+        raise ValueError(f"method {short(name)}: must be one of {sorted(BASELINES)}")
     known, values = BASELINES[base].parameters, {}
-    for part in rest.split(",") if rest else []:
+    for part in rest.split(",") if colon else []:
         key, _, value = part.partition("=")
         if key not in known:
             allowed = f"must be one of {sorted(known)}" if known else f"{base} takes none"
             raise ValueError(f"method {name!r}: no parameter {key!r}; {allowed}")
+        if key in values:
+            raise ValueError(f"method {name!r}: states {key} twice; must once")
         try:
             values[key] = int(value)
         except ValueError:

@@ -16,7 +16,6 @@ from fitprune.recipes.recipe import PruningRecipe
 if TYPE_CHECKING:
     from fitprune.calibration.samples import Sample
 
-FITTED = ("fitprune", "random")  # methods whose counts are fitted from statistics
 SIZED = 32  # samples that tell the usual number of visual tokens
 
 
@@ -162,7 +161,7 @@ def _method_names(args: options.Args) -> tuple[list[str], list[dict[str, Any]]]:
     options.require_different("--flops-reduction", args.flops_reduction)
     for budget in args.flops_reduction:
         checked_budget("flops_reduction", budget)
-    fitted = [name for name in names if parse_name(name)[0] in FITTED]
+    fitted = [name for name in names if BASELINES[parse_name(name)[0]].needs_statistics]
     if fitted and not args.stats:
         raise ValueError(
             f"method {fitted[0]} is fitted from statistics: --stats is missing; make it by 'fitprune measure', or name "

@@ -104,15 +104,20 @@ class Run:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class _AtPlaces(Scorer):
+    """A scorer that draws by its samples' places, not by their questions."""
+
+    places: tuple[int, ...] = ()
+
+    def __call__(self, view: LayerView) -> torch.Tensor:
+        view.prompt.numbers = list(self.places)
+        return super().__call__(view)
+
+
 def scorer_at(entry: Entry, places: Sequence[int]) -> Scorer:
     """Make the recipe's scorer for the samples at these places: at random it draws by place, not by question."""
-    scorer = get_scorer(entry.recipe.scorer)
-
-    def score(view: LayerView) -> torch.Tensor:
-        view.prompt.numbers = list(places)
-        return scorer.score(view)
-
-    return dataclasses.replace(scorer, score=score)
+    return _AtPlaces(**vars(get_scorer(entry.recipe.scorer)), places=tuple(places))
 
 
 def _digest(samples: Sequence[Sample]) -> str:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fitprune._support import files, text_tables
+from fitprune._support import checked, files, text_tables
 from fitprune.costs.sizes import ModelFingerprint
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,9 @@ class AttentionStats:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.provenance, Mapping):
-            raise ValueError(f"provenance is a {type(self.provenance).__name__}: must be a mapping")
+        for name, kind in _FIELDS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} is a {type(value).__name__}: must be a {kind.__name__}")
         for name, least in (("visual_tokens", 1), ("text_tokens", 0)):
             if any(type(n) is not int or n < least for n in getattr(self, name)):
                 raise ValueError(f"{name} holds something else than counts of at least {least}: measure again")
@@ -107,7 +108,9 @@ class AttentionStats:
         return max(Counter(self.visual_tokens).items(), key=lambda item: item[::-1])[0]
 
     def select(self, samples: Sequence[int]) -> AttentionStats:
-        """Select samples by index."""
+        """Select samples by number, from 0; a ValueError says that there is no such sample."""
+        for number in samples:
+            checked.whole("sample", number, 0, len(self) - 1)
         ends = torch.tensor(self.visual_tokens).cumsum(0).tolist()
         picked = [torch.arange(ends[i] - self.visual_tokens[i], ends[i]) for i in samples]
         index = torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)
@@ -193,6 +196,15 @@ class AttentionStats:
             raise ValueError(files.explained(path, files.STATISTICS, why)) from None
 
 
+_FIELDS: dict[str, type] = {
+    "self_attention": torch.Tensor,
+    "cross_attention": torch.Tensor,
+    "visual_tokens": tuple,
+    "text_tokens": tuple,
+    "digests": tuple,
+    "model": ModelFingerprint,
+    "provenance": Mapping,
+}
 _TENSORS = ("self_attention", "cross_attention", "visual_tokens", "text_tokens")
 
 
@@ -220,8 +232,8 @@ def _sort_metadata(path: Path) -> None:
 
 def _checked(parts: Iterable[AttentionStats]) -> Iterator[AttentionStats]:
     """Refuse what is no statistics."""
-    if isinstance(parts, AttentionStats):
-        raise ValueError("parts is AttentionStats: must be a list of them")
+    if isinstance(parts, AttentionStats) or not isinstance(parts, Iterable):
+        raise ValueError(f"parts is {type(parts).__name__}: must be a list of them")
     for part in parts:
         if not isinstance(part, AttentionStats):
             raise ValueError(f"parts holds a {type(part).__name__}: must be AttentionStats, as of AttentionStats.load")

@@ -5,7 +5,7 @@ Shapes as in `fitprune.scoring.view`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,3 +87,11 @@ def is_number(value: Any) -> bool:
     """Whether a value is a number that fp32 can hold."""
     largest = torch.finfo(torch.float32).max
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
+
+
+def kind_of(value: Any) -> str | None:
+    """Name the kind of a parameter's value; None for what no recipe holds, and for None, which says nothing."""
+    if is_number(value):
+        return "a number"
+    kinds: dict[Any, str] = {bool: "true or false", str: "text", (list, tuple): "a list", Mapping: "an object"}
+    return next((kind for types, kind in kinds.items() if isinstance(value, types)), None)

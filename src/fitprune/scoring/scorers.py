@@ -14,10 +14,12 @@ from typing import Any, cast
 
 import torch
 
-from fitprune._support.registry import Registry
+from fitprune._support.messages import line
+from fitprune._support.registry import Registry, failures_of
 from fitprune.recipes.recipe import scorer_parts, short
 from fitprune.scoring import attention_scorers as attention
 from fitprune.scoring import diversity, fitted_scorers
+from fitprune.scoring.announced import VIEW_FLAGS, Announced
 from fitprune.scoring.view import LayerView
 
 Score = Callable[..., torch.Tensor]  # of a LayerView, and of keyword-only parameters where the scorer is registered
@@ -28,16 +30,22 @@ class Scorer:
     """A way to rank visual tokens, and what it reads of a `LayerView`: nothing else is computed for it.
 
     Attributes:
-        score: from a layer's view to scores [B, m], higher is kept.
-        query_aware: whether it reads cross attention. If not, none is computed, prompts need no question, and what is
-            kept does not depend on any: such a cache can serve many questions.
+        score: from a layer's view to scores [B, m], higher is kept. It gets a stand-in for the view, which shows what
+            the flags announce, and must change nothing that it is shown. A change in place is refused, but for one
+            through `.data` or a NumPy array of the same memory, which nothing notices. Under `inference_mode` it is
+            shown copies.
+        query_aware: whether it reads the question. If not, no cross attention is computed, prompts need no question,
+            and of the question the stand-in shows the number of its tokens alone: text rows of `hidden`, `keys` and
+            `value_norms` are 0. What is kept then depends on no question, and such a cache can serve many, unless the
+            scorer draws by `prompt.numbers`, which are made of all ids.
         reads_vision: whether it reads the attention of the vision tower's [CLS] token.
         accumulates: whether it reads the cross attention of all layers up to this one (`view.prompt.received`), which
             is then computed in each layer up to the last that removes.
         reads_previous: whether it reads the layer before, so that it works only where tokens leave before a layer.
+        name: for messages.
 
     Raises:
-        ValueError: `score` is no function, or `accumulates` without `query_aware`.
+        ValueError: `score` is no function, a flag is not true or false, or `accumulates` without `query_aware`.
     """
 
     score: Score
@@ -45,10 +53,14 @@ class Scorer:
     reads_vision: bool = False
     accumulates: bool = False
     reads_previous: bool = False
+    name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.score):
             raise ValueError(f"score={short(self.score)}: must be a function of a LayerView")
+        for flag in _FLAGS:
+            if not isinstance(value := getattr(self, flag), bool):
+                raise ValueError(f"{flag}={short(value)}: must be True or False")
         if self.accumulates and not self.query_aware:
             raise ValueError("accumulates=True: is attention of the question, so set query_aware=True too")
 
@@ -56,49 +68,25 @@ class Scorer:
         """Score a layer's tokens [B, m].
 
         Args:
-            view: the layer's; `score` gets a stand-in for it, which shows what the flags announce.
+            view: the layer's.
 
         Raises:
-            ValueError: `score` reads what no flag announces, or what it returns is refused; see `checked_scores`.
+            ValueError: `score` fails, reads what no flag announces, changes what it is shown, or what it returns is
+                refused; see `checked_scores`.
         """
-        return checked_scores(self.score(cast(LayerView, _Announced(view, self, _VIEW_FLAGS))), view.image)
+        name = f"scorer {self.name or getattr(self.score, '__name__', type(self.score).__name__)!r}"
+        stand_in = Announced(view, vars(self), VIEW_FLAGS, [])
+        if self.reads_previous and view.previous is None:
+            name += " (no layer is shown as `previous` here: let tokens leave before a layer from 1 on, and only there)"
+        with failures_of(name):
+            score = self.score(cast(LayerView, stand_in))
+        for part, tensor, version in stand_in._versions:
+            if tensor._version != version:
+                raise ValueError(f"{name} changes {part} of its view in place: must change nothing; clone it first")
+        return checked_scores(score, view.image)
 
 
-# The flag of `Scorer` that announces each part of a view, and of its prompt.
-_VIEW_FLAGS = dict.fromkeys(("question", "cross_attention", "last_attention", "received"), "query_aware") | {
-    "cls_attention": "reads_vision",
-    "previous": "reads_previous",
-}
-_PROMPT_FLAGS = {"cls_attention": "reads_vision", "vision": "reads_vision", "received": "accumulates"}
-
-
-class _Announced:
-    """A view, or its prompt, that refuses to show what the scorer's flags do not announce."""
-
-    def __init__(self, view: Any, scorer: Scorer, flags: Mapping[str, str]) -> None:
-        vars(self).update(_view=view, _scorer=scorer, _flags=flags)
-
-    def __getattr__(self, name: str) -> Any:
-        self._require(self._flags.get(name), name)
-        value = getattr(self._view, name)
-        if name == "prompt":
-            return _Announced(value, self._scorer, _PROMPT_FLAGS)
-        return _Announced(value, self._scorer, _VIEW_FLAGS) if name == "previous" and value is not None else value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._view, name, value)
-
-    def by_head(self, *kinds: str) -> dict[str, torch.Tensor]:
-        for kind in kinds:
-            self._require(None if kind == "self" else "query_aware", f"by_head({kind!r})")
-        attention: dict[str, torch.Tensor] = self._view.by_head(*kinds)
-        return attention
-
-    def _require(self, flag: str | None, name: str) -> None:
-        if flag and not getattr(self._scorer, flag):
-            raise ValueError(
-                f"the scorer reads {name} of its view, which it does not announce: make it Scorer(..., {flag}=True)"
-            )
+_FLAGS = ("query_aware", "reads_vision", "accumulates", "reads_previous")
 
 
 def checked_scores(score: Any, image: torch.Tensor) -> torch.Tensor:
@@ -109,11 +97,16 @@ def checked_scores(score: Any, image: torch.Tensor) -> torch.Tensor:
         image: [B, m] int64, number of the image each token belongs to, -1 for text.
 
     Raises:
-        ValueError: it is no tensor [B, m], or a visual token's score is NaN.
+        ValueError: it is no dense tensor [B, m] of real numbers on the view's device, or a visual token's score is NaN.
     """
     if not isinstance(score, torch.Tensor) or score.shape != image.shape:
         what = f"shape {list(score.shape)}" if isinstance(score, torch.Tensor) else f"type {type(score).__name__}"
         raise ValueError(f"the scorer returned {what}: must be a tensor {list(image.shape)}, a score for each token")
+    if score.is_complex() or score.layout != torch.strided or score.device != image.device:
+        raise ValueError(
+            f"the scorer returned {score.dtype}, {score.layout}, on {score.device}: must be real numbers, dense, on "
+            f"{image.device} as the view is"
+        )
     if bool((score.isnan() & (image >= 0)).any()):
         raise ValueError("the scorer returned NaN for a visual token: scores must be numbers, or infinite")
     return score
@@ -133,8 +126,8 @@ def _by_stage(*, stages: Mapping[str, Mapping[str, Any]]) -> Scorer:
             raise ValueError(f"tokens leave at {place!r}, for which the recipe names no scorer: fit it again")
         return scorers[place](view)
 
-    flags = [field.name for field in dataclasses.fields(Scorer) if field.name != "score"]
-    return Scorer(score, **{flag: any(getattr(scorer, flag) for scorer in scorers.values()) for flag in flags})
+    flags: dict[str, Any] = {flag: any(getattr(scorer, flag) for scorer in scorers.values()) for flag in _FLAGS}
+    return Scorer(score, **flags)
 
 
 def stage_name(layer: int, before: bool) -> str:
@@ -222,29 +215,42 @@ def get_scorer(scorer: str | Scorer | Mapping[str, Any] | Score) -> Scorer:
     if callable(scorer):
         return Scorer(scorer)
     name, parameters = scorer_parts({"name": scorer} if isinstance(scorer, str) else scorer)
-    if name not in SCORERS:
-        raise ValueError(
-            f"scorer={short(name)}: must be one of {', '.join(sorted(SCORERS))}; install the package that has it, or "
-            "register_scorer it"
-        )
+    entry = _entry(name)
     weight = parameters.pop("diversity", 0)
     if not fitted_scorers.is_number(weight) or weight < 0:
         raise ValueError(f"scorer {name!r}: diversity={short(weight)} must be a number of at least 0")
-    entry = SCORERS[name]
     takes_view, known = _signature(name, entry)
     if unknown := sorted(map(str, set(parameters) - set(known))):
         raise ValueError(f"scorer {name!r}: no parameter {short(unknown[0])}; must be among {[*known, 'diversity']}")
     for parameter, default in known.items():
         if parameter not in parameters and default is inspect.Parameter.empty:
             raise ValueError(f"scorer {name!r}: missing parameter {parameter!r}; state it, or fit the recipe again")
-        value, kind = parameters.get(parameter, default), _kind(default)
-        if kind and _kind(value) != kind:
+        value, kind = parameters.get(parameter, default), fitted_scorers.kind_of(default)
+        if kind and fitted_scorers.kind_of(value) != kind:
             raise ValueError(f"scorer {name!r}: {parameter}={short(value)}: must be {kind}, as {short(default)} is")
     try:
         scorer = _with_parameters(entry, takes_view, parameters)
     except ValueError as error:
-        raise ValueError(f"scorer {name!r}: {error}") from None
-    return dataclasses.replace(scorer, score=_diverse(scorer.score, weight)) if weight else scorer
+        raise ValueError(f"scorer {name!r}: {error}") from error
+    except (Exception, SystemExit) as error:
+        why = f"failed: {type(error).__name__}: {line(error, 200)}"
+        raise ValueError(f"scorer {name!r} with parameters {short(parameters)} {why}") from error
+    return dataclasses.replace(scorer, name=name, score=_diverse(scorer.score, weight) if weight else scorer.score)
+
+
+def parameters_of(name: str) -> list[str]:
+    """Name the parameters that a scorer takes, but for `diversity`; a ValueError says that there is no such scorer."""
+    return list(_signature(name, _entry(name))[1])
+
+
+def _entry(name: str) -> Entry:
+    """Find what is registered under a name, or refuse the name."""
+    if name not in SCORERS:
+        raise ValueError(
+            f"scorer={short(name)}: must be one of {', '.join(sorted(SCORERS))}; install the package that has it, or "
+            "register_scorer it"
+        )
+    return SCORERS[name]
 
 
 def _with_parameters(entry: Entry, takes_view: bool, parameters: dict[str, Any]) -> Scorer:
@@ -283,17 +289,9 @@ def _signature(name: str, entry: Entry) -> tuple[bool, dict[str, Any]]:
     if "diversity" in known:
         raise ValueError(f"scorer {name!r}: takes 'diversity', which every scorer has; choose another name for it")
     for parameter, default in known.items():
-        if default is not None and default is not inspect.Parameter.empty and not _kind(default):
+        if default is not None and default is not inspect.Parameter.empty and not fitted_scorers.kind_of(default):
             raise ValueError(
                 f"scorer {name!r}: {parameter}={short(default)}: a default must be what a recipe can hold: a number, "
                 "text, a list, an object or None"
             )
     return bool(views), known
-
-
-def _kind(value: Any) -> str | None:
-    """Name the kind of a parameter's value; None for what no recipe holds, and for None, which says nothing."""
-    if fitted_scorers.is_number(value):
-        return "a number"
-    kinds: dict[Any, str] = {bool: "true or false", str: "text", (list, tuple): "a list", Mapping: "an object"}
-    return next((kind for types, kind in kinds.items() if isinstance(value, types)), None)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from fitprune.scoring.by_head import head_attention
+from fitprune.scoring.by_head import HEAD_KINDS, head_attention
 from fitprune.scoring.received import Attention, ReceivedAttention, received_attention
 
 
@@ -182,7 +182,16 @@ class LayerView:
         return self.received.cross_attention
 
     def by_head(self, *kinds: str) -> dict[str, torch.Tensor]:
-        """Attention that the visual tokens receive from each head: kind -> [B, H, m]; see `head_attention`."""
+        """Attention that the visual tokens receive from each head: kind -> [B, H, m]; see `head_attention`.
+
+        Args:
+            *kinds: of `HEAD_KINDS`.
+
+        Raises:
+            ValueError: there is no such kind.
+        """
+        if wrong := [kind for kind in kinds if kind not in HEAD_KINDS]:
+            raise ValueError(f"by_head({wrong[0]!r}): must be among {', '.join(HEAD_KINDS)}")
         missing = [kind for kind in kinds if kind not in self._by_head]
         if missing:
             at = self.states
