@@ -165,7 +165,7 @@ def _method_names(args: options.Args) -> tuple[list[str], list[dict[str, Any]]]:
     if fitted and not args.stats:
         raise ValueError(
             f"method {fitted[0]} is fitted from statistics: --stats is missing; make it by 'fitprune measure', or name "
-            f"methods other than {' and '.join(FITTED)}"
+            f"no method that is ({', '.join(fitted)})"
         )
     budgets = args.flops_reduction
     return names, [{"method": name, "budget": at, "reason": why} for name, why in broken.items() for at in budgets]
