@@ -1,8 +1,8 @@
 """Which visual tokens leave: the rule of the fit and the rule of inference. They are two rules.
 
 * The fit counts, per layer, the tokens that are in both lowest-attention sets. `lowest_in_both` is the paper's rule as
-  the authors' fit runs it (`baselines.authors_fit`). `fit` has the same rule a second time, for all samples and
-  tolerances at once (`walk.Simulation`); `tests/fitting/test_rules.py` checks that the two are equal.
+  the authors' fit runs it (`baselines.authors_fit`). `fit` has the same rule a second time, for all samples at
+  once (`walk.Simulation`); `tests/fitting/test_rules.py` checks that the two are equal.
 * Inference removes a number of tokens, those with the lowest score (`keep_highest`).
 
 Pure tensor functions: no model. Legend: B samples, N tokens.
