@@ -24,6 +24,12 @@ def test_no_circle_inside_a_package(package):
     assert structure.circles(structure.arrows_inside(SOURCE / package, SOURCE)) == []
 
 
+def test_a_long_file_is_named_in_the_design():
+    page = (structure.ROOT / "docs" / "design.md").read_text()
+    long = [str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py") if structure.lines([path]) > 300]
+    assert [name for name in long if f"`{name}`" not in page] == []
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
 def test_pages_show_the_tree_and_the_core_of_today(page):
     text = (structure.ROOT / page).read_text()
