@@ -11,8 +11,8 @@ ENGINE := $(addprefix tests/,behaviour/test_families.py behaviour/test_full_size
 	behaviour/test_conversations.py recipes/test_hub.py families/test_llava_hr.py _support/test_host.py behaviour/test_attach.py)
 
 # Two test processes of one thread each: tiny models gain nothing by a second one. The tests of a file stay together, and
-# share what they build.
-PYTEST := -m pytest -n 2 --dist loadfile
+# share what they build; files go out in alphabetical order, since the long ones are not those of most tests.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 quick test test-oldest test-newest: export OMP_NUM_THREADS := 1
 
 .PHONY: demo quick test test-oldest test-newest test-integrations lint train data clean

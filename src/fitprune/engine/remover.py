@@ -21,9 +21,10 @@ import torch
 from fitprune._support import host
 from fitprune.engine import arguments
 from fitprune.engine.arguments import Call
-from fitprune.engine.attention_tap import COPIED, AttentionTap, tap_attention
+from fitprune.engine.attention_tap import COPIED, tap_attention
 from fitprune.engine.cache import PrunedLayer, adopt, is_pruned, require_plain, require_whole
 from fitprune.engine.calls import Calls
+from fitprune.engine.layer_hooks import Arguments, LayerHooks, entering
 from fitprune.engine.layer_inputs import LayerInputs
 from fitprune.engine.prefill import Removal, begin_prefill
 from fitprune.engine.rotary import RotaryOffsets
@@ -34,7 +35,6 @@ from fitprune.families.images import given_images
 from fitprune.scoring.received import Attention
 from fitprune.scoring.view import Quotas
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # From the name of what the remover does in a layer, and the function that does it, to the function that it then calls.
 Observe = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
@@ -184,66 +184,6 @@ class Remover:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-Entering = Callable[[torch.Tensor, dict[str, Any]], tuple[torch.Tensor, dict[str, Any]]]
-
-
-def _entering(enter: Entering) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Arguments]:
-    """Make a hook that calls `enter` on a layer's arguments, its input by place or by name."""
-
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        if args:
-            hidden, kwargs = enter(args[0], kwargs)
-            return (hidden, *args[1:]), kwargs
-        hidden, kwargs = enter(kwargs["hidden_states"], kwargs)
-        return (), {**kwargs, "hidden_states": hidden}
-
-    return hook
-
-
-class LayerHooks:
-    """The hooks inside the decoder, on while some call needs them.
-
-    A step of decoding in which no layer hides a key runs without them: their time would be a tenth of a small model's
-    step.
-    """
-
-    def __init__(self, remover: Remover, adapted: AdaptedModel, tap: AttentionTap) -> None:
-        self._remover = remover
-        self._adapted = adapted
-        self._tap = tap
-        self._handles: list[Any] = []
-
-    def on(self) -> None:
-        """Put them on, if they are off."""
-        remover, adapted = self._remover, self._adapted
-        with remover.calls.lock:
-            self._tap.on()
-            if self._handles:
-                return
-            for number, (layer, mlp) in enumerate(zip(adapted.layers, adapted.mlps, strict=True)):
-                if number:
-                    enter = functools.partial(remover.before_layer, number)
-                    self._handles.append(layer.register_forward_pre_hook(_entering(enter), with_kwargs=True))
-                self._handles += [
-                    mlp.register_forward_pre_hook(lambda _, args: (remover.before_mlp(args[0]), *args[1:])),
-                    mlp.register_forward_hook(lambda _, __, output: remover.after_mlp(output)),
-                    layer.register_forward_hook(
-                        lambda _, __, output, number=number: remover.after_layer(number, output)
-                    ),
-                ]
-
-    def off_if(self, allowed: Callable[[], bool] = lambda: True) -> None:
-        """Take them off, if they are on and `allowed` returns True; no call begins between the two."""
-        if not self._handles:
-            return
-        with self._remover.calls.lock:
-            if allowed():
-                self._tap.off()
-                for handle in self._handles:
-                    handle.remove()
-                self._handles.clear()
-
-
 @contextlib.contextmanager
 def removing(
     adapted: AdaptedModel,
@@ -279,7 +219,7 @@ def removing(
         stack.enter_context(remover.rotary.in_generate())
         stack.callback(remover.calls.require_no_others)
         tap = stack.enter_context(tap_attention(adapted, remover.at_attention))
-        remover.hooks = hooks = LayerHooks(remover, adapted, tap)
+        remover.hooks = hooks = LayerHooks(remover, adapted, tap, remover.calls.lock)
         stack.callback(hooks.off_if)
         handles = [
             # Before any other hook can fail: `after_model` leaves the call in any case.
@@ -292,7 +232,7 @@ def removing(
             adapted.model.register_forward_hook(
                 lambda _, *call: remover.after_model(*call), always_call=True, with_kwargs=True
             ),
-            adapted.layers[0].register_forward_pre_hook(_entering(remover.before_first_layer), with_kwargs=True),
+            adapted.layers[0].register_forward_pre_hook(entering(remover.before_first_layer), with_kwargs=True),
         ]
         for handle in handles:
             stack.callback(handle.remove)
