@@ -1,6 +1,23 @@
 """Fixtures that tests of several packages share."""
 
+import sys
+
 import pytest
+
+REGISTRIES = {"scoring.scorers": "SCORERS", "baselines.table": "BASELINES", "families.table": "FAMILIES"}
+
+
+@pytest.fixture(autouse=True)
+def what_a_test_registers_ends_with_it():
+    """Whatever the order of tests, none sees another's scorers, baselines and families."""
+    modules = {name: sys.modules.get(f"fitprune.{name}") for name in REGISTRIES}
+    before = {name: dict(getattr(module, REGISTRIES[name])._added) for name, module in modules.items() if module}
+    yield
+    for name, registry in REGISTRIES.items():
+        if module := sys.modules.get(f"fitprune.{name}"):
+            added = getattr(module, registry)._added
+            added.clear()
+            added.update(before.get(name, {}))
 
 
 @pytest.fixture(params=["llava", "llava_next"])
