@@ -19,18 +19,12 @@ from fitprune.families.adapter import adapt
 from fitprune.families.config import fingerprint_of
 from fitprune.families.images import read_images
 from fitprune.families.sizes import clip_tower, decoder_sizes
-from fitprune.families.table import FAMILIES, GENERIC, Family, find_family, register_family
+from fitprune.families.table import GENERIC, Family, find_family, register_family
 from helpers.models import IMAGE, tiny_inputs, tiny_model
 
 
 class OwnConfig(tf.LlavaConfig):
     model_type = "own_vlm"
-
-
-@pytest.fixture(autouse=True)
-def _no_row_is_left():
-    yield
-    FAMILIES._added.clear()
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def register_attention(name: str, function: Any) -> None:
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def attention_function(name: str, module: Any) -> Any:
@@ -157,7 +157,7 @@ class WatchedKernel(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as the class
         self.lse: torch.Tensor | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -226,7 +226,7 @@ def removing(
             adapted.model.register_forward_pre_hook(lambda *_: remover.calls.enter(), prepend=True),
             adapted.model.register_forward_pre_hook(
                 # Compiled code must come out of itself here, to be found and refused. (torch leaves `disable` untyped.)
-                torch.compiler.disable(remover.before_model),  # type: ignore[no-untyped-call]
+                torch.compiler.disable(remover.before_model),  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 with_kwargs=True,
             ),
             adapted.model.register_forward_hook(

@@ -44,7 +44,7 @@ class Budget:
         `entering` are the tokens that enter each layer, where some leave between layers. Counts are fractional while a
         tolerance is searched; the arithmetic is the same as for whole ones.
         """
-        counts = Counts(visual_tokens, kept, entering or ())  # type: ignore[arg-type]
+        counts = Counts(visual_tokens, kept, entering or ())  # type: ignore[arg-type]  # fractional in a fit
         if self.kind == "mean_visual_tokens":
             return sum(counts.entering) / len(counts.entering)
         if self.kind == "kv_cache_reduction":
