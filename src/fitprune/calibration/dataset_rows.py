@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fitprune._support import assets
-from fitprune.calibration.pictures import InDataset, excerpt
+from fitprune._support.messages import line
+from fitprune.calibration.pictures import InDataset
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def _load_splits(path: Path, name: str) -> dict[str, Any]:
     except Exception as error:  # datasets raises many kinds; all mean that the name does not load
         reason = "it has no rows" if isinstance(error, IndexError) else " ".join(str(error).split())
         raise ValueError(
-            f"{name}: datasets cannot load it ({excerpt(reason, 300)}); give a JSONL file, a folder or a hub name"
+            f"{name}: datasets cannot load it ({line(reason, 300)}); give a JSONL file, a folder or a hub name"
         ) from None
     return loaded if isinstance(loaded, dict) else {str(loaded.split or ""): loaded}
 

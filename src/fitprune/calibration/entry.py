@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import reprlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fitprune.calibration.pictures import BadPicture, InDataset, excerpt, located
+from fitprune._support.messages import short
+from fitprune.calibration.pictures import BadPicture, InDataset, located
 
 
 class BadSample(ValueError):
@@ -44,7 +44,7 @@ def fields_of(entry: Any, folder: Path, where: str) -> dict[str, Any]:
         text, answer = _first_exchange(turns, where)
     question = text.replace("<image>", "").strip() if isinstance(text, str) else ""
     if not question:
-        raise BadSample(f"{where}: 'text' is {_short(text)}, must be a question (or 'question', or 'conversations')")
+        raise BadSample(f"{where}: 'text' is {short(text, 80)}, must be a question (or 'question', or 'conversations')")
     kind, number = _first(entry, "kind", "category"), _first(entry, "question_id", "id")
     fields = {
         "id": where if _is_empty(number) else _id(number, where),
@@ -56,7 +56,9 @@ def fields_of(entry: Any, folder: Path, where: str) -> dict[str, Any]:
     }
     for part in (str(fields["id"]), question, fields["kind"], *fields["answers"]):
         if not _is_encodable(part):
-            raise BadSample(f"{where}: {_short(part)} holds half of a surrogate pair, must be text; write it as UTF-8")
+            raise BadSample(
+                f"{where}: {short(part, 80)} holds half of a surrogate pair, must be text; write it as UTF-8"
+            )
     return fields
 
 
@@ -89,7 +91,7 @@ def _image(entry: dict[str, Any], folder: Path, where: str) -> Any:
     if isinstance(image, InDataset):
         return dataclasses.replace(image, folder=folder)
     if not isinstance(image, (bytes, Image.Image)):
-        raise BadSample(f"{where}: {no_image(_short(value))}")
+        raise BadSample(f"{where}: {no_image(short(value, 80))}")
     return image
 
 
@@ -128,7 +130,7 @@ def _id(number: Any, where: str) -> str | int:
 def _required(word: str | None, where: str, name: str, value: Any) -> str:
     if word is None:
         several = " or a list of strings" if name == "answer" else ""
-        raise BadSample(f"{where}: {name!r} is {_short(value)}, must be a string or a finite number{several}")
+        raise BadSample(f"{where}: {name!r} is {short(value, 80)}, must be a string or a finite number{several}")
     return word
 
 
@@ -170,10 +172,3 @@ def _is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _short(value: Any) -> str:
-    """Write a value of the data for a message; reprlib goes neither deep nor far."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 60
-    return excerpt(short.repr(value), 80)

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fitprune._support import assets
+from fitprune._support import assets, messages
 from fitprune.calibration.dataset_rows import read_rows
 from fitprune.calibration.entry import BadSample
-from fitprune.calibration.pictures import excerpt
 
 _LONGEST_NUMBER = 400  # digits; Python refuses thousands of them, in the middle of the parse
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -39,7 +38,7 @@ def read_entries(name: str) -> tuple[Path, Iterable[tuple[str, Any]]]:
     if parts and not os.path.exists(name):
         name, split = parts.groups()
     if "://" in name:
-        raise ValueError(f"{excerpt(name)}: is a URL, must be a file, a folder or a hub name; download it")
+        raise ValueError(f"{messages.line(name)}: is a URL, must be a file, a folder or a hub name; download it")
     path = Path(assets.resolve(name))
     if split and os.path.isfile(path / split / "metadata.jsonl"):
         path, split = path / split, ""
@@ -104,10 +103,10 @@ def _require_entry(whole: Any) -> Any:
     lists = [
         name for name, value in whole.items() if isinstance(value, list) and all(isinstance(v, dict) for v in value)
     ]
-    remedy = f"; save its list {excerpt(lists[0], 20)!r} as a file of its own" if lists else ""
+    remedy = f"; save its list {messages.line(lists[0], 20)!r} as a file of its own" if lists else ""
     if {"columns", "data"} <= set(whole):
         remedy = "; with pandas: to_json(..., orient='records')"
-    keys = excerpt(", ".join(repr(excerpt(name, 20)) for name in whole))
+    keys = messages.line(", ".join(repr(messages.line(name, 20)) for name in whole))
     return BadSample(
         f"the file is one JSON object with {f'keys {keys}' if whole else 'no keys'}, must be a list of entries or "
         f"JSONL{remedy}"
@@ -136,7 +135,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> Any:
     if len(entry) == len(pairs):
         return entry
     names = [name for name, _ in pairs]
-    return BadSample(f"has the key {excerpt(max(names, key=names.count))!r} twice, must have it once")
+    return BadSample(f"has the key {messages.line(max(names, key=names.count))!r} twice, must have it once")
 
 
 _JSON = json.JSONDecoder(

@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from fitprune._support.messages import line
+
 _URL = re.compile(r"(?!data:)[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # one slash: Path("https://x") has no second
 _BASE64 = re.compile(r"[A-Za-z0-9+/_=\s-]+")
 _SHORTEST = 40  # characters of base64; a picture of 2x2 pixels has more
@@ -85,7 +87,7 @@ def load_picture(source: Any, folder: Path = Path()) -> Image.Image:
         source = Path(source)
     name = "its image"
     if isinstance(source, (Path, str)):
-        name = excerpt(str(source), 100) if isinstance(source, Path) else f"its image {excerpt(source, 40)!r}"
+        name = line(str(source), 100) if isinstance(source, Path) else f"its image {line(source, 40)!r}"
     try:
         if isinstance(source, Image.Image):
             return _as_shown(source, name)
@@ -100,7 +102,7 @@ def load_picture(source: Any, folder: Path = Path()) -> Image.Image:
         raise BadPicture(f"{name} {what} an image file that Pillow reads") from None
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadPicture(f"{name} cannot be decoded ({excerpt(reason, 150)})") from None
+        raise BadPicture(f"{name} cannot be decoded ({line(reason, 150)})") from None
 
 
 def located(text: str, folder: Path) -> Path | str:
@@ -118,18 +120,11 @@ def located(text: str, folder: Path) -> Path | str:
     if text[:5].lower() == "data:":
         return text
     if _URL.match(text):
-        raise BadPicture(f"{excerpt(text)} is a URL, and nothing is downloaded: save the picture and name its file")
+        raise BadPicture(f"{line(text)} is a URL, and nothing is downloaded: save the picture and name its file")
     path = folder / text
     if len(text) >= _SHORTEST and _BASE64.fullmatch(text) and not os.path.isfile(path):
         return text
     return path
-
-
-def excerpt(text: str, most: int = 60) -> str:
-    """Shorten text for a message, from its middle; what cannot be printed is escaped."""
-    if len(text) > most:
-        text = f"{text[: most // 2]}...{text[3 - most // 2 :]}"
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _opened(source: Any, name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from fitprune._support.messages import line
 from fitprune.calibration.entry import BadSample
 
 _REMEDY = "pass prompt_template (--prompt-template), such as 'USER: <image>\\n{question} ASSISTANT:'"
@@ -42,7 +43,7 @@ def chat_prompt(processor: Any, conversation: Sequence[Mapping[str, Any]]) -> st
         except ImportError:
             raise
         except Exception as error:  # Jinja's errors, and whatever a template meets
-            raise ValueError(f"the chat template fails ({_short(error)})") from error
+            raise ValueError(f"the chat template fails ({line(error, 300)})") from error
         return prompt
 
     prompt = render(conversation)
@@ -134,7 +135,7 @@ def encode(
             try:
                 _encode(processor, [prompt], [own])
             except Exception as refusal:
-                raise BadSample(f"{name}: {_short(refusal)}") from refusal
+                raise BadSample(f"{name}: {line(refusal, 300)}") from refusal
         raise
 
 
@@ -179,9 +180,3 @@ def _is_repeated(inputs: Mapping[str, Any], token_id: int) -> list[bool]:
         places &= inputs["attention_mask"].bool()
     rows: list[bool] = (places[:, 1:] & places[:, :-1]).any(1).tolist()
     return rows
-
-
-def _short(error: Exception) -> str:
-    """Write an error's message in one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fitprune._support.messages import line
 from fitprune.calibration.entry import BadSample, fields_of, is_text_alone, no_image
 from fitprune.calibration.formats import read_entries
-from fitprune.calibration.pictures import BadPicture, InDataset, excerpt, load_picture
+from fitprune.calibration.pictures import BadPicture, InDataset, load_picture
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def load_samples(
             argument is of another type.
     """
     if not isinstance(data, (str, os.PathLike)) or not os.fspath(data):
-        raise ValueError(f"data={excerpt(repr(data))}: must be the name of a file, a folder or a dataset")
+        raise ValueError(f"data={line(repr(data))}: must be the name of a file, a folder or a dataset")
     if samples is not None:
         require_whole("samples", samples, 1)
     require_whole("seed", seed)
@@ -197,4 +198,4 @@ def require_whole(name: str, value: Any, least: float = -math.inf) -> None:
     """Refuse an argument that is not a whole number, or is below `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         rule = "must be a whole number" if math.isinf(least) else f"must be at least {least:g}, a whole number"
-        raise ValueError(f"{name}={excerpt(repr(value))}: {rule}")
+        raise ValueError(f"{name}={line(repr(value))}: {rule}")
