@@ -24,7 +24,7 @@ LADDER = [
     ["fitting", "families", "scoring"],
     ["engine"],
     ["calibration"],
-    ["baselines", "output_search", "speed", "analysis"],
+    ["baselines", "output_search", "speed", "analysis", "benchmarks"],
     ["evaluation"],
     ["integrations", "cli"],
     ["__init__", "__main__"],

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,26 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image with one question.
+    """One question, with its image.
 
     Attributes:
         id: `question_id`, `id` or where the entry is; a whole number stays one, as files of answers need it.
         text: the question, without image token and without prompt format.
-        image: path of the image file; or anything else that `fitprune.calibration.pictures.load_picture` reads.
+        image: path of the image file; or anything else that `fitprune.calibration.pictures.load_picture` reads; None
+            for a question of text alone, as benchmarks have.
         answers: accepted answers; empty where the data has none.
         kind: a label that results are grouped by ("" where the data has none).
         where: file and line, for messages.
+        facts: what else a benchmark knows of its question.
     """
 
     id: str | int
     text: str
-    image: Path | str | bytes | InDataset | Image.Image | np.ndarray[Any, Any]
+    image: Path | str | bytes | InDataset | Image.Image | np.ndarray[Any, Any] | None
     answers: tuple[str, ...] = ()
     kind: str = ""
     where: str = ""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def load_image(self) -> Image.Image:
         """Decode the image as RGB, as a viewer shows it (`fitprune.calibration.pictures` has the rules).
@@ -101,7 +104,7 @@ def load_samples(
     usable = _read(data, entries, folder, bad)
     total = len(usable) + bad.count
     if samples is None or samples <= len(usable):
-        places = range(len(usable)) if samples is None else _draw(len(usable), samples, seed)
+        places = range(len(usable)) if samples is None else draw(len(usable), samples, seed)
         good = (place for place in places if not skip_bad or bad.has_image(usable[place]))
         usable = [usable[place] for place in sorted(itertools.islice(good, samples))]
     if bad.count:
@@ -158,13 +161,13 @@ def _read(data: Any, entries: Iterable[tuple[str, Any]], folder: Path, bad: _Bad
     return samples
 
 
-def _draw(total: int, count: int, seed: int) -> Iterable[int]:
+def draw(total: int, count: int, seed: int) -> Iterable[int]:
     """Draw `count` places without replacement, and after them the others, in random order, to replace bad ones."""
-    draw = random.Random(seed)
-    first = draw.sample(range(total), count)
+    generator = random.Random(seed)
+    first = generator.sample(range(total), count)
     yield from first
     others = sorted(set(range(total)).difference(first))
-    draw.shuffle(others)
+    generator.shuffle(others)
     yield from others
 
 
