@@ -28,7 +28,7 @@ class Measure:
     counts: Callable[[Array], Array]
     figures: Callable[[Array], dict[str, Array]]
 
-    def of(self, scores: Sequence[float]) -> dict[str, float]:
+    def of(self, scores: Sequence[float] | Array) -> dict[str, float]:
         """Compute the figures of scores [questions]."""
         totals = self.counts(np.asarray(scores, dtype=np.float64)).sum(0)
         return {name: float(value) for name, value in self.figures(totals).items()}

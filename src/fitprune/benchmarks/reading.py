@@ -29,11 +29,11 @@ def located(benchmark: Benchmark, root: Path) -> dict[str, Path]:
         benchmark: the benchmark.
         root: folder laid out as LLaVA's `playground/data/eval`.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for needed in benchmark.needs:
         if place := next((root / place for place in needed.places if (root / place).exists()), None):
-            found[needed.role] = place
-    return found
+            paths[needed.role] = place
+    return paths
 
 
 def load_benchmark(
@@ -55,13 +55,13 @@ def load_benchmark(
     """
     if not root.is_dir():
         raise FileNotFoundError(2, f"data root {root} is no folder: pass the one that holds {_first_folder(benchmark)}")
-    found = located(benchmark, root)
+    paths = located(benchmark, root)
     for needed in benchmark.needs:
-        if needed.role not in found and not needed.optional and (images or needed.role != "images"):
+        if needed.role not in paths and not needed.optional and (images or needed.role != "images"):
             raise FileNotFoundError(2, f"{benchmark.name}: {missing(needed, root)}")
-    questions = benchmark.read(found)
+    questions = benchmark.read(paths)
     if not questions:
-        raise ValueError(f"{found.get('questions', root)}: holds no question; there must be at least one")
+        raise ValueError(f"{paths.get('questions', root)}: holds no question; there must be at least one")
     keys = [benchmark.key(line_of(sample)) for sample in questions]
     require_unique(keys, [sample.where for sample in questions])
     if samples is not None:

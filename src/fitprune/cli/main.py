@@ -17,7 +17,6 @@ from importlib.metadata import entry_points
 from fitprune._version import __version__
 from fitprune.cli import (
     analyze,
-    benchmark,
     convert_llava_hr,
     cost,
     demo,
@@ -33,6 +32,7 @@ from fitprune.cli import (
     report,
     search,
     show,
+    time,
 )
 from fitprune.cli.parser import HelpFormatter, Parser, shortened
 
@@ -41,7 +41,7 @@ GROUPS = {
     "from a model to a recipe": (recipe, measure, fit, search),
     "look at a recipe and share it": (show, cost, push),
     "use a recipe and judge it": (generate, evaluate, report),
-    "time it on this device": (profile, benchmark),
+    "time it on this device": (profile, time),
     "more": (analyze, families, env, convert_llava_hr, demo),
 }
 
