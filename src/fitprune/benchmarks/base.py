@@ -73,6 +73,7 @@ class Benchmark:
         unit: from a question to the unit that is drawn whole by `--samples`; None for the question itself.
         upload: what its script or server takes; None where that is the answers file itself.
         rebuild: makes the questions from the lines of an answers file that holds them; None where none does.
+        by_lines: its official script, where that pairs answers and labels by lines, so that their order counts there.
         aliases: other names that users type.
     """
 
@@ -89,6 +90,7 @@ class Benchmark:
     unit: Callable[[Sample], Hashable] | None = None
     upload: Upload | None = None
     rebuild: Callable[[Sequence[Mapping[str, Any]]], list[Sample]] | None = None
+    by_lines: str = ""
     aliases: tuple[str, ...] = ()
 
 
