@@ -18,6 +18,7 @@ from fitprune._version import __version__
 from fitprune.cli import (
     analyze,
     benchmark,
+    benchmarks,
     convert_llava_hr,
     cost,
     demo,
@@ -31,6 +32,7 @@ from fitprune.cli import (
     push,
     recipe,
     report,
+    score,
     search,
     show,
 )
@@ -40,7 +42,7 @@ from fitprune.cli.parser import HelpFormatter, Parser, shortened
 GROUPS = {
     "from a model to a recipe": (recipe, measure, fit, search),
     "look at a recipe and share it": (show, cost, push),
-    "use a recipe and judge it": (generate, evaluate, report),
+    "use a recipe and judge it": (generate, evaluate, report, score, benchmarks),
     "time it on this device": (profile, benchmark),
     "more": (analyze, families, env, convert_llava_hr, demo),
 }

@@ -111,6 +111,17 @@ def read_samples(args: Args) -> dict[str, list[Sample]]:
     return {name: load_samples(name, args.image_folder, **options) for name in args.data}
 
 
+DATA_ROOT = "playground/data/eval"  # where LLaVA's scripts look
+
+
+def add_data_root(to: argparse.ArgumentParser) -> None:
+    """Add --data-root."""
+    to.add_argument(
+        "--data-root", type=parser.path, help="folder of the benchmarks' files, laid out as LLaVA's eval.zip "
+        f"(default: {DATA_ROOT})", default=DATA_ROOT,
+    )  # fmt: skip
+
+
 def joined(tasks: Mapping[str, Sequence[Sample]]) -> list[Sample]:
     """Put the samples of all tasks into one list."""
     return [sample for samples in tasks.values() for sample in samples]
