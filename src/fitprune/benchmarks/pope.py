@@ -115,4 +115,5 @@ POPE = Benchmark(
     read=read,
     score=score,
     measure=measure,
+    by_lines="LLaVA's eval_pope.py",
 )

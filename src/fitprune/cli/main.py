@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from fitprune._version import __version__
 from fitprune.cli import (
     analyze,
+    benchmarks,
     convert_llava_hr,
     cost,
     demo,
@@ -30,6 +31,7 @@ from fitprune.cli import (
     push,
     recipe,
     report,
+    score,
     search,
     show,
     time,
@@ -41,6 +43,7 @@ GROUPS = {
     "from a model to a recipe": (recipe, measure, fit, search),
     "look at a recipe and share it": (show, cost, push),
     "use a recipe and judge it": (generate, evaluate, report),
+    "benchmarks and anybody's answers": (benchmarks, score),
     "time it on this device": (profile, time),
     "more": (analyze, families, env, convert_llava_hr, demo),
 }

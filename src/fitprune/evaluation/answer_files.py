@@ -35,6 +35,6 @@ def write_all(results: Results, benchmark: Benchmark, samples: Sequence[Sample],
         name = re.sub(r"[^A-Za-z0-9._=-]+", "-", label).strip("-")
         write_answers(place / f"{name}.jsonl", samples, texts, model if label == DENSE else f"{model}-{name}")
         if upload is not None:
-            upload.write(samples, texts, place / f"{name}.upload{upload.ending}")
+            upload.save(samples, texts, place / f"{name}.upload{upload.ending}")
     more = f"; *.upload{upload.ending} is for {upload.taker}" if upload else ""
     return f"{place}: each method's answers, as LLaVA's scripts take them{more}"
