@@ -117,15 +117,20 @@ def require_unique(keys: Sequence[Hashable], where: Sequence[str]) -> None:
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, object) for each line that is not blank."""
+    for where, text in read_lines(path):
+        yield where, _object(_parsed(text, where), where)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (where, text) for each line that is not blank."""
     for number, text in enumerate(_text(path).split("\n"), 1):
         if text.strip():
-            where = f"{path}:{number}"
-            yield where, _object(_parsed(text, where), where)
+            yield f"{path}:{number}", text
 
 
-def read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, object) for each entry of a JSON list."""
-    entries = read_json(path, list)
+def read_list(path: Path, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, object) for each entry of a JSON list, or of the one that an object has by a name."""
+    entries = field(read_json(path), name, str(path), list) if name else read_json(path, list)
     for number, entry in enumerate(entries):
         where = f"{path}, entry {number}"
         yield where, _object(entry, where)

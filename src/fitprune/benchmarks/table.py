@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 
 from fitprune.benchmarks.base import Benchmark
+from fitprune.benchmarks.chartqa import CHARTQA
+from fitprune.benchmarks.docvqa import DOCVQA, DOCVQA_TEST
+from fitprune.benchmarks.mme import MME
+from fitprune.benchmarks.ocrbench import OCRBENCH
 from fitprune.benchmarks.pope import POPE
 
-BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in (POPE,)}
+BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in (POPE, MME, CHARTQA, DOCVQA, DOCVQA_TEST, OCRBENCH)}
 
 
 def get_benchmark(name: str) -> Benchmark:
