@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,58 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, _object(_parsed(text, where), where)
 
 
-def read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, object) for each entry of a JSON list."""
-    entries = read_json(path, list)
+def read_questions(paths: Mapping[str, Path]) -> Iterator[Sample]:
+    """Yield the questions of a JSONL of LLaVA's, as `question` makes them."""
+    for where, entry in read_jsonl(paths["questions"]):
+        number, text = field(entry, "question_id", where, (int, str)), field(entry, "text", where)
+        yield question(paths, where, number, text, field(entry, "image", where))
+
+
+def question(paths: Mapping[str, Path], where: str, number: int | str, text: str, picture: str) -> Sample:
+    """Make a question with its picture, whose name in the file is `facts["image"]`."""
+    image = paths["images"] / picture if "images" in paths else None
+    return Sample(number, text, image, where=where, facts={"image": picture})
+
+
+def index(
+    entries: Iterable[tuple[str, dict[str, Any]]], name: Callable[[dict[str, Any], str], Hashable]
+) -> dict[Hashable, tuple[str, dict[str, Any]]]:
+    """Find annotations by a name each, which two cannot share.
+
+    Args:
+        entries: (where, annotation).
+        name: from (annotation, where) to its name.
+    """
+    listed = list(entries)
+    names = [name(entry, where) for where, entry in listed]
+    require_unique(names, [where for where, _ in listed])
+    return dict(zip(names, listed, strict=True))
+
+
+def annotation(annotations: Mapping[Any, Any], name: Hashable, sample: Sample, path: Path, official: str) -> Any:
+    """Give a question's annotation, which must be there.
+
+    Args:
+        annotations: by name.
+        name: the question's.
+        sample: the question.
+        path: the annotations' file.
+        official: name of the file that the questions are of.
+
+    Raises:
+        BadSample: it is not there; both files are named.
+    """
+    if name not in annotations:
+        raise BadSample(
+            f"{sample.where}: question {short(name, 120)} is not in {path}: one of the two files is of another state "
+            f"or split; the questions are of {official}"
+        )
+    return annotations[name]
+
+
+def read_list(path: Path, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, object) for each entry of a JSON list, or of the one that an object has by a name."""
+    entries = field(read_json(path), name, str(path), list) if name else read_json(path, list)
     for number, entry in enumerate(entries):
         where = f"{path}, entry {number}"
         yield where, _object(entry, where)

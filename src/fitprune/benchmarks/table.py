@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 
 from fitprune.benchmarks.base import Benchmark
+from fitprune.benchmarks.gqa import GQA
 from fitprune.benchmarks.pope import POPE
+from fitprune.benchmarks.textvqa import TEXTVQA
+from fitprune.benchmarks.vizwiz import VIZWIZ, VIZWIZ_VAL
+from fitprune.benchmarks.vqav2 import VQAV2, VQAV2_VAL
 
-BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in (POPE,)}
+BENCHMARKS: dict[str, Benchmark] = {
+    each.name: each for each in (POPE, TEXTVQA, GQA, VQAV2, VQAV2_VAL, VIZWIZ, VIZWIZ_VAL)
+}
 
 
 def get_benchmark(name: str) -> Benchmark:
