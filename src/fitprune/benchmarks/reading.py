@@ -172,6 +172,26 @@ def annotation(annotations: Mapping[Any, Any], name: Hashable, sample: Sample, p
     return annotations[name]
 
 
+def annotators(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Give the answer of each annotator, from `answers`: [{"answer": ...}, ...].
+
+    Args:
+        entry: the annotation.
+        where: file and line, for messages.
+
+    Raises:
+        BadSample: there is none, or one is no text.
+    """
+    people: list[Any] = [
+        each.get("answer") if isinstance(each, dict) else None for each in field(entry, "answers", where, list)
+    ]
+    if not people or not all(isinstance(person, str) for person in people):
+        raise BadSample(
+            f"{where}: 'answers' is {short(entry['answers'], 80)}, must hold {{'answer': text}} for each annotator"
+        )
+    return tuple(people)
+
+
 def read_list(path: Path, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, object) for each entry of a JSON list, or of the one that an object has by a name."""
     entries = field(read_json(path), name, str(path), list) if name else read_json(path, list)

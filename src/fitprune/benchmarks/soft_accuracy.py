@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from fitprune._support.messages import short
 from fitprune.benchmarks.evalai import one_line, vqa_eval
-from fitprune.benchmarks.reading import field
-from fitprune.calibration.entry import BadSample
 
 
 def soft_accuracy(answer: str, people: Sequence[str]) -> float:
@@ -32,23 +28,3 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
     if len(set(people)) > 1:
         answer, people = vqa_eval(answer), [vqa_eval(person) for person in people]
     return soft_accuracy(answer, people)
-
-
-def annotators(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Give the answer of each annotator, from `answers`: [{"answer": ...}, ...].
-
-    Args:
-        entry: the annotation.
-        where: file and line, for messages.
-
-    Raises:
-        BadSample: there is none, or one is no text.
-    """
-    people: list[Any] = [
-        each.get("answer") if isinstance(each, dict) else None for each in field(entry, "answers", where, list)
-    ]
-    if not people or not all(isinstance(person, str) for person in people):
-        raise BadSample(
-            f"{where}: 'answers' is {short(entry['answers'], 80)}, must hold {{'answer': text}} for each annotator"
-        )
-    return tuple(people)

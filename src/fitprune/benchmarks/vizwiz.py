@@ -14,8 +14,8 @@ from pathlib import Path
 
 from fitprune.benchmarks.base import ONE_WORD, Benchmark, Needed, Upload
 from fitprune.benchmarks.evalai import evalai
-from fitprune.benchmarks.reading import annotation, field, index, question, read_list, read_questions
-from fitprune.benchmarks.soft_accuracy import annotators, vqa_accuracy
+from fitprune.benchmarks.reading import annotation, annotators, field, index, question, read_list, read_questions
+from fitprune.benchmarks.soft_accuracy import vqa_accuracy
 from fitprune.calibration.samples import Sample
 
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

@@ -14,8 +14,17 @@ from pathlib import Path
 
 from fitprune.benchmarks.base import ONE_WORD, Benchmark, Needed, Upload
 from fitprune.benchmarks.evalai import evalai
-from fitprune.benchmarks.reading import annotation, field, index, question, read_jsonl, read_list, read_questions
-from fitprune.benchmarks.soft_accuracy import annotators, vqa_accuracy
+from fitprune.benchmarks.reading import (
+    annotation,
+    annotators,
+    field,
+    index,
+    question,
+    read_jsonl,
+    read_list,
+    read_questions,
+)
+from fitprune.benchmarks.soft_accuracy import vqa_accuracy
 from fitprune.calibration.samples import Sample
 
 FILE = "v2_mscoco_val2014_annotations.json"
