@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,75 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     for number, text in enumerate(_text(path).split("\n"), 1):
         if text.strip():
             yield f"{path}:{number}", text
+
+
+def read_questions(paths: Mapping[str, Path]) -> Iterator[Sample]:
+    """Yield the questions of a JSONL of LLaVA's, as `question` makes them."""
+    for where, entry in read_jsonl(paths["questions"]):
+        number, text = field(entry, "question_id", where, (int, str)), field(entry, "text", where)
+        yield question(paths, where, number, text, field(entry, "image", where))
+
+
+def question(paths: Mapping[str, Path], where: str, number: int | str, text: str, picture: str) -> Sample:
+    """Make a question with its picture, whose name in the file is `facts["image"]`."""
+    image = paths["images"] / picture if "images" in paths else None
+    return Sample(number, text, image, where=where, facts={"image": picture})
+
+
+def index(
+    entries: Iterable[tuple[str, dict[str, Any]]], name: Callable[[dict[str, Any], str], Hashable]
+) -> dict[Hashable, tuple[str, dict[str, Any]]]:
+    """Find annotations by a name each, which two cannot share.
+
+    Args:
+        entries: (where, annotation).
+        name: from (annotation, where) to its name.
+    """
+    listed = list(entries)
+    names = [name(entry, where) for where, entry in listed]
+    require_unique(names, [where for where, _ in listed])
+    return dict(zip(names, listed, strict=True))
+
+
+def annotation(annotations: Mapping[Any, Any], name: Hashable, sample: Sample, path: Path, official: str) -> Any:
+    """Give a question's annotation, which must be there.
+
+    Args:
+        annotations: by name.
+        name: the question's.
+        sample: the question.
+        path: the annotations' file.
+        official: name of the file that the questions are of.
+
+    Raises:
+        BadSample: it is not there; both files are named.
+    """
+    if name not in annotations:
+        raise BadSample(
+            f"{sample.where}: question {short(name, 120)} is not in {path}: one of the two files is of another state "
+            f"or split; the questions are of {official}"
+        )
+    return annotations[name]
+
+
+def annotators(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Give the answer of each annotator, from `answers`: [{"answer": ...}, ...].
+
+    Args:
+        entry: the annotation.
+        where: file and line, for messages.
+
+    Raises:
+        BadSample: there is none, or one is no text.
+    """
+    people: list[Any] = [
+        each.get("answer") if isinstance(each, dict) else None for each in field(entry, "answers", where, list)
+    ]
+    if not people or not all(isinstance(person, str) for person in people):
+        raise BadSample(
+            f"{where}: 'answers' is {short(entry['answers'], 80)}, must hold {{'answer': text}} for each annotator"
+        )
+    return tuple(people)
 
 
 def read_list(path: Path, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
