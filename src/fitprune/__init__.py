@@ -45,7 +45,7 @@ _HOMES = {
     "register_family": "families.table",
     "register_scorer": "scoring.scorers",
     "search": "output_search.search",
-    "time_recipes": "speed.benchmark",
+    "time_recipes": "speed.time_recipes",
 }
 __all__ = [*_HOMES, "__version__"]
 
@@ -78,8 +78,8 @@ if TYPE_CHECKING:
     from fitprune.scoring.scorers import Scorer as Scorer
     from fitprune.scoring.scorers import register_scorer as register_scorer
     from fitprune.scoring.view import LayerView as LayerView
-    from fitprune.speed.benchmark import time_recipes as time_recipes
     from fitprune.speed.profiling import profile_latency as profile_latency
+    from fitprune.speed.time_recipes import time_recipes as time_recipes
 
 
 def __getattr__(name: str) -> Any:

@@ -100,7 +100,7 @@ NUMBERS = [
         (("fit", "{here}/good.safetensors", "-o", "{here}/r.json"),
          ("--flops-reduction", "--mean-visual-tokens", "--tolerance", "--kv-cache-reduction")),
         (("analyze", "{here}/good.safetensors", "-o", "{here}/a"), ("--resamples", "--seed", "--flops-reduction")),
-        (("benchmark", "--random-model", "llava-1.5-7b"),
+        (("time", "--random-model", "llava-1.5-7b"),
          ("--text-tokens", "--image-size", "--new-tokens", "--rounds")),
         (("measure", "m", "--data", "d", "-o", "{here}/s"), ("--samples", "--seed", "--batch-size")),
         (("evaluate", "m", "--data", "d", "-o", "{here}/s"), ("--timed-batches", "--examples", "--seeds")),

@@ -81,7 +81,8 @@ def test_help_needs_no_more_than_the_standard_library_and_recipes():
         ),
         (["fit", "s", "--objective=attention", "-o", "r"], "--objective"),
         (["profile", "--shape", "llava-1.5-7b", "-o", "p"], "--shape is now --random-model"),
-        (["benchmark", "--shape=llava-1.5-7b"], "--shape is now --random-model"),
+        (["time", "--shape=llava-1.5-7b"], "--shape is now --random-model"),
+        (["benchmark", "--random-model", "llava-1.5-7b"], "'fitprune benchmark' is now 'fitprune time'"),
         (["search", "m", "--prefill-latency-reduction", ".9"], "only 'fitprune recipe' and 'fitprune fit' have it"),
     ],
 )
@@ -260,7 +261,7 @@ TEMPLATE = ["--prompt-template", r"USER: <image>\n\t{question}"]
         ["generate", "m", "--image", "i", "--question", "q"],
         ["evaluate", "m", "--data", "d", "-o", "r"],
         ["profile", "m", "-o", "p"],
-        ["benchmark", "m"],
+        ["time", "m"],
     ],
     ids=lambda command: command[0],
 )

@@ -47,7 +47,7 @@ KINDS = {
     "a report": "page.html",
     "a latency profile": "p.json",
     "an analysis": "analysis/analysis.json",
-    "times of a benchmark": "times.json",
+    "times": "times.json",
     "a journal of answers": "answers.jsonl",
     "times of an evaluation": "results.timings.json",
     "an image": "image.jpg",
@@ -101,7 +101,7 @@ WRITERS = {
     "results": ["evaluate", "/no-such-model", "--data", "digit-scenes/test", "-o", "FILE"],
     "a report": ["report", "RESULTS", "-o", "FILE"],
     "a latency profile": ["profile", "/no-such-model", "-o", "FILE"],
-    "times of a benchmark": ["benchmark", "/no-such-model", "--recipe", "llava-1.5-7b:60", "-o", "FILE"],
+    "times": ["time", "/no-such-model", "--recipe", "llava-1.5-7b:60", "-o", "FILE"],
 }
 
 

@@ -119,7 +119,7 @@ def test_the_commands_on_the_embedded_model(tmp_path, capsys):
     assert cli.main(["profile", *shared, "-o", profile, "--rounds", "1"]) == 0
     more = ["--flops-reduction", "0.6", "--rounds", "1", "--new-tokens", "2", "--profile", profile]
     capsys.readouterr()
-    assert cli.main(["benchmark", *shared, *more, "-o", str(tmp_path / "out.json")]) == 0
+    assert cli.main(["time", *shared, *more, "-o", str(tmp_path / "out.json")]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     document = json.loads(lines[-1])
     assert document == json.loads((tmp_path / "out.json").read_text())

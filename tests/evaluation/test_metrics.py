@@ -8,6 +8,7 @@ import pytest
 
 from fitprune import PruningRecipe, evaluate, load_model, load_samples
 from fitprune._support import assets
+from fitprune.calibration.samples import Sample
 from fitprune.cli.main import main
 from fitprune.evaluation import rows
 from fitprune.evaluation.entries import entries_of
@@ -192,12 +193,17 @@ def made(accepted, said, *, metric=None, budget=0.6, questions=()):
         for number, texts in enumerate(accepted)
     ]
     name = choose(metric, [texts for texts in accepted if any(text.strip() for text in texts)])
-    parts = list(rows.judge({"t": name}, metric is None, entries, records))
+    samples = [Sample(record["id"], record["question"], b"", tuple(record["accepted"])) for record in records]
+    parts = list(rows.judge({"t": samples}, {"t": name}, metric is None, list(labels.values()), records))
     return Results(
         tuple(rows.rows_of(RECIPE.model, parts, entries, 2)),
         tuple(rows.best_of(parts, entries)),
         recipes={},
-        examples=tuple({**record, "picture": "data:,", "layers_entered": {}} for record in records[:4]),
+        examples=tuple(
+            {**record, "scores": {label: float(own[n]) for label, own in parts[0].scores.items() if n < len(own)}}
+            | {"picture": "data:,", "layers_entered": {}}
+            for n, record in enumerate(records[:4])
+        ),
         tasks=tuple(part.task for part in parts),
     )
 

@@ -22,8 +22,9 @@ MOST_RESULT_BYTES = 32 << 20  # results hold pictures, and what each method kept
 MOST_VALUES = 2_500_000  # of a JSON text: a small number takes 8 bytes, an empty list 64
 
 STATISTICS, RECIPE, RESULTS, PROFILE = "statistics", "a recipe", "results", "a latency profile"
-TIMES, ANALYSIS, REPORT, JOURNAL = "times of a benchmark", "an analysis", "a report", "a journal of answers"
+TIMES, ANALYSIS, REPORT, JOURNAL = "times", "an analysis", "a report", "a journal of answers"
 RESULT_TIMES, IMAGE = "times of an evaluation", "an image"
+SCORES, UPLOAD = "scores of answers", "an upload file"
 _MAKERS = {STATISTICS: "measure", RECIPE: "fit", RESULTS: "evaluate", PROFILE: "profile"}
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
@@ -132,6 +133,7 @@ def kind_of_data(data: Any) -> str | None:
         RESULTS: {"schema", "rows", "best"},
         TIMES: {"model", "device", "timings"},
         RESULT_TIMES: {"results", "rows"},
+        SCORES: {"benchmark", "scores"},
     }
     return next((kind for kind, needed in keys.items() if needed <= set(data)), None)
 

@@ -6,10 +6,12 @@ Each benchmark is one file of this package that makes one `Benchmark` (or one fo
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fitprune._support import files
 from fitprune.benchmarks.measure import Measure, mean_by_group
 from fitprune.calibration.samples import Sample
 
@@ -47,6 +49,14 @@ class Upload:
     write: Callable[[Sequence[Sample], Sequence[str], Path], None]
     taker: str
 
+    def save(self, samples: Sequence[Sample], texts: Sequence[str], path: str | os.PathLike[str]) -> None:
+        """Write the answers [questions]; a file whole or not at all."""
+        if self.ending:
+            with files.replacing(path) as temporary:
+                self.write(samples, texts, temporary)
+        else:
+            self.write(samples, texts, Path(path))
+
 
 def by_id(line: Mapping[str, Any]) -> Hashable:
     """Find the question of a line by its id; "12" and 12 are one."""
@@ -73,6 +83,7 @@ class Benchmark:
         unit: from a question to the unit that is drawn whole by `--samples`; None for the question itself.
         upload: what its script or server takes; None where that is the answers file itself.
         rebuild: makes the questions from the lines of an answers file that holds them; None where none does.
+        by_lines: its official script, where that pairs answers and labels by lines, so that their order counts there.
         aliases: other names that users type.
     """
 
@@ -89,6 +100,7 @@ class Benchmark:
     unit: Callable[[Sample], Hashable] | None = None
     upload: Upload | None = None
     rebuild: Callable[[Sequence[Mapping[str, Any]]], list[Sample]] | None = None
+    by_lines: str = ""
     aliases: tuple[str, ...] = ()
 
 

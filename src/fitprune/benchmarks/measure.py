@@ -6,7 +6,7 @@ Every figure is computed from sums over units that are drawn together: a questio
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,23 +28,30 @@ class Measure:
     counts: Callable[[Array], Array]
     figures: Callable[[Array], dict[str, Array]]
 
-    def of(self, scores: Sequence[float]) -> dict[str, float]:
+    def of(self, scores: Sequence[float] | Array) -> dict[str, float]:
         """Compute the figures of scores [questions]."""
         totals = self.counts(np.asarray(scores, dtype=np.float64)).sum(0)
         return {name: float(value) for name, value in self.figures(totals).items()}
 
 
-def mean_by_group(samples: Sequence[Sample], *, name: str = "accuracy", scale: float = 100) -> Measure:
+def mean_by_group(
+    samples: Sequence[Sample],
+    *,
+    name: str = "accuracy",
+    scale: float = 100,
+    groups_of: Callable[[Sample], Collection[str]] = lambda sample: (sample.kind,),
+) -> Measure:
     """Average over all questions, and over those of each group.
 
     Args:
-        samples: the questions; `kind` is the group.
+        samples: the questions.
         name: of the figure over all.
         scale: what a score of 1 is worth.
+        groups_of: the groups of a question; by default its kind.
     """
-    kinds = [sample.kind for sample in samples]
-    groups = sorted({*kinds} - {""})
-    member = np.array([[True, *(kind == group for group in groups)] for kind in kinds], dtype=np.float64)
+    kinds = [groups_of(sample) for sample in samples]
+    groups = sorted({group for own in kinds for group in own} - {""})
+    member = np.array([[True, *(group in own for group in groups)] for own in kinds], dtype=np.float64)
 
     def counts(scores: Array) -> Array:
         return np.concatenate([scores[:, None] * member, member], 1)

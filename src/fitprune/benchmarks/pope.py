@@ -19,22 +19,22 @@ from fitprune.calibration.samples import Sample
 CATEGORIES = ("random", "popular", "adversarial")
 
 
-def read(found: Mapping[str, Path]) -> list[Sample]:
+def read(paths: Mapping[str, Path]) -> list[Sample]:
     """Read the questions, each with its label.
 
     Labels have ids of their own that say nothing: those of a category belong to its questions line by line. POPE's
     random file has 2,910 lines in the state that LLaVA's questions are of, and 3,000 others in newer ones.
 
     Args:
-        found: role -> path.
+        paths: role -> path.
 
     Raises:
         BadSample: a label is of another question than the one in its place.
     """
-    labels = {name: list(read_jsonl(found[name])) for name in CATEGORIES}
+    labels = {name: list(read_jsonl(paths[name])) for name in CATEGORIES}
     taken = dict.fromkeys(CATEGORIES, 0)
     questions = []
-    for where, entry in read_jsonl(found["questions"]):
+    for where, entry in read_jsonl(paths["questions"]):
         category = field(entry, "category", where)
         if category not in labels:
             raise BadSample(f"{where}: 'category' is {category!r}, must be one of {', '.join(CATEGORIES)}")
@@ -45,7 +45,7 @@ def read(found: Mapping[str, Path]) -> list[Sample]:
             at, label = own[place]
             same = label.get("image") == picture and str(label.get("text")).strip() == text.split("\n")[0].strip()
         else:
-            at, same = f"{found[category]}:{len(own)} (its end)", False
+            at, same = f"{paths[category]}:{len(own)} (its end)", False
         if not same:
             raise BadSample(
                 f"{at}: is not the label of {where}: the file is of another state than the questions, whose random one "
@@ -55,11 +55,11 @@ def read(found: Mapping[str, Path]) -> list[Sample]:
         if answer not in ("yes", "no"):
             raise BadSample(f"{at}: 'label' is {answer!r}, must be yes or no")
         number = field(entry, "question_id", where, (int, str))
-        image = found["images"] / picture if "images" in found else None
+        image = paths["images"] / picture if "images" in paths else None
         questions.append(Sample(number, text, image, (answer,), category, where))
     for name, own in labels.items():
         if taken[name] and taken[name] != len(own):
-            raise BadSample(f"{found[name]}: has {len(own)} labels for {taken[name]} questions: it is of another state")
+            raise BadSample(f"{paths[name]}: has {len(own)} labels for {taken[name]} questions: it is of another state")
     return questions
 
 
@@ -115,4 +115,5 @@ POPE = Benchmark(
     read=read,
     score=score,
     measure=measure,
+    by_lines="LLaVA's eval_pope.py",
 )

@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ def located(benchmark: Benchmark, root: Path) -> dict[str, Path]:
         benchmark: the benchmark.
         root: folder laid out as LLaVA's `playground/data/eval`.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for needed in benchmark.needs:
         if place := next((root / place for place in needed.places if (root / place).exists()), None):
-            found[needed.role] = place
-    return found
+            paths[needed.role] = place
+    return paths
 
 
 def load_benchmark(
@@ -55,13 +55,13 @@ def load_benchmark(
     """
     if not root.is_dir():
         raise FileNotFoundError(2, f"data root {root} is no folder: pass the one that holds {_first_folder(benchmark)}")
-    found = located(benchmark, root)
+    paths = located(benchmark, root)
     for needed in benchmark.needs:
-        if needed.role not in found and not needed.optional and (images or needed.role != "images"):
+        if needed.role not in paths and not needed.optional and (images or needed.role != "images"):
             raise FileNotFoundError(2, f"{benchmark.name}: {missing(needed, root)}")
-    questions = benchmark.read(found)
+    questions = benchmark.read(paths)
     if not questions:
-        raise ValueError(f"{found.get('questions', root)}: holds no question; there must be at least one")
+        raise ValueError(f"{paths.get('questions', root)}: holds no question; there must be at least one")
     keys = [benchmark.key(line_of(sample)) for sample in questions]
     require_unique(keys, [sample.where for sample in questions])
     if samples is not None:
@@ -117,15 +117,89 @@ def require_unique(keys: Sequence[Hashable], where: Sequence[str]) -> None:
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, object) for each line that is not blank."""
+    for where, text in read_lines(path):
+        yield where, _object(_parsed(text, where), where)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (where, text) for each line that is not blank."""
     for number, text in enumerate(_text(path).split("\n"), 1):
         if text.strip():
-            where = f"{path}:{number}"
-            yield where, _object(_parsed(text, where), where)
+            yield f"{path}:{number}", text
 
 
-def read_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, object) for each entry of a JSON list."""
-    entries = read_json(path, list)
+def read_questions(paths: Mapping[str, Path]) -> Iterator[Sample]:
+    """Yield the questions of a JSONL of LLaVA's, as `question` makes them."""
+    for where, entry in read_jsonl(paths["questions"]):
+        number, text = field(entry, "question_id", where, (int, str)), field(entry, "text", where)
+        yield question(paths, where, number, text, field(entry, "image", where))
+
+
+def question(paths: Mapping[str, Path], where: str, number: int | str, text: str, picture: str) -> Sample:
+    """Make a question with its picture, whose name in the file is `facts["image"]`."""
+    image = paths["images"] / picture if "images" in paths else None
+    return Sample(number, text, image, where=where, facts={"image": picture})
+
+
+def index(
+    entries: Iterable[tuple[str, dict[str, Any]]], name: Callable[[dict[str, Any], str], Hashable]
+) -> dict[Hashable, tuple[str, dict[str, Any]]]:
+    """Find annotations by a name each, which two cannot share.
+
+    Args:
+        entries: (where, annotation).
+        name: from (annotation, where) to its name.
+    """
+    listed = list(entries)
+    names = [name(entry, where) for where, entry in listed]
+    require_unique(names, [where for where, _ in listed])
+    return dict(zip(names, listed, strict=True))
+
+
+def annotation(annotations: Mapping[Any, Any], name: Hashable, sample: Sample, path: Path, official: str) -> Any:
+    """Give a question's annotation, which must be there.
+
+    Args:
+        annotations: by name.
+        name: the question's.
+        sample: the question.
+        path: the annotations' file.
+        official: name of the file that the questions are of.
+
+    Raises:
+        BadSample: it is not there; both files are named.
+    """
+    if name not in annotations:
+        raise BadSample(
+            f"{sample.where}: question {short(name, 120)} is not in {path}: one of the two files is of another state "
+            f"or split; the questions are of {official}"
+        )
+    return annotations[name]
+
+
+def annotators(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Give the answer of each annotator, from `answers`: [{"answer": ...}, ...].
+
+    Args:
+        entry: the annotation.
+        where: file and line, for messages.
+
+    Raises:
+        BadSample: there is none, or one is no text.
+    """
+    people: list[Any] = [
+        each.get("answer") if isinstance(each, dict) else None for each in field(entry, "answers", where, list)
+    ]
+    if not people or not all(isinstance(person, str) for person in people):
+        raise BadSample(
+            f"{where}: 'answers' is {short(entry['answers'], 80)}, must hold {{'answer': text}} for each annotator"
+        )
+    return tuple(people)
+
+
+def read_list(path: Path, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, object) for each entry of a JSON list, or of the one that an object has by a name."""
+    entries = field(read_json(path), name, str(path), list) if name else read_json(path, list)
     for number, entry in enumerate(entries):
         where = f"{path}, entry {number}"
         yield where, _object(entry, where)

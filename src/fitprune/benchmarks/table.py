@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 
 from fitprune.benchmarks.base import Benchmark
+from fitprune.benchmarks.chartqa import CHARTQA
+from fitprune.benchmarks.docvqa import DOCVQA, DOCVQA_TEST
+from fitprune.benchmarks.gqa import GQA
+from fitprune.benchmarks.mme import MME
+from fitprune.benchmarks.ocrbench import OCRBENCH
 from fitprune.benchmarks.pope import POPE
+from fitprune.benchmarks.textvqa import TEXTVQA
+from fitprune.benchmarks.vizwiz import VIZWIZ, VIZWIZ_VAL
+from fitprune.benchmarks.vqav2 import VQAV2, VQAV2_VAL
 
-BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in (POPE,)}
+# The paper's ten, then others, and other splits last.
+_ALL = (TEXTVQA, GQA, VQAV2, VIZWIZ, POPE, MME, CHARTQA, DOCVQA, OCRBENCH, VQAV2_VAL, VIZWIZ_VAL, DOCVQA_TEST)
+BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in _ALL}
 
 
 def get_benchmark(name: str) -> Benchmark:

@@ -28,7 +28,8 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
         _resumable,
     )  # fmt: skip
     options.add_model(command)
-    options.add_data(command)
+    options.add_data(command, required=False)
+    options.add_benchmarks(command)
     options.add_recipes(command)
     options.add_force(command)
     command.add_argument(
@@ -59,7 +60,9 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument("--batch-size", type=parser.positive, default=8, help="questions in a batch (default: 8)")
     command.add_argument(
-        "--max-new-tokens", type=parser.positive, default=16, help="most tokens of an answer (default: 16)"
+        "--max-new-tokens",
+        type=parser.positive,
+        help="most tokens of an answer (default: the benchmark's; 16 for --data)",
     )
     command.add_argument(
         "--metric", choices=METRICS, help="how answers are judged, in every task (default: by the data: vqa for ten "
@@ -81,6 +84,7 @@ def _resumable(args: options.Args) -> bool:
 
 def run(args: options.Args) -> None:
     """Evaluate, write the results, and print a table."""
+    from fitprune.evaluation.answer_files import write_all
     from fitprune.evaluation.entries import Entry
     from fitprune.evaluation.evaluate import evaluate
     from fitprune.evaluation.results import beside, table
@@ -96,9 +100,12 @@ def run(args: options.Args) -> None:
     budgets = [budget for budget in at.values() if budget is not None]
     # Recipes of one search stand in one line of the tables, beside the methods at their budgets.
     together = len(set(budgets)) == len(budgets)
-    tasks = options.read_samples(args)
+    tasks, benchmarks = options.read_samples(args), options.read_benchmarks(args)
+    if not tasks and not benchmarks:
+        raise ValueError("no questions: pass --benchmark, such as --benchmark textvqa, or --data")
     model, processor = options.load(args)
     tasks = {name: options.usable(args, samples, processor, model) for name, samples in tasks.items()}
+    tasks |= {benchmark.name: samples for benchmark, samples in benchmarks}
     if solved is None:
         solved = _solved_by_sizes(args, names, model, processor, tasks) if names else ([], [])
     fingerprint = adapt(model).fingerprint
@@ -117,6 +124,8 @@ def run(args: options.Args) -> None:
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         prompt_template=args.prompt_template,
+        benchmarks={benchmark.name: benchmark for benchmark, _ in benchmarks},
+        protocol=args.protocol,
         metric=args.metric,
         timed_batches=args.timed_batches,
         examples=args.examples,
@@ -125,6 +134,8 @@ def run(args: options.Args) -> None:
     if results.rows:  # one of several processes has them
         results.save(args.output)
         print(table(results))
+        for benchmark, samples in benchmarks:
+            print(write_all(results, benchmark, samples, beside(args.output, "answers")))
         if replaced:
             print(f"{args.output}{replaced}")
 

@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from fitprune._version import __version__
 from fitprune.cli import (
     analyze,
-    benchmark,
+    benchmarks,
     convert_llava_hr,
     cost,
     demo,
@@ -31,8 +31,10 @@ from fitprune.cli import (
     push,
     recipe,
     report,
+    score,
     search,
     show,
+    time,
 )
 from fitprune.cli.parser import HelpFormatter, Parser, shortened
 
@@ -41,7 +43,8 @@ GROUPS = {
     "from a model to a recipe": (recipe, measure, fit, search),
     "look at a recipe and share it": (show, cost, push),
     "use a recipe and judge it": (generate, evaluate, report),
-    "time it on this device": (profile, benchmark),
+    "benchmarks and anybody's answers": (benchmarks, score),
+    "time it on this device": (profile, time),
     "more": (analyze, families, env, convert_llava_hr, demo),
 }
 

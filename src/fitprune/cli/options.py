@@ -11,6 +11,7 @@ from fitprune.cli import parser
 from fitprune.recipes.recipe import PruningRecipe
 
 if TYPE_CHECKING:
+    from fitprune.benchmarks.base import Benchmark
     from fitprune.calibration.samples import Sample
     from fitprune.fitting.budget import Budget
 
@@ -19,6 +20,7 @@ Args = argparse.Namespace
 
 RECIPE_NAMES = "recipe file or folder, hub name, or a published one such as llava-1.5-7b:60"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PROTOCOLS = ("llava", "chat")
 QUANTIZATIONS = ("bnb-4bit", "bnb-8bit", "torchao-int8")
 # Options that go on to `load_model` under their own names.
 LOADING = ("revision", "dtype", "device", "device_map", "attn_implementation", "quantization", "trust_remote_code")
@@ -106,9 +108,44 @@ def read_samples(args: Args) -> dict[str, list[Sample]]:
     """Read every --data: its name -> its samples."""
     from fitprune.calibration.samples import load_samples
 
-    require_different("--data", args.data)
+    require_different("--data", args.data or [])
     options = {"samples": args.samples, "seed": args.seed, "skip_bad": args.skip_bad}
-    return {name: load_samples(name, args.image_folder, **options) for name in args.data}
+    return {name: load_samples(name, args.image_folder, **options) for name in args.data or []}
+
+
+DATA_ROOT = "playground/data/eval"  # where LLaVA's scripts look
+
+
+def add_data_root(to: argparse.ArgumentParser) -> None:
+    """Add --data-root."""
+    to.add_argument(
+        "--data-root", type=parser.path, help="folder of the benchmarks' files, laid out as LLaVA's eval.zip "
+        f"(default: {DATA_ROOT})", default=DATA_ROOT,
+    )  # fmt: skip
+
+
+def add_benchmarks(to: argparse.ArgumentParser) -> None:
+    """Add --benchmark, where its files lie, and how its questions become prompts."""
+    to.add_argument(
+        "--benchmark", nargs="+", default=[], metavar="NAME", help="question sets with their official metric, such as "
+        "textvqa gqa pope; 'fitprune benchmarks' lists them",
+    )  # fmt: skip
+    add_data_root(to)
+    to.add_argument(
+        "--protocol", choices=PROTOCOLS, help="how a benchmark's questions become prompts: llava, as LLaVA's own "
+        "scripts; chat, by the processor's template (default: llava for LLaVA models)",
+    )  # fmt: skip
+
+
+def read_benchmarks(args: Args) -> list[tuple[Benchmark, list[Sample]]]:
+    """Read every --benchmark's questions."""
+    from fitprune.benchmarks.reading import load_benchmark
+    from fitprune.benchmarks.table import get_benchmark
+
+    benchmarks = [get_benchmark(name) for name in args.benchmark]
+    require_different("--benchmark", [benchmark.name for benchmark in benchmarks])
+    root, draw = Path(args.data_root), {"samples": args.samples, "seed": args.seed}
+    return [(benchmark, load_benchmark(benchmark, root, **draw)) for benchmark in benchmarks]
 
 
 def joined(tasks: Mapping[str, Sequence[Sample]]) -> list[Sample]:
@@ -223,7 +260,7 @@ def timed_model(args: Args) -> tuple[Any, Callable[[int], Any]]:
         raise ValueError("pass either MODEL or --random-model")
     sizes = {"text_tokens": args.text_tokens}
     if args.random_model is None:
-        from fitprune.speed.benchmark import noise_inputs
+        from fitprune.speed.time_recipes import noise_inputs
 
         model, processor = load(args)
         prompt = {"side": args.image_size, "prompt_template": args.prompt_template}

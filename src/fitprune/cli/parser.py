@@ -13,6 +13,8 @@ from fitprune.costs.sizes import MOST_TOKENS
 
 LONGEST_MESSAGE = 600  # characters of an error; a longer one quotes a file, and is cut in the middle
 HINTS = {
+    "benchmark": "'fitprune benchmark' is now 'fitprune time'; question sets are 'fitprune benchmarks' and "
+    "'fitprune evaluate --benchmark'",
     "--objective": "--objective is gone: 'fitprune fit' is the paper's rule (attention); for output use 'fitprune "
     "search MODEL --stats STATS --data DATA'",
     "--shape": "--shape is now --random-model",
@@ -45,6 +47,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
+            if str(value) in HINTS:
+                self._exit(HINTS[str(value)])
             choices = [str(choice) for choice in action.choices]
             raise argparse.ArgumentError(
                 action, f"{value!r}: must be one of {', '.join(choices)}{_nearest(value, choices)}"

@@ -35,13 +35,16 @@ def answer_batch(run: Run, batch: Sequence[Question], known: Mapping[int, Record
     entries = list(run.entries)
     if len(earlier) == len(batch):  # dense answers again all the same: divergences are from it
         entries = [entry for entry in entries if not all(entry.label in record["said"] for record in earlier)]
-    inputs = run.inputs([sample for _, _, sample in batch])
+    task = batch[0][1]
+    inputs = run.inputs(task, [sample for _, _, sample in batch])
+    has_image = batch[0][2].image is not None
     answers: list[dict[str, str]] = [{} for _ in batch]
     divergences: list[dict[str, float]] = [{} for _ in batch]
     dense: torch.Tensor | None = None
     for entry in [None, *entries]:
         name = DENSE if entry is None else entry.label
-        texts, first = _answer(run, inputs, entry, places)
+        if dense is None or has_image:  # without an image nothing is removed: every method answers as dense does
+            texts, first = _answer(run, inputs, entry, places, run.max_new_tokens[task])
         dense = first if dense is None else dense
         if bool((broken := first.isnan().any(1)).any()):
             sample = batch[int(broken.int().argmax())][2]
@@ -70,13 +73,13 @@ def answer_batch(run: Run, batch: Sequence[Question], known: Mapping[int, Record
 
 
 def _answer(
-    run: Run, inputs: Mapping[str, Any], entry: Entry | None, places: Sequence[int]
+    run: Run, inputs: Mapping[str, Any], entry: Entry | None, places: Sequence[int], max_new_tokens: int
 ) -> tuple[list[str], torch.Tensor]:
     """Answer greedily; returns the texts and the log-probabilities [batch, vocabulary] of each first token."""
     with torch.inference_mode(), run.pruned(entry, places):
         output = run.model.generate(
             **inputs,
-            max_new_tokens=run.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             output_logits=True,

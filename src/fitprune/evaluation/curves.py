@@ -34,7 +34,8 @@ def accuracy_curves(rows: Sequence[Row], task: Task) -> str:
             elinewidth=0.6,
             label=name.replace("$", r"\$"),
         )
-    what = "accuracy, %" if task.comparable else "agreement with dense, %"
+    share = f"{task.figure}, % of {task.maximum:g}" if task.benchmark and task.maximum != 100 else f"{task.figure}, %"
+    what = share if task.comparable else "agreement with dense, %"
     axes.set(xlabel="visual-token FLOPs removed, %", ylabel=what)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))

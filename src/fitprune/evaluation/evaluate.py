@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -17,6 +18,8 @@ from tqdm import tqdm
 from fitprune._support import checked
 from fitprune._support.journal import Journal, Record
 from fitprune._support.processes import Processes
+from fitprune.benchmarks.base import Benchmark
+from fitprune.calibration.protocol import protocol_for
 from fitprune.calibration.samples import Sample
 from fitprune.costs.sizes import MOST_TOKENS
 from fitprune.evaluation.answers import answer_batch
@@ -30,6 +33,8 @@ from fitprune.evaluation.timings import time_methods
 from fitprune.families.adapter import adapt
 from fitprune.recipes.recipe import PruningRecipe
 
+LONGEST = 16  # tokens of an answer to a question of no benchmark
+
 
 def evaluate(
     model: Any,
@@ -37,11 +42,13 @@ def evaluate(
     samples: Sequence[Sample] | Mapping[str, Sequence[Sample]],
     methods: PruningRecipe | Mapping[str, PruningRecipe] | Sequence[PruningRecipe | Entry],
     *,
+    benchmarks: Mapping[str, Benchmark] = MappingProxyType({}),
+    protocol: str | None = None,
     metric: str | None = None,
     journal: str | os.PathLike[str] | None = None,
     skipped: Sequence[Mapping[str, Any]] = (),
     batch_size: int = 8,
-    max_new_tokens: int = 16,
+    max_new_tokens: int | None = None,
     prompt_template: str | None = None,
     timed_batches: int = 1,
     examples: int = 0,
@@ -57,13 +64,17 @@ def evaluate(
         samples: questions, or task name -> questions; accuracy needs answers, agreement does not.
         methods: name -> recipe; a recipe, or several in a list; or entries as `entries_for` makes them. A scorer that
             draws at random draws again for each sample, by the sample's place, even if the question is the same.
-        metric: how answers are judged, a name of `fitprune.evaluation.metrics.METRICS`; None chooses for each task by
-            its data: "vqa" for ten annotators' answers, else "normalized".
+        benchmarks: of the tasks that are one, task name -> benchmark (`fitprune.benchmarks`): official metric, prompts
+            and longest answer.
+        protocol: how a benchmark's questions become prompts, "llava" or "chat"; None chooses by the model
+            (`fitprune.calibration.protocol`).
+        metric: how answers of other tasks are judged, a name of `fitprune.evaluation.metrics.METRICS`; None chooses for
+            each task by its data: "vqa" for ten annotators' answers, else "normalized".
         journal: file for each sample's answers; a run that was killed continues from it, and a run with more methods
             runs only the new ones. None keeps nothing.
         skipped: methods that could not be solved for a budget; copied into the results.
         batch_size: samples in a batch.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; None is the benchmark's, 16 for other tasks.
         prompt_template: see `fitprune.calibration.prompts.format_prompt`.
         timed_batches: batches of each task whose prefill and decoding are timed, methods in turn; 0 for none.
         examples: number of samples, of different kinds, whose picture and kept tokens go into the results.
@@ -79,7 +90,7 @@ def evaluate(
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),
-        ("max_new_tokens", max_new_tokens, 1),
+        ("max_new_tokens", 1 if max_new_tokens is None else max_new_tokens, 1),
         ("timed_batches", timed_batches, 0),
         ("examples", examples, 0),
     ):
@@ -87,14 +98,22 @@ def evaluate(
     tasks = dict(samples) if isinstance(samples, Mapping) else {UNNAMED: samples}
     adapted = adapt(model)
     entries, blind = readable(adapted, entries_of(methods))
-    run = Run(adapted, processor, tasks, entries, batch_size, max_new_tokens, prompt_template)
+    own = {task: benchmarks[task].max_new_tokens if task in benchmarks else LONGEST for task in tasks}
+    longest = {task: max_new_tokens or length for task, length in own.items()}
+    how = protocol_for(protocol, processor, adapted.model) if benchmarks else None
+    run = Run(adapted, processor, tasks, benchmarks, entries, batch_size, longest, prompt_template, how)
     _require_sound(run)
-    names = chosen_metrics(tasks, metric)
+    names = chosen_metrics({task: own for task, own in tasks.items() if task not in benchmarks}, metric)
     records = _answer_all(run, journal, progress)
     if records is None:
         return Results(())
     timings = time_methods(run, timed_batches)
-    parts = list(judge(names, metric is None, entries, records))
+    parts = list(judge(tasks, {**names, **benchmarks}, metric is None, run.labels, records))
+    scores = {
+        record["place"]: {label: float(of[number]) for label, of in part.scores.items()}
+        for part in parts
+        for number, record in enumerate(part.judged)
+    }
     return Results(
         rows=tuple(rows_of(adapted.fingerprint, parts, entries, run.model.dtype.itemsize)),
         best=tuple(best_of(parts, entries)),
@@ -102,7 +121,7 @@ def evaluate(
         recipes={
             label(name, budget): json.loads(group[0].recipe.to_json()) for name, budget, group in grouped(entries)
         },
-        examples=tuple(make_examples(run, records, examples)),
+        examples=tuple(make_examples(run, records, scores, examples)),
         provenance={name: value for name, value in run.identity.items() if name != "entries"},
         answers=tuple(records),
         timings=timings,

@@ -11,6 +11,9 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from fitprune.benchmarks.evalai import evalai, joined, opened, words
+from fitprune.benchmarks.soft_accuracy import soft_accuracy
+
 Metric = Callable[[str, Sequence[str]], float]
 
 ANNOTATORS = 10
@@ -43,9 +46,7 @@ def vqa(answer: str, accepted: Sequence[str]) -> float:
     """
     if len(accepted) < FEWEST_ANNOTATORS:
         return normalized(answer, accepted)
-    people = [evalai(text) for text in accepted]
-    agree, count = people.count(evalai(answer)), len(people)
-    return (agree * min(1, (agree - 1) / 3) + (count - agree) * min(1, agree / 3)) / count if agree else 0.0
+    return soft_accuracy(evalai(answer), [evalai(text) for text in accepted])
 
 
 METRICS: dict[str, Metric] = {metric.__name__: metric for metric in (exact, normalized, vqa)}
@@ -78,27 +79,15 @@ def choose(metric: str | None, accepted: Sequence[Sequence[str]]) -> str:
 
 def is_near(answer: str, accepted: Sequence[str]) -> bool:
     """Whether the answer holds an accepted one among other words, or lies in one: "A. cat" and "A"."""
-    texts = [_joined(_words(_folded(text))) for text in (answer, *accepted)]
+    texts = [joined(words(opened(_folded(text)))) for text in (answer, *accepted)]
     ours, *theirs = [f" {text} " if text else "" for text in texts]
     return any(bool(ours and text) and (text in ours or ours in text) for text in theirs)
 
 
 @functools.lru_cache(2**16)
-def evalai(text: str) -> str:
-    """Normalise an answer as the EvalAI server does: case, punctuation, number words, articles, contractions.
-
-    Quirks, kept: commas go even between digits ("3,5" is "35"), "none" is 0, "let's" is two words, a hyphen is a space
-    ("-3" is "3"), a mark that touches a space anywhere is cut everywhere instead; "%", "$", ":" and "'" stay.
-
-    Source: EvalAIAnswerProcessor of Pythia and MMF, as in LLaVA's m4c_evaluator.py.
-    """
-    return _joined([word for word in _words(text) if word not in _ARTICLES])
-
-
-@functools.lru_cache(2**16)
 def _plain(text: str) -> str:
     folded = _folded(text)
-    return evalai(folded) or _joined(_words(folded)) or text.strip().lower()
+    return evalai(folded) or joined(words(opened(folded))) or text.strip().lower()
 
 
 def _folded(text: str) -> str:
@@ -107,40 +96,6 @@ def _folded(text: str) -> str:
     return _SIGN.sub("\N{MINUS SIGN}", _LIST.sub(" ", text))
 
 
-def _joined(words: Sequence[str]) -> str:
-    return " ".join(_CONTRACTED.get(word, word) for word in words)
-
-
-def _words(text: str) -> list[str]:
-    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    cut = text
-    for mark in _MARKS:
-        cut = cut.replace(mark, "" if f"{mark} " in text or f" {mark}" in text else " ")
-    cut = re.sub(r"\.(?!\d)", "", cut, count=32)  # 32 and no more: theirs passes a flag as the count
-    return [_NUMBERS.get(word, word) for word in cut.split()]
-
-
-_ARTICLES = ("a", "an", "the")
-_MARKS = ';/[]"{}()=+\\_-><@`!'
-_COUNTED = "zero one two three four five six seven eight nine ten"
-_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED.split())}
-# Written with any one apostrophe left out, each is read as if it were there.
-_WHOLE = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
-    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
-    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
-    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
-    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-"""
-_CONTRACTED = (
-    {"somebody'd": "somebodyd"}
-    | {  # the first is theirs as it is
-        whole[:at] + whole[at + 1 :]: whole for whole in _WHOLE.split() for at, sign in enumerate(whole) if sign == "'"
-    }
-)
 _FULL_WIDTH = {0xFF01 + place: 0x21 + place for place in range(94)}
 _TYPOGRAPHY = _FULL_WIDTH | str.maketrans("\u2018\u2019\u201c\u201d\u3002\u2026", "''\"\"..")
 _EDGES = re.compile(r"(?<!\w)['*]+|['*:]+(?!\w)")

@@ -15,10 +15,9 @@ from typing import Any
 
 from fitprune._support import files
 from fitprune.evaluation.curves import accuracy_curves, keep_curves
-from fitprune.evaluation.metrics import METRICS
 from fitprune.evaluation.results import Results
 from fitprune.evaluation.summary import DENSE, Row, Task, label
-from fitprune.evaluation.tables import highest, percent, time_ratios, verdict
+from fitprune.evaluation.tables import figure_lines, highest, percent, time_ratios, verdict
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#1b1b1b;background:#fff}
@@ -77,7 +76,11 @@ def _page(results: Results) -> Iterator[str]:
         yield from _matrix(rows, task, highest(task, rows, results.best))
         if max(Counter(row.method for row in rows).values()) > 1:  # one budget is no curve
             yield f"<figure>{accuracy_curves(rows, task)}</figure>"
-        yield "<details><summary>Every figure</summary>" + _full(rows, results) + "</details>"
+        yield "<details><summary>Every figure</summary>" + _full(rows, task, results) + "</details>"
+        if len(rows[0].figures) > 1:
+            yield (
+                "<details open><summary>The benchmark's figures, as published</summary>" + _figures(rows) + "</details>"
+            )
         if rows[0].accuracy_by_kind and task.comparable:
             yield "<details><summary>Accuracy on each kind of question</summary>" + _kinds(rows) + "</details>"
     if results.recipes.keys():
@@ -116,7 +119,7 @@ def _matrix(rows: Sequence[Row], task: Task, most: Mapping[float, float]) -> Ite
     """Write the accuracy, methods down and budgets across, with the best of each budget marked."""
     dense = next(row for row in rows if row.method == DENSE)
     if dense.accuracy is not None:
-        yield f"<p>Dense: {_accuracy(dense)}</p>"
+        yield f"<p>Dense: {_accuracy(dense, task)}</p>"
     for row in rows:
         if row.budget is None and row.method != DENSE:
             yield f"<p>{html.escape(row.method)}: {_figure(row, task)} at -{percent(row.flops_reduction)}</p>"
@@ -141,21 +144,26 @@ def _cell(row: Row | None, task: Task, most: float | None) -> str:
 
 def _figure(row: Row, task: Task) -> str:
     """Write the accuracy, or the agreement if accuracies compare nothing."""
-    return _accuracy(row) if task.comparable else f"{percent(row.agreement)} <span class=low>agreement</span>"
+    return _accuracy(row, task) if task.comparable else f"{percent(row.agreement)} <span class=low>agreement</span>"
 
 
-def _accuracy(row: Row) -> str:
-    if row.accuracy is None or row.accuracy_interval is None:
+def _accuracy(row: Row, task: Task) -> str:
+    if row.accuracy is None:
         return "-"
-    low, high = row.accuracy_interval
-    return f"{100 * row.accuracy:.1f} <span class=low>{100 * low:.1f}&ndash;{100 * high:.1f}</span>"
+    spread = task.interval_text(row.accuracy_interval, "&ndash;")
+    return f"{task.as_text(row.accuracy).removesuffix('%')} <span class=low>{spread}</span>"
 
 
-def _full(rows: Sequence[Row], results: Results) -> str:
+def _figures(rows: Sequence[Row]) -> str:
+    head, *body = figure_lines(rows)
+    return _table(tuple(map(html.escape, head)), [tuple(map(html.escape, line)) for line in body])
+
+
+def _full(rows: Sequence[Row], task: Task, results: Results) -> str:
     times = results.times()
     head = (
-        "method", "seeds", "FLOPs cut", "prefill FLOPs", "tokens/layer", "tokens left", "KV bytes", "accuracy",
-        "of dense", "agreement", "KL", "prefill time", "decode time",
+        "method", "seeds", "FLOPs cut", "prefill FLOPs", "tokens/layer", "tokens left", "KV bytes",
+        task.figure, "of dense", "agreement", "KL", "prefill time", "decode time",
     )  # fmt: skip
     body = []
     for row in rows:
@@ -167,7 +175,7 @@ def _full(rows: Sequence[Row], results: Results) -> str:
             (
                 html.escape(row.label), str(row.seeds), percent(row.flops_reduction), f"{row.prefill_flops_ratio:.2f}x",
                 f"{row.mean_visual_tokens:.1f}", f"{row.visual_tokens_left:.0f}", f"{row.kv_bytes:,.0f}",
-                _accuracy(row), relative, percent(row.agreement), f"{row.divergence:.4f}",
+                _accuracy(row, task), relative, percent(row.agreement), f"{row.divergence:.4f}",
                 *time_ratios(row, times),
             )
         )  # fmt: skip
@@ -219,8 +227,8 @@ def _example(example: Mapping[str, Any], results: Results) -> Iterator[str]:
 def _answer(example: Mapping[str, Any], name: str, task: Task) -> str:
     """Write an answer, coloured if accepted answers mean something, and marked if the dense model's differs."""
     answer, mark = example["said"][name], ""
-    if task.metric and task.comparable and any(text.strip() for text in example["accepted"]):
-        score = METRICS[task.metric](answer, example["accepted"])
+    score = example["scores"].get(name)
+    if score is not None and task.comparable:
         mark = f" class={'right' if score > 0 else 'wrong'}"
         mark += f" title='{score:.2g} of 1'" if 0 < score < 1 else ""
     changed = "" if answer == example["said"][DENSE] else " <span class=changed>&ne; dense</span>"

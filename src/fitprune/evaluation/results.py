@@ -15,7 +15,7 @@ from fitprune._support.text_tables import aligned
 from fitprune.evaluation import tables
 from fitprune.evaluation.summary import Best, Row, Task, label
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +158,11 @@ def table(results: Results) -> str:
     parts = []
     for task in results.tasks:
         notes = [textwrap.fill(note, 100, subsequent_indent="  ") for note in task.warnings()]
-        lines = tables.lines(results.rows_on(task.name), results.times())
-        parts.append("\n".join([task.heading, aligned(lines), *notes]))
+        rows = results.rows_on(task.name)
+        tables_of_task = [aligned(tables.lines(task, rows, results.times()))]
+        if len(rows[0].figures) > 1:
+            tables_of_task.append(aligned(tables.figure_lines(rows)))
+        parts.append("\n".join([task.heading, *tables_of_task, *notes]))
     for task in results.tasks:
         rows = results.rows_on(task.name)
         if task.comparable and any(row.budget is not None for row in rows):

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from fitprune._support.journal import Record
+from fitprune.benchmarks.base import Benchmark
+from fitprune.benchmarks.measure import Measure, mean_by_group
 from fitprune.calibration.samples import Sample
 from fitprune.costs.cost import Cost
 from fitprune.costs.sizes import ModelFingerprint
 from fitprune.evaluation import metrics
-from fitprune.evaluation.bootstrap import Bootstrap, Interval, interval, is_sure
+from fitprune.evaluation.bootstrap import Interval, interval, is_sure, over_seeds, sums
 from fitprune.evaluation.entries import Entry, grouped
 from fitprune.evaluation.summary import ALMOST_NOTHING, DENSE, Best, Row, Task
 from fitprune.recipes.recipe import PruningRecipe
@@ -24,28 +26,52 @@ MANY_NEAR = 0.1  # share of the questions in which dense is wrong by words aroun
 ROOM = 0.05  # lead over FitPrune; if a method may have a larger one, the questions are too few
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Judged:
     """One task's records, and the score of each answer.
 
     Attributes:
         task: the task.
         records: all its records.
-        kinds: the kind of each question with accepted answers.
-        scores: label -> [questions with accepted answers], from 0 to 1.
+        judged: those of questions with accepted answers.
+        scores: label -> [judged], from 0 to 1.
+        measure: from scores to figures; None where nothing is judged.
     """
 
     task: Task
     records: list[Record]
-    kinds: list[str]
+    judged: list[Record]
     scores: dict[str, np.ndarray[Any, Any]]
+    measure: Measure | None
+
+    @functools.cached_property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Each label's figures, the first the task's accuracy."""
+        assert self.measure
+        return {label: self.measure.of(scores) for label, scores in self.scores.items()}
+
+    def accuracy(self, labels: Sequence[str]) -> float:
+        """Average the accuracy over seeds, as a fraction of its maximum."""
+        return float(np.mean([next(iter(self.figures[label].values())) for label in labels])) / self.task.maximum
+
+    @functools.cached_property
+    def _draws(self) -> dict[str, np.ndarray[Any, Any]]:
+        assert self.measure
+        counts = [self.measure.counts(scores) for scores in self.scores.values()]
+        totals = np.split(sums(np.concatenate(counts, 1)), len(counts), 1)
+        mains = [next(iter(self.measure.figures(each).values())) for each in totals]
+        return dict(zip(self.scores, mains, strict=True))
+
+    def draws(self, labels: Sequence[str]) -> np.ndarray[Any, Any]:
+        """Bootstrap the accuracy over questions and seeds, [RESAMPLES], as a fraction of its maximum."""
+        return over_seeds([self._draws[label] for label in labels]) / self.task.maximum
 
 
 def chosen_metrics(tasks: Mapping[str, Sequence[Sample]], metric: str | None) -> dict[str, str]:
     """Name the metric of each task: the one that is passed, or the one that its data asks for.
 
     Args:
-        tasks: task name -> questions.
+        tasks: task name -> questions; no benchmarks, which have their own.
         metric: a name of `fitprune.evaluation.metrics.METRICS`, or None.
 
     Raises:
@@ -63,29 +89,61 @@ def _has_answers(accepted: Sequence[str]) -> bool:
 
 
 def judge(
-    names: Mapping[str, str], guess: bool, entries: Sequence[Entry], records: Sequence[Record]
+    tasks: Mapping[str, Sequence[Sample]],
+    metric_of: Mapping[str, Benchmark | str],
+    guess: bool,
+    labels: Sequence[str],
+    records: Sequence[Record],
 ) -> Iterator[Judged]:
     """Score the answers of each task.
 
     Args:
-        names: task -> metric.
-        guess: whether the data chose the metrics.
-        entries: the methods.
-        records: the answers of all tasks.
+        tasks: task name -> questions.
+        metric_of: task name -> benchmark, or the name of a metric.
+        guess: whether the data chose these names.
+        labels: of the answers, dense first.
+        records: the answers of all tasks, in order.
     """
-    for name, metric in names.items():
-        own = [record for record in records if record["task"] == name]
-        judged = [record for record in own if _has_answers(record["accepted"])]
-        score = metrics.METRICS[metric]
-        scores = {
-            label: np.array([score(r["said"][label], r["accepted"]) for r in judged], dtype=np.float32)
-            for label in [DENSE, *(entry.label for entry in entries)]
-        }
-        task = Task(name, len(own), 0, None, False, None, always=_one_answer(own))
-        if judged:
-            wording = _check_wording(judged, scores[DENSE])
-            task = dataclasses.replace(task, answerable=len(judged), metric=metric, guess=guess, **wording)
-        yield Judged(task, own, [record["kind"] for record in judged], scores)
+    place = 0
+    for name, samples in tasks.items():
+        own = list(records[place : place + len(samples)])
+        place += len(samples)
+        benchmark = metric_of[name]
+        alone = sum(sample.image is None for sample in samples)
+        task = Task(name, len(own), 0, None, False, None, always=_one_answer(own), text_alone=alone)
+        if isinstance(benchmark, str):
+            yield _judge_data(task, samples, own, labels, benchmark, guess)
+        elif (score := benchmark.score) is None:
+            yield Judged(dataclasses.replace(task, benchmark=benchmark.title), own, [], {}, None)
+        else:
+            pairs = list(zip(samples, own, strict=True))
+            scores = {label: np.array([score(r["said"][label], s) for s, r in pairs]) for label in labels}
+            part = Judged(task, own, own, scores, benchmark.measure(samples))
+            figure, value = next(iter(part.figures[DENSE].items()))
+            task = dataclasses.replace(
+                task,
+                answerable=len(own),
+                metric=benchmark.metric,
+                dense=_rounded(value / benchmark.maximum),
+                benchmark=benchmark.title,
+                figure=figure,
+                maximum=benchmark.maximum,
+            )
+            yield dataclasses.replace(part, task=task)
+
+
+def _judge_data(
+    task: Task, samples: Sequence[Sample], own: list[Record], labels: Sequence[str], metric: str, guess: bool
+) -> Judged:
+    """Score the answers of a task that is no benchmark."""
+    pairs = [(s, r) for s, r in zip(samples, own, strict=True) if _has_answers(r["accepted"])]
+    if not pairs:
+        return Judged(task, own, [], {}, None)
+    judged, score = [record for _, record in pairs], metrics.METRICS[metric]
+    scores = {label: np.array([score(r["said"][label], r["accepted"]) for r in judged]) for label in labels}
+    wording = _check_wording(judged, scores[DENSE])
+    task = dataclasses.replace(task, answerable=len(judged), metric=metric, guess=guess, **wording)
+    return Judged(task, own, judged, scores, mean_by_group([sample for sample, _ in pairs], scale=1))
 
 
 def _check_wording(judged: Sequence[Record], dense: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -120,7 +178,6 @@ def rows_of(
         value_bytes: bytes of a value of the KV cache.
     """
     for part in parts:
-        boot = Bootstrap(part.task.answerable) if part.task.answerable else None
         groups: list[tuple[str, float | None, list[Entry]]] = [(DENSE, None, []), *grouped(entries)]
         for name, budget, group in groups:
             labels = [entry.label for entry in group] or [DENSE]
@@ -132,37 +189,38 @@ def rows_of(
                 budget=budget,
                 seeds=len(labels),
                 samples=len(part.records),
-                **_accuracy_of(part, labels, boot),
+                **_accuracy_of(part, labels),
                 **_agreement_of(part.records, labels),
                 **_costs_of(recipe, part.records, value_bytes),
             )
 
 
-def _accuracy_of(part: Judged, labels: Sequence[str], boot: Bootstrap | None) -> dict[str, Any]:
+def _accuracy_of(part: Judged, labels: Sequence[str]) -> dict[str, Any]:
     """Compute accuracy, absolute and relative to dense, over seeds, with intervals; None without accepted answers."""
-    scores = np.stack([part.scores[label] for label in labels])  # [seeds, questions]
     accuracy = spread = relative = relative_spread = None
-    if boot is not None:
-        draws = boot.means(scores)
-        accuracy, spread = _rounded(scores.mean()), interval(draws)
+    figures: dict[str, float] = {}
+    if part.measure is not None:
+        draws = part.draws(labels)
+        accuracy, spread = _rounded(part.accuracy(labels)), interval(draws)
         if part.task.comparable:
-            dense = part.scores[DENSE]
-            relative = _rounded(scores.mean() / dense.mean())
-            relative_spread = interval(draws / np.maximum(boot.means(dense[None]), 1 / len(dense)))
-    of_kind = {kind: np.array(part.kinds) == kind for kind in sorted({*part.kinds} - {""})}
+            relative = _rounded(part.accuracy(labels) / part.accuracy([DENSE]))
+            relative_spread = interval(draws / np.maximum(part.draws([DENSE]), 1 / len(part.judged)))
+        names = part.figures[DENSE]
+        figures = {name: _rounded(np.mean([part.figures[label][name] for label in labels])) for name in names}
+    is_benchmark = part.task.benchmark is not None
     return {
         "accuracy": accuracy,
         "accuracy_interval": spread,
         "relative_accuracy": relative,
         "relative_interval": relative_spread,
-        "accuracy_by_kind": {
-            kind: _rounded(np.mean([row[where].mean() for row in scores])) for kind, where in of_kind.items()
-        },
+        "accuracy_by_kind": {} if is_benchmark else dict(list(figures.items())[1:]),
+        "figures": figures if is_benchmark else {},
     }
 
 
 def _agreement_of(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Any]:
-    """Average how often answers are the dense model's, and the divergence from it, over samples and seeds."""
+    """Average how often answers are the dense model's, and the divergence from it, over images' samples and seeds."""
+    records = [record for record in records if record["sizes"][0]] or records
     same = [record["said"][label] == record["said"][DENSE] for label in labels for record in records]
     divergence = [record["divergence"][label] for label in labels for record in records]
     return {"agreement": _rounded(np.mean(same)), "divergence": _rounded(np.mean(divergence))}
@@ -203,22 +261,17 @@ def best_of(parts: Sequence[Judged], entries: Sequence[Entry]) -> Iterator[Best]
         if not part.task.comparable:
             continue
         for budget in dict.fromkeys(budget for _, budget, _ in groups if budget is not None):
-            scores = {
-                name: np.stack([part.scores[entry.label] for entry in group])
-                for name, at, group in groups
-                if at == budget
-            }
-            if "fitprune" in scores and len(scores) > 1:
-                yield _best(part.task, budget, scores)
+            labels = {name: [entry.label for entry in group] for name, at, group in groups if at == budget}
+            if "fitprune" in labels and len(labels) > 1:
+                yield _best(part, budget, labels)
 
 
-def _best(task: Task, budget: float, scores: Mapping[str, np.ndarray[Any, Any]]) -> Best:
-    """Compare the methods at one budget by their scores [seeds, questions]."""
-    boot = Bootstrap(task.answerable)
-    ours = boot.means(scores["fitprune"])
-    means = {name: _rounded(values.mean()) for name, values in scores.items()}
+def _best(part: Judged, budget: float, labels: Mapping[str, Sequence[str]]) -> Best:
+    """Compare the methods at one budget, each with the labels of its seeds."""
+    task, ours = part.task, part.draws(labels["fitprune"])
+    means = {name: _rounded(part.accuracy(own)) for name, own in labels.items()}
     leads = {name: _rounded(mean - means["fitprune"]) for name, mean in means.items()}
-    spreads = {name: interval(boot.means(values) - ours) for name, values in scores.items()}
+    spreads = {name: interval(part.draws(own) - ours) for name, own in labels.items()}
     # Among equals FitPrune comes first: a tie is no defeat.
     best = max(means, key=lambda name: (means[name], name == "fitprune"))
     return Best(

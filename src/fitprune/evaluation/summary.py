@@ -24,12 +24,17 @@ class Task:
         name: the task's name.
         questions: how many.
         answerable: how many of them have accepted answers.
-        metric: a name of `fitprune.evaluation.metrics.METRICS`; None where no question has accepted answers.
+        metric: a name of `fitprune.evaluation.metrics.METRICS`, or what a benchmark's figure is; None where no question
+            has accepted answers.
         guess: whether the data chose the metric.
         dense: the dense model's accuracy.
         near: questions in which the dense answer is wrong, but holds an accepted one among other words or lies in one.
         mismatch: an accepted answer and the dense model's, where accuracy may measure the wording.
         always: the dense model's answer to every question, if it has only one and not all of them accept it.
+        benchmark: a benchmark's title; None for other data.
+        figure: the name of the benchmark's figure.
+        maximum: its highest value, which an accuracy of 1 stands for.
+        text_alone: questions without an image, which run dense; costs and agreement are of the others.
     """
 
     name: str
@@ -41,6 +46,10 @@ class Task:
     near: int = 0
     mismatch: tuple[str, str] | None = None
     always: str | None = None
+    benchmark: str | None = None
+    figure: str = "accuracy"
+    maximum: float = 1
+    text_alone: int = 0
 
     @property
     def comparable(self) -> bool:
@@ -52,8 +61,22 @@ class Task:
         """Name, size and metric in one line."""
         why = f" (guessed{': ten answers a question' if self.metric == 'vqa' else ''})" if self.guess else ""
         size = f"{self.questions} question{'s' if self.questions != 1 else ''}"
-        name = "" if self.name == UNNAMED else f"{self.name}, "
+        size += f" ({self.text_alone} of text alone, dense)" if self.text_alone else ""
+        name = "" if self.name == UNNAMED else f"{self.benchmark or self.name}, "
         return f"{name}{size}" + (f", metric {self.metric}{why}" if self.metric else "")
+
+    def as_text(self, accuracy: float | None) -> str:
+        """Write an accuracy as people know it: a benchmark's figure as published, others in percent."""
+        if accuracy is None:
+            return "-"
+        return f"{self.maximum * accuracy:.2f}" if self.benchmark else f"{100 * accuracy:.1f}%"
+
+    def interval_text(self, spread: Interval | None, dash: str = "..") -> str:
+        """Write an interval in the same unit."""
+        if spread is None:
+            return "-"
+        scale, digits = (self.maximum, 2) if self.benchmark else (100, 1)
+        return dash.join(f"{scale * end:.{digits}f}" for end in spread)
 
     def warnings(self) -> list[str]:
         """Say what the figures do not show, a line each."""
@@ -61,7 +84,10 @@ class Task:
         if self.always is not None:
             notes.append(f"the dense model answers {_quoted(self.always)} to every question: check the prompt")
         if self.dense is None:
-            return [*notes, "no accepted answers: accuracy unknown, agreement with dense is shown"]
+            what = (
+                "no answers are published: a server scores the upload file" if self.benchmark else "no accepted answers"
+            )
+            return [*notes, f"{what}: accuracy unknown, agreement with dense is shown"]
         if missing := self.questions - self.answerable:
             notes.append(
                 f"{missing} of {self.questions} questions have no accepted answer: accuracy is of the other "
@@ -100,7 +126,8 @@ class Row:
         relative_interval: its interval, dense and pruned resampled together.
         agreement: fraction of all samples answered as the dense model answers.
         divergence: mean KL divergence, in nats, of the first answer token's distribution from the dense model's.
-        accuracy_by_kind: accuracy for each kind of question.
+        accuracy_by_kind: accuracy for each kind of question; empty for a benchmark.
+        figures: of a benchmark, all its figures as published, the first of which `accuracy` is a fraction of.
         flops_reduction: fraction of visual-token FLOPs removed (the paper's accounting), mean over samples.
         prefill_flops_ratio: FLOPs of the whole prefill, with text, scoring, tower and head, as a ratio to dense.
         mean_visual_tokens: visual tokens that enter a layer, mean over layers and samples.
@@ -120,6 +147,7 @@ class Row:
     agreement: float
     divergence: float
     accuracy_by_kind: dict[str, float]
+    figures: dict[str, float]
     flops_reduction: float
     prefill_flops_ratio: float
     mean_visual_tokens: float

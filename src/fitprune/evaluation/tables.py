@@ -9,18 +9,18 @@ from typing import Any
 from fitprune._support.text_tables import aligned
 from fitprune.evaluation.summary import DENSE, Best, Row, Task
 
+MOST_COLUMNS = 6  # rows of results that are shown side by side
 Times = Mapping[tuple[str, float | None], Mapping[str, Any]]  # (method, budget) -> its measured ratios to dense
 
 
-def lines(rows: Sequence[Row], times: Times) -> list[tuple[str, ...]]:
+def lines(task: Task, rows: Sequence[Row], times: Times) -> list[tuple[str, ...]]:
     """Write the table of one task, its head first."""
-    head = ("", "FLOPs cut", "tokens/layer", "tokens left", "KV bytes", "accuracy", "95% interval", "of dense")
+    head = ("", "FLOPs cut", "tokens/layer", "tokens left", "KV bytes", task.figure, "95% interval", "of dense")
     table = [(*head, "agreement", "KL", *(("prefill", "decode") if times else ()))]
     for row in rows:
         counts = (f"{row.mean_visual_tokens:.1f}", f"{row.visual_tokens_left:.0f}", f"{row.kv_bytes:,.0f}")
-        spread = row.accuracy_interval
-        interval = "-" if spread is None else f"{100 * spread[0]:.1f}..{100 * spread[1]:.1f}"
-        cells = (percent(row.accuracy), interval, percent(row.relative_accuracy), percent(row.agreement))
+        figure = (task.as_text(row.accuracy), task.interval_text(row.accuracy_interval))
+        cells = (*figure, percent(row.relative_accuracy), percent(row.agreement))
         ratios = time_ratios(row, times) if times else ()
         table.append((row.label, percent(row.flops_reduction), *counts, *cells, f"{row.divergence:.3f}", *ratios))
     return table
@@ -34,7 +34,7 @@ def time_ratios(row: Row, times: Times) -> tuple[str, str]:
 
 def html_table(task: Task, rows: Sequence[Row], times: Times) -> str:
     """Write the table of one task for a notebook."""
-    head, *body = [[html.escape(cell) for cell in line] for line in lines(rows, times)]
+    head, *body = [[html.escape(cell) for cell in line] for line in lines(task, rows, times)]
     written = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in body)
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in task.warnings())
     top = f"<thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead>"
@@ -54,7 +54,9 @@ def highest(task: Task, rows: Sequence[Row], best: Sequence[Best]) -> dict[float
 
 
 def matrix(task: Task, rows: Sequence[Row], best: Sequence[Best]) -> str:
-    """Format accuracy in percent on one task, methods down and budgets across, `*` at the best of each budget.
+    """Format accuracy on one task, methods down and budgets across, `*` at the best of each budget.
+
+    It is in percent, or a benchmark's figure.
 
     Each figure is followed by half the width of its 95% interval.
 
@@ -70,14 +72,21 @@ def matrix(task: Task, rows: Sequence[Row], best: Sequence[Best]) -> str:
     def cell(row: Row | None) -> str:
         if row is None or row.accuracy is None or row.accuracy_interval is None:
             return "-  "
-        half = 50 * (row.accuracy_interval[1] - row.accuracy_interval[0])
+        half = (row.accuracy_interval[1] - row.accuracy_interval[0]) / 2
         is_best = row.budget is not None and row.accuracy == most.get(row.budget)
-        return f"{100 * row.accuracy:.1f} \u00b1{half:.1f}{'*' if is_best else ' '}"
+        value, width = (task.as_text(part).removesuffix("%") for part in (row.accuracy, half))
+        return f"{value} \u00b1{width}{'*' if is_best else ' '}"
 
     table = [(f"{task.name}, dense {cell(cells[DENSE, None])}", *(f"-{100 * budget:g}% FLOPs" for budget in budgets))]
     for method in dict.fromkeys(method for method, budget in cells if budget is not None):
         table.append((method, *(cell(cells.get((method, budget))) for budget in budgets)))
     return aligned(table)
+
+
+def figure_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Write every figure of a benchmark as published: figures down and rows across, or turned if those are many."""
+    down = [("", *rows[0].figures), *((row.label, *(f"{value:.2f}" for value in row.figures.values())) for row in rows)]
+    return list(zip(*down, strict=True)) if len(rows) <= MOST_COLUMNS else down
 
 
 def verdict(best: Best) -> str:

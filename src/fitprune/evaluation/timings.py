@@ -28,9 +28,10 @@ def time_methods(run: Run, batches: int) -> dict[str, Any]:
     entries = firsts(run.entries)
     prefill: list[list[float]] = [[] for _ in [None, *entries]]
     decode: list[list[float]] = [[] for _ in prefill]
-    for samples in run.tasks.values():
+    for task, all_samples in run.tasks.items():
+        samples = [sample for sample in all_samples if sample.image is not None]
         for start in range(0, min(batches * run.batch_size, len(samples)), run.batch_size):
-            inputs = run.inputs(samples[start : start + run.batch_size])
+            inputs = run.inputs(task, samples[start : start + run.batch_size])
             places = range(len(inputs["input_ids"]))
             blocks = [functools.partial(run.pruned, entry, places) for entry in [None, *entries]]
             for seconds, measured in (

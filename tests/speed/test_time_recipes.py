@@ -6,8 +6,8 @@ import pytest
 
 from fitprune import PruningRecipe
 from fitprune.families.adapter import adapt
-from fitprune.speed.benchmark import time_recipes
 from fitprune.speed.profiling import profile_latency
+from fitprune.speed.time_recipes import time_recipes
 from fitprune.speed.timings import as_json, table
 from helpers.models import tiny_inputs, tiny_model
 

@@ -1,4 +1,4 @@
-"""`fitprune benchmark`: recipes and the dense model, timed in turn on this device."""
+"""`fitprune time`: recipes and the dense model, timed in turn on this device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fitprune.cli import options, parser
 def add(commands: options.Commands) -> argparse.ArgumentParser:
     """Declare the command."""
     command = options.command(
-        commands, "benchmark", run, "time recipes against the dense model on this device, and say where the time goes",
-        "fitprune benchmark --random-model llava-1.5-7b --recipe llava-1.5-7b:60 --new-tokens 1 16",
+        commands, "time", run, "time recipes against the dense model on this device, and say where the time goes",
+        "fitprune time --random-model llava-1.5-7b --recipe llava-1.5-7b:60 --new-tokens 1 16",
     )  # fmt: skip
     options.add_timed_model(command)
     options.add_recipes(command)
@@ -53,7 +53,7 @@ def run(args: options.Args) -> None:
     from fitprune.costs.latency import LatencyProfile
     from fitprune.fitting.budget import checked_budget
     from fitprune.fitting.fit import Fitter
-    from fitprune.speed.benchmark import time_recipes
+    from fitprune.speed.time_recipes import time_recipes
     from fitprune.speed.timings import as_json, table
 
     if args.output is not None:

@@ -105,7 +105,7 @@ def time_recipes(
     else:
         profiler = None
         _require_profile(profile, adapted, batch, length)
-    for turn in tqdm(range(rounds + 1), desc="benchmark", unit="round", disable=not progress or None):
+    for turn in tqdm(range(rounds + 1), desc="time", unit="round", disable=not progress or None):
         _run_round(adapted, inputs, methods, sorted(new_tokens), profiler, turn)
     if profiler is None:
         profiles = [profile] * rounds if profile else []

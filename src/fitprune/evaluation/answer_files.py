@@ -1,0 +1,40 @@
+"""Write a benchmark's answers for others: LLaVA's answers file and what a server takes, for each method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fitprune.benchmarks.answers import write_answers
+from fitprune.benchmarks.base import Benchmark
+from fitprune.calibration.samples import Sample
+from fitprune.evaluation.results import Results
+from fitprune.evaluation.summary import DENSE
+
+
+def write_all(results: Results, benchmark: Benchmark, samples: Sequence[Sample], folder: Path) -> str:
+    """Write the answers of every label into `folder / benchmark.name`; returns a line that says what is there.
+
+    Args:
+        results: with the answers.
+        benchmark: the benchmark.
+        samples: its questions, in the order of the answers.
+        folder: where its folder goes.
+
+    Raises:
+        OSError: a file cannot be written.
+        ImportError: what the upload file needs is not installed.
+    """
+    own = [record for record in results.answers if record["task"] == benchmark.name]
+    place = folder / benchmark.name
+    place.mkdir(parents=True, exist_ok=True)
+    model, upload = Path(str(results.provenance.get("model", "model"))).name, benchmark.upload
+    for label in own[0]["said"]:
+        texts = [record["said"][label] for record in own]
+        name = re.sub(r"[^A-Za-z0-9._=-]+", "-", label).strip("-")
+        write_answers(place / f"{name}.jsonl", samples, texts, model if label == DENSE else f"{model}-{name}")
+        if upload is not None:
+            upload.save(samples, texts, place / f"{name}.upload{upload.ending}")
+    more = f"; *.upload{upload.ending} is for {upload.taker}" if upload else ""
+    return f"{place}: each method's answers, as LLaVA's scripts take them{more}"
