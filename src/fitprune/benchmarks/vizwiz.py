@@ -1,8 +1,8 @@
 """VizWiz: what blind people asked of their own pictures, some of which cannot be answered; VQA's soft accuracy.
 
-An answer is normalised twice: by EvalAI's rule before it is sent in, as LLaVA does, and by VQA's evaluation.
+An answer is normalised twice: by EvalAI's rule before it is sent in, as LLaVA does, and by VizWiz's evaluation.
 
-Source: convert_vizwiz_for_submission.py and scripts/v1_5/eval/vizwiz.sh of LLaVA, vqaEval.py of the VQA authors.
+Source: convert_vizwiz_for_submission.py and scripts/v1_5/eval/vizwiz.sh of LLaVA, vqaEval.py of VizWiz's API (Qing Li).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fitprune.benchmarks.base import ONE_WORD, Benchmark, Needed, Upload
-from fitprune.benchmarks.evalai import evalai
+from fitprune.benchmarks.evalai import evalai, vqa_eval
 from fitprune.benchmarks.reading import annotation, annotators, field, index, question, read_list, read_questions
-from fitprune.benchmarks.soft_accuracy import vqa_accuracy
+from fitprune.benchmarks.soft_accuracy import soft_accuracy
 from fitprune.calibration.samples import Sample
 
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -58,8 +58,12 @@ def official(paths: Mapping[str, Path]) -> Iterator[Sample]:
 
 
 def score(text: str, sample: Sample) -> float:
-    """Score the answer that would be sent in, as VQA's evaluation does."""
-    return vqa_accuracy(evalai(text), sample.answers)
+    """Score the answer that would be sent in, as VizWiz's own evaluation does.
+
+    Quirk, kept: the answer is normalised and the annotators' are not, so one with capitals or an article agrees with
+    none. Theirs also adds an apostrophe to contractions with a typographic one; this does not.
+    """
+    return soft_accuracy(vqa_eval(evalai(text)), sample.answers)
 
 
 def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None:
