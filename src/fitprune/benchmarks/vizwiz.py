@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fitprune.benchmarks.base import ONE_WORD, Benchmark, Needed, Upload
-from fitprune.benchmarks.evalai import evalai, vqa_eval
+from fitprune.benchmarks.evalai import evalai
 from fitprune.benchmarks.reading import annotation, annotators, field, index, question, read_list, read_questions
-from fitprune.benchmarks.soft_accuracy import soft_accuracy
+from fitprune.benchmarks.soft_accuracy import vizwiz_accuracy
 from fitprune.calibration.samples import Sample
 
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -58,12 +58,8 @@ def official(paths: Mapping[str, Path]) -> Iterator[Sample]:
 
 
 def score(text: str, sample: Sample) -> float:
-    """Score the answer that would be sent in, as VizWiz's own evaluation does.
-
-    Quirk, kept: the answer is normalised and the annotators' are not, so one with capitals or an article agrees with
-    none. Theirs also adds an apostrophe to contractions with a typographic one; this does not.
-    """
-    return soft_accuracy(vqa_eval(evalai(text)), sample.answers)
+    """Score the answer that would be sent in, as the server does."""
+    return vizwiz_accuracy(evalai(text), sample.answers)
 
 
 def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None:
