@@ -17,7 +17,7 @@ from fitprune._support import files
 from fitprune.evaluation.curves import accuracy_curves, keep_curves
 from fitprune.evaluation.results import Results
 from fitprune.evaluation.summary import DENSE, Row, Task, label
-from fitprune.evaluation.tables import figure_lines, highest, percent, time_ratios, verdict
+from fitprune.evaluation.tables import MEAN, figure_lines, highest, overview, percent, time_ratios, verdict
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#1b1b1b;background:#fff}
@@ -68,6 +68,8 @@ def _page(results: Results) -> Iterator[str]:
         "comparison.</p>"
     )
     yield from _verdicts(results)
+    if every := overview(results.tasks, results.rows):
+        yield f"<h2>All benchmarks</h2>{_as_table(every)}<p class=low>{html.escape(MEAN)}</p>"
     for task in results.tasks:
         rows = results.rows_on(task.name)
         yield f"<h2>{html.escape(task.heading)}</h2>"
@@ -79,7 +81,9 @@ def _page(results: Results) -> Iterator[str]:
         yield "<details><summary>Every figure</summary>" + _full(rows, task, results) + "</details>"
         if len(rows[0].figures) > 1:
             yield (
-                "<details open><summary>The benchmark's figures, as published</summary>" + _figures(rows) + "</details>"
+                "<details open><summary>The benchmark's figures, as published</summary>"
+                + _as_table(figure_lines(rows))
+                + "</details>"
             )
         if rows[0].accuracy_by_kind and task.comparable:
             yield "<details><summary>Accuracy on each kind of question</summary>" + _kinds(rows) + "</details>"
@@ -154,8 +158,8 @@ def _accuracy(row: Row, task: Task) -> str:
     return f"{task.as_text(row.accuracy).removesuffix('%')} <span class=low>{spread}</span>"
 
 
-def _figures(rows: Sequence[Row]) -> str:
-    head, *body = figure_lines(rows)
+def _as_table(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = lines
     return _table(tuple(map(html.escape, head)), [tuple(map(html.escape, line)) for line in body])
 
 

@@ -167,6 +167,8 @@ def table(results: Results) -> str:
         rows = results.rows_on(task.name)
         if task.comparable and any(row.budget is not None for row in rows):
             parts.append(tables.matrix(task, rows, results.best))
+    if every := tables.overview(results.tasks, results.rows):
+        parts.append(f"{aligned(every)}\n{tables.MEAN}")
     notes = [tables.verdict(best) for best in results.best]
     notes += [f"{label(s['method'], s['budget'])}: left out, {s['reason']}" for s in results.skipped]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])

@@ -9,6 +9,7 @@ from typing import Any
 from fitprune._support.text_tables import aligned
 from fitprune.evaluation.summary import DENSE, Best, Row, Task
 
+MEAN = "of dense: the figure as a share of the dense model's, mean over the benchmarks where dense has one"
 MOST_COLUMNS = 6  # rows of results that are shown side by side
 Times = Mapping[tuple[str, float | None], Mapping[str, Any]]  # (method, budget) -> its measured ratios to dense
 
@@ -87,6 +88,31 @@ def figure_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Write every figure of a benchmark as published: figures down and rows across, or turned if those are many."""
     down = [("", *rows[0].figures), *((row.label, *(f"{value:.2f}" for value in row.figures.values())) for row in rows)]
     return list(zip(*down, strict=True)) if len(rows) <= MOST_COLUMNS else down
+
+
+def overview(tasks: Sequence[Task], rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Write the figure of each method on each benchmark, benchmarks across, and its mean as a share of dense.
+
+    Args:
+        tasks: all tasks; those that are no benchmarks, or have no figure, are left out.
+        rows: the rows of all tasks.
+
+    Returns:
+        The lines, their head first; none for fewer than two benchmarks.
+    """
+    judged = [task for task in tasks if task.benchmark and task.metric]
+    if len(judged) < 2:
+        return []
+    cells = {(row.label, row.task): row for row in rows}
+    table = [("", "FLOPs cut", *(task.name for task in judged), "of dense")]
+    for name in dict.fromkeys(row.label for row in rows):
+        own = [cells[name, task.name] for task in judged]
+        shares = [row.relative_accuracy for row in own if row.relative_accuracy is not None]
+        mean = sum(shares) / len(shares) if shares else None
+        cut = sum(row.flops_reduction for row in own) / len(own)
+        figures = [task.as_text(row.accuracy) for task, row in zip(judged, own, strict=True)]
+        table.append((name, percent(cut), *figures, percent(mean)))
+    return table
 
 
 def verdict(best: Best) -> str:
