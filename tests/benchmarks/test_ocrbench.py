@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fitprune.benchmarks.base import ONE_WORD
 from fitprune.benchmarks.ocrbench import OCRBENCH
 from fitprune.benchmarks.reading import load_benchmark
 from fitprune.calibration.samples import Sample
@@ -37,7 +38,11 @@ def root_of(folder, *entries):
 
 def test_questions(tmp_path):
     word, _, page, _ = load_benchmark(OCRBENCH, root_of(tmp_path, *ALL))
-    assert (word.id, word.text, word.answers) == ("IIIT5K-2843", "what is written in the image?", ("CENTRE",))
+    assert (word.id, word.text, word.answers) == (
+        "IIIT5K-2843",
+        "what is written in the image?" + ONE_WORD,
+        ("CENTRE",),
+    )
     assert (page.id, page.answers) == ("docVQA-2843", ("$161,886", "$161886"))
     assert word.image == tmp_path / "ocrbench/OCRBench_Images/IIIT5K/test/918_1.png"
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fitprune.benchmarks import textvqa, vqav2
+from fitprune.benchmarks import textvqa, vizwiz, vqav2
 from fitprune.benchmarks.evalai import evalai, vqa_eval
-from fitprune.benchmarks.soft_accuracy import soft_accuracy, vqa_accuracy
+from fitprune.benchmarks.soft_accuracy import soft_accuracy, vizwiz_accuracy, vqa_accuracy
 from fitprune.calibration.samples import Sample
 
 # answer, annotators, and what official code gives: LLaVA's m4c_evaluator.py; vqaEval.py of the VQA authors of the
@@ -63,6 +63,29 @@ def test_an_answer_scores_as_in_the_official_code(answer, people, m4c, as_it_is,
     assert 100 * textvqa.score(answer, sample) == pytest.approx(m4c)
     assert 100 * vqa_accuracy(answer, people) == pytest.approx(as_it_is)
     assert 100 * vqav2.score(answer, sample) == pytest.approx(sent)
+
+
+# The same of vqaEval.py of VizWiz's API: of the answer as it is, and as it is sent in.
+VIZWIZ = [
+    ("Two cans.", {"2 cans": 10}, 100, 100),
+    ("two", {"two": 10}, 0, 0),
+    ("Can", {"Can": 10}, 0, 0),
+    ("the can", {"a can": 3, "can": 7}, 100, 100),
+    ("none", {"0": 3, "none": 7}, 90, 90),
+    ("unanswerable", {"unanswerable": 2, "soda": 8}, 60, 60),
+    ("1,000 mg", {"1000 mg": 10}, 100, 100),
+    ("dont", {"don't": 10}, 0, 100),
+    ("dont", {"don\u2019t": 10}, 100, 0),
+    ("cant", {"can't": 10}, 100, 100),
+    ("somebody\u2019d", {"somebodyd": 10}, 100, 100),
+]
+
+
+@pytest.mark.parametrize(("answer", "people", "as_it_is", "sent"), VIZWIZ)
+def test_an_answer_scores_as_in_vizwiz_s_code(answer, people, as_it_is, sent):
+    people = tuple(text for text, count in people.items() for _ in range(count))
+    assert 100 * vizwiz_accuracy(answer, people) == pytest.approx(as_it_is)
+    assert 100 * vizwiz.score(answer, Sample(1, "", None, people)) == pytest.approx(sent)
 
 
 @pytest.mark.parametrize(

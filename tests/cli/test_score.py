@@ -90,7 +90,7 @@ def test_wrong_use_is_one_line(tmp_path, pope, add, capsys, monkeypatch):
     path, other = write_lines(tmp_path / "a.jsonl", answers), write_lines(tmp_path / "b.jsonl", [answer("q1", "a")])
     cases = [
         (["pope", "--answers", path, path, *root], "a.jsonl is passed twice"),
-        (["pop", "--answers", path, *root], "'pop': no such benchmark; there are pope"),
+        (["pop", "--answers", path, *root], "'pop': no such benchmark; there are textvqa, gqa"),
         (["pope", "--answers", other, *root], "b.jsonl:1: question 'q1' is not one of POPE's; 1 of 1 answers"),
         (["pope", "--answers", path, *root, "-o", other], "b.jsonl is no file of fitprune: choose another output"),
         (["pope", "--answers", path, *root, "--upload", "u"], "pope has no other format; pass on the answers file"),

@@ -1,9 +1,10 @@
 """OCRBench: a thousand questions about text in images; a point for each answer that holds the right one.
 
-The prompt is the question as it is, as in the authors' example.py. (Their LLaVA1_5.py adds LLaVA's instruction for
-short answers.) Ids are unique in a data set only: a question's id is both, "IIIT5K-2843".
+The prompt is the one of the authors' LLaVA1_5.py, which adds LLaVA's instruction for short answers. Ids are unique in
+a data set only: a question's id is both, "IIIT5K-2843".
 
-Source: example.py of the OCRBench authors. Differs from lmms-eval, which makes full-width letters plain first.
+Source: example.py and LLaVA1_5.py of the OCRBench authors. Differs from lmms-eval, which makes full-width letters plain
+first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fitprune.benchmarks.base import Benchmark, Needed
+from fitprune.benchmarks.base import ONE_WORD, Benchmark, Needed
 from fitprune.benchmarks.measure import Array, Measure, share
 from fitprune.benchmarks.reading import field, read_list
 from fitprune.calibration.entry import BadSample
@@ -50,7 +51,7 @@ def read(paths: Mapping[str, Path]) -> list[Sample]:
         picture = field(entry, "image_path", where)
         image = paths["images"] / picture if "images" in paths else None
         facts = {"dataset": dataset}
-        questions.append(Sample(f"{dataset}-{number}", text, image, tuple(answers), kind, where, facts))
+        questions.append(Sample(f"{dataset}-{number}", text + ONE_WORD, image, tuple(answers), kind, where, facts))
     return questions
 
 
@@ -99,5 +100,4 @@ OCRBENCH = Benchmark(
     score=score,
     measure=measure,
     maximum=1000,
-    max_new_tokens=100,
 )

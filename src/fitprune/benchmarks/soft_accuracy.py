@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fitprune.benchmarks.evalai import one_line, vqa_eval
+from fitprune.benchmarks.evalai import one_line, vizwiz_eval, vqa_eval
 
 
 def soft_accuracy(answer: str, people: Sequence[str]) -> float:
@@ -28,3 +28,14 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
     if len(set(people)) > 1:
         answer, people = vqa_eval(answer), [vqa_eval(person) for person in people]
     return soft_accuracy(answer, people)
+
+
+def vizwiz_accuracy(answer: str, people: Sequence[str]) -> float:
+    """Score an answer as VizWiz's own evaluation does.
+
+    Quirk, kept: the answer is normalised and the annotators' are not, so one with capitals, an article or "two" agrees
+    with no answer.
+
+    Source: vqaEval.py of VizWiz's API (Qing Li).
+    """
+    return soft_accuracy(vizwiz_eval(answer), people)

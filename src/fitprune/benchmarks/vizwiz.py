@@ -1,8 +1,8 @@
 """VizWiz: what blind people asked of their own pictures, some of which cannot be answered; VQA's soft accuracy.
 
-An answer is normalised twice: by EvalAI's rule before it is sent in, as LLaVA does, and by VQA's evaluation.
+An answer is normalised twice: by EvalAI's rule before it is sent in, as LLaVA does, and by VizWiz's evaluation.
 
-Source: convert_vizwiz_for_submission.py and scripts/v1_5/eval/vizwiz.sh of LLaVA, vqaEval.py of the VQA authors.
+Source: convert_vizwiz_for_submission.py and scripts/v1_5/eval/vizwiz.sh of LLaVA, vqaEval.py of VizWiz's API (Qing Li).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from fitprune.benchmarks.base import ONE_WORD, Benchmark, Needed, Upload
 from fitprune.benchmarks.evalai import evalai
 from fitprune.benchmarks.reading import annotation, annotators, field, index, question, read_list, read_questions
-from fitprune.benchmarks.soft_accuracy import vqa_accuracy
+from fitprune.benchmarks.soft_accuracy import vizwiz_accuracy
 from fitprune.calibration.samples import Sample
 
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -58,8 +58,8 @@ def official(paths: Mapping[str, Path]) -> Iterator[Sample]:
 
 
 def score(text: str, sample: Sample) -> float:
-    """Score the answer that would be sent in, as VQA's evaluation does."""
-    return vqa_accuracy(evalai(text), sample.answers)
+    """Score the answer that would be sent in, as the server does."""
+    return vizwiz_accuracy(evalai(text), sample.answers)
 
 
 def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
+from fitprune._support.messages import line
 from fitprune._support.processes import Processes
 from fitprune.calibration.entry import BadSample
 from fitprune.calibration.prompts import encode, format_prompt
+from fitprune.calibration.protocol import Protocol, by_parts, square
 from fitprune.calibration.samples import Sample, require_whole
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ def make_batches(
     processes: Processes | None = None,
     model: Any = None,
     skip_bad: bool = False,
+    protocol: Protocol | None = None,
 ) -> Iterator[Mapping[str, Any]]:
     """Turn samples into the processor's batches, padded on the left, in order.
 
@@ -40,12 +44,15 @@ def make_batches(
             mapping, so that batches keep their numbers.
         model: refuse samples with more tokens than it has positions; None knows no limit.
         skip_bad: leave out what cannot be used, as `usable` does before the first batch, instead of raising.
+        protocol: how questions become inputs, as `fitprune.calibration.protocol.protocol_for` finds it; None for the
+            processor's chat template or `prompt_template`.
 
     Yields:
         `input_ids`, `attention_mask`, `pixel_values`, ... as the model takes them.
 
     Raises:
-        ValueError: `batch_size` below 1, an argument of another type, or a template that forms no prompt.
+        ValueError: `batch_size` below 1, an argument of another type, a template that forms no prompt or is given
+            beside a protocol with one, or a batch of which some questions have an image and some do not.
         BadSample: an image that cannot be read, or a sample that the processor refuses; not with `skip_bad`.
     """
     require_whole("batch_size", batch_size, 1)
@@ -57,17 +64,23 @@ def make_batches(
         )
     if isinstance(samples, Sequence):
         samples = list(_checked(samples))
-    format_prompt(processor, _PROBE, prompt_template)  # a template's own fault is found before the first sample
+    protocol = _protocol(protocol, prompt_template)
+    format_prompt(processor, _PROBE, protocol.template)  # a template's own fault is found before the first sample
     if skip_bad:
-        samples = usable(samples, processor, prompt_template=prompt_template, model=model)
+        samples = usable(samples, processor, model=model, protocol=protocol)
     return (
-        _batch(chunk, processor, prompt_template, model) if processes is None or processes.has(number) else {}
+        _batch(chunk, processor, protocol, model) if processes is None or processes.has(number) else {}
         for number, chunk in enumerate(_chunks(_checked(samples), batch_size))
     )
 
 
 def usable(
-    samples: Iterable[Sample], processor: Any, *, prompt_template: str | None = None, model: Any = None
+    samples: Iterable[Sample],
+    processor: Any,
+    *,
+    prompt_template: str | None = None,
+    model: Any = None,
+    protocol: Protocol | None = None,
 ) -> list[Sample]:
     """Leave out the samples that the processor refuses, with a warning for each and a count (`--skip-bad`).
 
@@ -78,12 +91,14 @@ def usable(
         processor: the model's processor.
         prompt_template: as in `make_batches`.
         model: as in `make_batches`.
+        protocol: as in `make_batches`.
 
     Raises:
         ValueError: no sample is left, or as `make_batches`.
     """
     samples = list(samples)
-    batches = (make_batches([sample], processor, prompt_template=prompt_template, model=model) for sample in samples)
+    options: dict[str, Any] = {"prompt_template": prompt_template, "model": model, "protocol": protocol}
+    batches = (make_batches([sample], processor, **options) for sample in samples)
     good = []
     for sample, batch in zip(samples, batches, strict=True):
         try:
@@ -98,17 +113,39 @@ def usable(
     return good
 
 
-def _batch(chunk: Sequence[Sample], processor: Any, prompt_template: str | None, model: Any) -> Mapping[str, Any]:
+def _protocol(protocol: Any, prompt_template: str | None) -> Protocol:
+    """Make one of the two arguments; a template takes the place of the chat template alone."""
+    if not isinstance(protocol, (Protocol, NoneType)):
+        raise ValueError(f"protocol={line(repr(protocol))}: must be a Protocol, as protocol_for returns it, or None")
+    if prompt_template is None:
+        return protocol or Protocol()
+    if protocol is not None and protocol.template is not None:
+        raise ValueError(
+            f"prompt_template={line(repr(prompt_template))}: protocol={protocol.name!r} has its own; leave one out"
+        )
+    return Protocol("chat", prompt_template)
+
+
+def _batch(chunk: Sequence[Sample], processor: Any, protocol: Protocol, model: Any) -> Mapping[str, Any]:
+    if len({sample.image is None for sample in chunk}) > 1:
+        raise ValueError(
+            f"samples {chunk[0].id!r} to {chunk[-1].id!r} are one batch, and some of them have no image: must all have "
+            "one or none; make batches of each kind"
+        )
     prompts, names = [], []
     for sample in chunk:
         place = sample.where or f"sample {sample.id!r}"
         try:
-            prompts.append(format_prompt(processor, sample.text, prompt_template))
+            has_image = sample.image is not None
+            prompts.append(format_prompt(processor, sample.text, protocol.template, has_image=has_image))
         except ValueError as error:
             raise BadSample(f"{place}: {error}") from error
         names.append(f"{place}: {sample.image.name}" if isinstance(sample.image, Path) else place)
     # Nested, since some ask whose each image is.
-    inputs = encode(processor, prompts, [[sample.load_image()] for sample in chunk], names)
+    images = [[] if sample.image is None else [square(sample.load_image(), protocol.background)] for sample in chunk]
+    inputs = encode(processor, prompts, images, names)
+    if protocol.name == "llava":
+        inputs = by_parts(inputs, prompts, processor)
     if model is not None:
         _require_positions(inputs, names, model.config)
     return inputs

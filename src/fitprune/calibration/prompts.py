@@ -60,13 +60,15 @@ def chat_prompt(processor: Any, conversation: Sequence[Mapping[str, Any]]) -> st
     return prompt
 
 
-def format_prompt(processor: Any, text: str, prompt_template: str | None = None) -> str:
-    """Write a question about one image in the form that the model was trained on.
+def format_prompt(processor: Any, text: str, prompt_template: str | None = None, *, has_image: bool = True) -> str:
+    """Write a question about one image, or about none, in the form that the model was trained on.
 
     Args:
         processor: the model's processor.
         text: the question.
-        prompt_template: replaces the chat template: text with `{question}` and the image token.
+        prompt_template: replaces the chat template: text with `{question}` and the image token. A question without an
+            image takes it without that token and one line break after it.
+        has_image: whether the question has an image.
 
     Raises:
         ValueError: the question contains the image token or one that begins or ends text, the template is no text,
@@ -84,7 +86,7 @@ def format_prompt(processor: Any, text: str, prompt_template: str | None = None)
     if not isinstance(prompt_template, (str, NoneType)):
         raise ValueError(f"prompt_template={prompt_template!r}: must be text with {{question}} and the image token")
     if prompt_template is None:
-        content = [{"type": "image"}, {"type": "text", "text": text}]
+        content = [*([{"type": "image"}] if has_image else []), {"type": "text", "text": text}]
         return chat_prompt(processor, [{"role": "user", "content": content}])
     if "{question}" not in prompt_template:
         raise ValueError(
@@ -96,6 +98,8 @@ def format_prompt(processor: Any, text: str, prompt_template: str | None = None)
         raise ValueError(
             f"prompt_template={prompt_template!r}: {fault} visual token in it; put {token!r} where the image is"
         )
+    if token and not has_image:
+        prompt_template = re.sub(re.escape(token) + "\n?", "", prompt_template)
     return prompt_template.replace("{question}", text)
 
 

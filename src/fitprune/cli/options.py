@@ -20,7 +20,7 @@ Args = argparse.Namespace
 
 RECIPE_NAMES = "recipe file or folder, hub name, or a published one such as llava-1.5-7b:60"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-PROTOCOLS = ("llava", "chat")
+
 QUANTIZATIONS = ("bnb-4bit", "bnb-8bit", "torchao-int8")
 # Options that go on to `load_model` under their own names.
 LOADING = ("revision", "dtype", "device", "device_map", "attn_implementation", "quantization", "trust_remote_code")
@@ -132,7 +132,7 @@ def add_benchmarks(to: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_data_root(to)
     to.add_argument(
-        "--protocol", choices=PROTOCOLS, help="how a benchmark's questions become prompts: llava, as LLaVA's own "
+        "--protocol", choices=("llava", "chat"), help="how a benchmark's questions become prompts: llava, as LLaVA's own "
         "scripts; chat, by the processor's template (default: llava for LLaVA models)",
     )  # fmt: skip
 

@@ -84,10 +84,9 @@ class Task:
         if self.always is not None:
             notes.append(f"the dense model answers {_quoted(self.always)} to every question: check the prompt")
         if self.dense is None:
-            what = (
-                "no answers are published: a server scores the upload file" if self.benchmark else "no accepted answers"
-            )
-            return [*notes, f"{what}: accuracy unknown, agreement with dense is shown"]
+            if self.benchmark:
+                return [*notes, "no answers are published, so a server scores the upload file: agreement is shown"]
+            return [*notes, "no accepted answers: accuracy unknown, agreement with dense is shown"]
         if missing := self.questions - self.answerable:
             notes.append(
                 f"{missing} of {self.questions} questions have no accepted answer: accuracy is of the other "
