@@ -18,6 +18,7 @@ ONE_WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "cyan")
+CHINESE = dict(zip(COLOURS, ("红色", "绿色", "蓝色", "黄色", "橙色", "紫色", "白色", "青色"), strict=True))
 MME_IN_FOLDERS = ("artwork", "celebrity", "landmark", "posters", "scene")  # images and answers in folders of their own
 MME_FLAT = (
     "existence", "count", "position", "color", "OCR",
@@ -252,12 +253,13 @@ def mmbench(root, questions):
     numbers = {}
     for language, name in (("en", "mmbench/mmbench_dev_20230712"), ("cn", "mmbench_cn/mmbench_dev_cn_20231003")):
         rounds = [[] for _ in range(4)]
-        samples = scenes("digit-scenes", max(3, questions // 3), "digit_of_colour", "colour_of_digit")
-        for number, sample in enumerate(samples):
+        digits = scenes("digit-scenes", max(2, questions // 3 - 1), "digit_of_colour", "count", likely=True)
+        for number, sample in enumerate([*scenes("digit-scenes", 1, "colour_of_digit"), *digits]):
             options, place = choices(sample, 4 - number % 3)
-            options = [f"{'数字' if language == 'cn' else 'digit'} {each}" for each in options]
-            hint = 'The passage says "digits".\nRead it, then answer.' if language == "en" else "提示“数字”。\n请阅读。"
-            text = sample.text if language == "en" else f"图中哪一个 ({sample.text})"
+            hint, text = 'The passage says "digits".\nRead it, then answer.', sample.text
+            if language == "cn":
+                options = [CHINESE.get(option, option) for option in options]
+                hint, text = "提示“数字”。\n请阅读。", f"图中哪一个 ({text})"
             for turn in range(len(options)):
                 shown = [*options[turn:], *options[:turn], "", ""][:4]
                 rounds[turn].append(
