@@ -68,6 +68,15 @@ def test_every_question_is_read_and_right_answers_score_highest(name, playground
         assert next(iter(scored(benchmark, samples, texts).values())) == benchmark.maximum
 
 
+def test_everything_is_found_under_the_root(playground, capsys):
+    root, numbers = playground
+    assert main(["benchmarks", "--data-root", str(root)]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "missing" not in words
+    for name, benchmark in BENCHMARKS.items():
+        assert f"{name} {benchmark.title} {benchmark.metric} {numbers[name]} questions; " in words
+
+
 def command(root, out):
     where = ["--data-root", str(root), "-o", str(out / "results.json")]
     return ["evaluate", "digit-scenes", "--benchmark", *BENCHMARKS, *where, *METHODS]
@@ -76,7 +85,6 @@ def command(root, out):
 @pytest.fixture(scope="module")
 def done(playground, tmp_path_factory):
     """The folder of a run of every benchmark, dense and 60%."""
-    pytest.importorskip("openpyxl")
     out = tmp_path_factory.mktemp("done")
     assert main(command(playground[0], out)) == 0
     return out
@@ -117,10 +125,10 @@ def environment():
 
 
 def test_a_run_killed_in_the_middle_goes_on_and_gives_the_same_bytes(playground, done, tmp_path):
-    run = [sys.executable, "-c", DIES, "20", *command(playground[0], tmp_path)]
+    run = [sys.executable, "-c", DIES, "9", *command(playground[0], tmp_path)]
     assert subprocess.run(run, capture_output=True, check=False, env=environment()).returncode < 0
     left = (tmp_path / "results.samples.jsonl").read_bytes()
-    assert 20 < left.count(b"\n") < (done / "results.samples.jsonl").read_bytes().count(b"\n")
+    assert 9 < left.count(b"\n") < (done / "results.samples.jsonl").read_bytes().count(b"\n")
     assert contents(tmp_path).keys() == {"results.samples.jsonl"}
     assert main(command(playground[0], tmp_path)) == 0
     assert contents(tmp_path) == contents(done)
@@ -204,8 +212,8 @@ MALFORMED = {
         lambda root: edit(root, "scienceqa/llava_test_CQM-A.json", changed("conversations")),
         "ROOT/scienceqa/llava_test_CQM-A.json, entry 1: has no 'conversations', must have a list; is it another file?"),
     "another answer": ("scienceqa", 2, lambda root: edit(root, "scienceqa/problems.json", changed("answer", 4)),
-        "ROOT/scienceqa/problems.json, problem 11: 'answer' is 4, ROOT/scienceqa/llava_test_CQM-A.json, entry 1 has A: one is "
-        "of another state"),
+        "ROOT/scienceqa/problems.json, problem 11: 'answer' is 4, ROOT/scienceqa/llava_test_CQM-A.json, entry 1 has A: "
+        "one is of another state"),
     "another split": ("docvqa", 2,
         lambda root: shutil.copy(root / "docvqa/test_v1.0.json", root / "docvqa/val_v1.0_withQT.json"),
         "ROOT/docvqa/val_v1.0_withQT.json, entry 0: has no 'answers', must have a list; is it another file?"),
@@ -213,7 +221,8 @@ MALFORMED = {
         "ROOT/seed_bench/llava-seed-bench.jsonl: has no question 101669, which is in ROOT/seed_bench/SEED-Bench.json"),
     "answers of an image are missing": ("mme", 2,
         lambda root: without(root, "MME/MME_Benchmark_release_version/scene/questions_answers_YN/0020.txt"),
-        "the answers of its image are missing: ROOT/MME/MME_Benchmark_release_version/scene/questions_answers_YN/0020.t"),
+        "ROOT/MME/llava_mme.jsonl:27: the answers of its image are missing: ROOT/MME/MME_Benchmark_release_version/"
+        "scene/questions_answers_YN/0020.txt is not there"),
     "one folder too high": ("ocrbench", 1, lambda root: root.rename(root.with_name("eval")) and root.mkdir(),
         "ocrbench: its questions are missing: ROOT/ocrbench/OCRBench.json is not there"),
     "no root": ("ocrbench", 1, lambda root: root.rename(root.with_name("eval")),

@@ -425,7 +425,7 @@ def there_or_not(count):
 
 def people(answer):
     """What ten annotators say."""
-    return [answer, answer.upper(), f"the {answer}", f"{answer}.", answer, "3", "3", "4", "4", "4"]
+    return [answer] * 4 + [f"The {answer}.", "3", "3", "4", "4", "4"]
 
 
 def choices(sample, count):
