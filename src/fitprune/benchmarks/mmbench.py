@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import base64
 import functools
+import io
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,7 +215,8 @@ def measure(samples: Sequence[Sample]) -> Measure:
 def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None:
     """Write the spreadsheet that the server takes.
 
-    Control characters, which no spreadsheet can hold, are left out, and "=..." stays text.
+    Control characters, which no spreadsheet can hold, are left out, and "=..." stays text. The dates that openpyxl
+    writes into the file are replaced, so that equal answers give equal bytes.
 
     Args:
         samples: the questions.
@@ -239,7 +242,12 @@ def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None
         sheet.append([ILLEGAL.sub("", cell) if isinstance(cell, str) else cell for cell in cells])
         for cell in sheet[sheet.max_row]:
             cell.data_type = "s" if cell.data_type == "f" else cell.data_type
-    book.save(path)
+    content = io.BytesIO()
+    book.save(content)
+    with zipfile.ZipFile(content) as dated, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in dated.namelist():
+            part = re.sub(rb"(?<=W3CDTF\">)[^<]*", b"2000-01-01T00:00:00Z", dated.read(name))
+            file.writestr(zipfile.ZipInfo(name), part, zipfile.ZIP_DEFLATED)
 
 
 def _split(name: str, title: str, file: str, *, cn: bool, scored: bool, aliases: tuple[str, ...] = ()) -> Benchmark:
