@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 from collections import Counter
@@ -216,9 +217,15 @@ def read_json(path: Path, kind: type = dict) -> Any:
 def read_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, row) for each row of a table with tabs between columns, its first line their names."""
     csv.field_size_limit(1 << 30)
-    rows = csv.DictReader(_text(path).splitlines(keepends=True), delimiter="\t")
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
+    rows = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t")
+    try:
+        for number, row in enumerate(rows, 1):
+            where = f"{path}, row {number}"
+            if None in row or None in row.values():
+                raise BadSample(f"{where}: has not as many columns as the first line; copy the file again")
+            yield where, row
+    except csv.Error as error:
+        raise BadSample(f"{path}:{rows.line_num}: no table ({error}); copy the file again") from None
 
 
 def field(entry: Mapping[str, Any], name: str, where: str, kind: type | tuple[type, ...] = str) -> Any:

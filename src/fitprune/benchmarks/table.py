@@ -8,15 +8,23 @@ from fitprune.benchmarks.base import Benchmark
 from fitprune.benchmarks.chartqa import CHARTQA
 from fitprune.benchmarks.docvqa import DOCVQA, DOCVQA_TEST
 from fitprune.benchmarks.gqa import GQA
+from fitprune.benchmarks.mmbench import MMBENCH, MMBENCH_CN, MMBENCH_CN_TEST, MMBENCH_TEST
 from fitprune.benchmarks.mme import MME
+from fitprune.benchmarks.mmvet import MMVET
 from fitprune.benchmarks.ocrbench import OCRBENCH
 from fitprune.benchmarks.pope import POPE
+from fitprune.benchmarks.scienceqa import SCIENCEQA
+from fitprune.benchmarks.seed import SEED
 from fitprune.benchmarks.textvqa import TEXTVQA
 from fitprune.benchmarks.vizwiz import VIZWIZ, VIZWIZ_VAL
 from fitprune.benchmarks.vqav2 import VQAV2, VQAV2_VAL
 
 # The paper's ten, then others, and other splits last.
-_ALL = (TEXTVQA, GQA, VQAV2, VIZWIZ, POPE, MME, CHARTQA, DOCVQA, OCRBENCH, VQAV2_VAL, VIZWIZ_VAL, DOCVQA_TEST)
+_ALL = (
+    *(TEXTVQA, GQA, VQAV2, VIZWIZ, SCIENCEQA, POPE, MMVET, MMBENCH, MMBENCH_CN, MME),
+    *(SEED, CHARTQA, DOCVQA, OCRBENCH),
+    *(VQAV2_VAL, VIZWIZ_VAL, MMBENCH_TEST, MMBENCH_CN_TEST, DOCVQA_TEST),
+)
 BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in _ALL}
 
 
