@@ -9,7 +9,6 @@ matching_util.py and multiple_choice.py of VLMEvalKit, by the authors of MMBench
 from __future__ import annotations
 
 import base64
-import datetime
 import functools
 import io
 import re
@@ -216,13 +215,8 @@ def measure(samples: Sequence[Sample]) -> Measure:
 def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None:
     """Write the spreadsheet that the server takes.
 
-<<<<<<< Updated upstream
     Control characters, which no spreadsheet can hold, are left out, and "=..." stays text. The dates that openpyxl
     writes into the file are replaced, so that equal answers give equal bytes.
-=======
-    Control characters, which no spreadsheet can hold, are left out, and "=..." stays text. Equal answers give equal
-    bytes: the times that openpyxl and zip put into a file are fixed ones.
->>>>>>> Stashed changes
 
     Args:
         samples: the questions.
@@ -235,7 +229,6 @@ def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None
     try:
         from openpyxl import Workbook
         from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE as ILLEGAL
-        from openpyxl.writer.excel import ExcelWriter
     except ImportError:
         raise ImportError(f"{path}: openpyxl is needed to write it: pip install 'fitprune[benchmarks]'") from None
     book = Workbook()
@@ -249,21 +242,12 @@ def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None
         sheet.append([ILLEGAL.sub("", cell) if isinstance(cell, str) else cell for cell in cells])
         for cell in sheet[sheet.max_row]:
             cell.data_type = "s" if cell.data_type == "f" else cell.data_type
-<<<<<<< Updated upstream
     content = io.BytesIO()
     book.save(content)
     with zipfile.ZipFile(content) as dated, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name in dated.namelist():
             part = re.sub(rb"(?<=W3CDTF\">)[^<]*", b"2000-01-01T00:00:00Z", dated.read(name))
             file.writestr(zipfile.ZipInfo(name), part, zipfile.ZIP_DEFLATED)
-=======
-    book.properties.created = book.properties.modified = datetime.datetime(1980, 1, 1)
-    saved = io.BytesIO()
-    ExcelWriter(book, zipfile.ZipFile(saved, "w")).save()
-    with zipfile.ZipFile(saved) as dated, zipfile.ZipFile(path, "w") as file:
-        for name in dated.namelist():
-            file.writestr(zipfile.ZipInfo(name), dated.read(name), zipfile.ZIP_DEFLATED)
->>>>>>> Stashed changes
 
 
 def _split(name: str, title: str, file: str, *, cn: bool, scored: bool, aliases: tuple[str, ...] = ()) -> Benchmark:
