@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -104,10 +105,9 @@ def judge(
         labels: of the answers, dense first.
         records: the answers of all tasks, in order.
     """
-    place = 0
+    rest = iter(records)
     for name, samples in tasks.items():
-        own = list(records[place : place + len(samples)])
-        place += len(samples)
+        own = list(itertools.islice(rest, len(samples)))
         benchmark = metric_of[name]
         alone = sum(sample.image is None for sample in samples)
         task = Task(name, len(own), 0, None, False, None, always=_one_answer(own), text_alone=alone)
@@ -124,10 +124,10 @@ def judge(
                 task,
                 answerable=len(own),
                 metric=benchmark.metric,
-                dense=_rounded(value / benchmark.maximum),
                 benchmark=benchmark.title,
                 figure=figure,
                 maximum=benchmark.maximum,
+                dense=_rounded(value / benchmark.maximum),
             )
             yield dataclasses.replace(part, task=task)
 
