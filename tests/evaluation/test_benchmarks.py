@@ -1,0 +1,102 @@
+"""Benchmarks through `evaluate`, under LLaVA's protocol: a tiny LLaVA with a tokenizer of Llama's kind."""
+
+import pytest
+import transformers as tf
+
+from fitprune import PruningRecipe, evaluate
+from fitprune.benchmarks.reading import load_benchmark
+from fitprune.benchmarks.table import BENCHMARKS
+from fitprune.evaluation.report import write_report
+from fitprune.evaluation.results import Results, table
+from fitprune.families.adapter import adapt
+from helpers import families as F
+from helpers import vicuna
+from helpers.playground import make_playground
+
+NAMES = ("textvqa", "gqa", "scienceqa", "pope", "mmbench", "mme", "mmvet")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    root = tmp_path_factory.mktemp("playground")
+    make_playground(root, 10)
+    return {name: load_benchmark(BENCHMARKS[name], root) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    tokens = vicuna.tokenizer()
+    text = tf.LlamaConfig(**(F.TEXT | {"vocab_size": 800}))
+    config = F.llava_config(tf.LlavaConfig, text, F.Ids(tokens), image_seq_length=16)
+    processor = F.llava_processor(tokens)
+    processor.chat_template = vicuna.TEMPLATE
+    return F.build(tf.LlavaForConditionalGeneration, config), processor
+
+
+def run(loaded, tasks, **options):
+    model, processor = loaded
+    recipe = PruningRecipe((0.5, *[0.25] * (F.LAYERS - 1)), adapt(model).fingerprint, 16, {})
+    benchmarks = {name: BENCHMARKS[name] for name in tasks}
+    options = {"max_new_tokens": 6, "timed_batches": 0, **options}
+    return evaluate(model, processor, tasks, {"half": recipe}, benchmarks=benchmarks, **options)
+
+
+@pytest.fixture(scope="module")
+def results(loaded, tasks):
+    return run(loaded, tasks, examples=3)
+
+
+def test_batches_of_1_and_8_give_the_same_answers(loaded, tasks, results):
+    alone = run(loaded, tasks, batch_size=1)
+    assert [record["said"] for record in alone.answers] == [record["said"] for record in results.answers]
+    assert len({record["said"]["dense"] for record in results.answers}) > 5
+    assert any(record["said"]["half"] != record["said"]["dense"] for record in results.answers)
+
+
+def test_the_protocol_is_llavas_and_noted(loaded, tasks, results):
+    noted = results.provenance["tasks"]["pope"]["protocol"]
+    assert "name='llava'" in noted
+    assert "A chat between a curious user" in noted
+    chat = run(loaded, {"pope": tasks["pope"]}, protocol="chat")
+    assert "name='chat'" in chat.provenance["tasks"]["pope"]["protocol"]
+    ours = [record["said"]["dense"] for record in results.answers if record["task"] == "pope"]
+    assert [record["said"]["dense"] for record in chat.answers] != ours
+
+
+def test_questions_of_text_alone_run_dense_and_are_counted_apart(tasks, results):
+    alone = [sample.id for sample in tasks["scienceqa"] if sample.image is None]
+    records = {record["id"]: record for record in results.answers if record["task"] == "scienceqa"}
+    assert 0 < len(alone) < len(tasks["scienceqa"])
+    assert all(records[name]["said"]["half"] == records[name]["said"]["dense"] for name in alone)
+    assert all(records[name]["divergence"]["half"] == 0 for name in alone)
+    task = next(task for task in results.tasks if task.name == "scienceqa")
+    assert f"({len(alone)} of text alone, dense)" in task.heading
+    seen = [record for name, record in records.items() if name not in alone]
+    same = sum(record["said"]["half"] == record["said"]["dense"] for record in seen) / len(seen)
+    assert results.row("half", "scienceqa").agreement == pytest.approx(same, abs=1e-6)
+
+
+def test_figures_go_through_the_file_and_into_table_and_report(results, tmp_path):
+    results.save(tmp_path / "r.json")
+    again = Results.load(tmp_path / "r.json")
+    assert again.rows == results.rows
+    for name in NAMES:
+        row, benchmark = again.row("dense", name), BENCHMARKS[name]
+        if benchmark.score is None:
+            assert (row.accuracy, row.figures) == (None, {})
+        else:
+            assert next(iter(row.figures.values())) == pytest.approx(row.accuracy * benchmark.maximum, abs=1e-2)
+    text = table(again)
+    assert "MME, 28 questions, metric perception" in text
+    assert "no answers are published, so a server scores the upload file" in text
+    head = next(line for line in text.splitlines() if line.endswith("of dense") and "textvqa" in line)
+    assert head.split() == ["FLOPs", "cut", *(n for n in NAMES if n != "mmvet"), "of", "dense"]
+    write_report(again, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "All benchmarks" in page
+    assert page.count("as published") == sum(len(again.row("dense", name).figures) > 1 for name in NAMES)
+
+
+def test_a_longest_answer_is_the_benchmarks_unless_one_is_asked_for(loaded, tasks):
+    longest = run(loaded, {"gqa": tasks["gqa"][:1]}, max_new_tokens=None).provenance["max_new_tokens"]
+    assert longest == {"gqa": 128}
