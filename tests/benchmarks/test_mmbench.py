@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import sys
 
 import openpyxl
 import pytest
@@ -14,7 +15,9 @@ from fitprune.benchmarks.base import line_of
 from fitprune.benchmarks.mmbench import answer_of
 from fitprune.benchmarks.reading import drawn, load_benchmark
 from fitprune.benchmarks.table import get_benchmark
+from fitprune.cli.main import main
 from helpers.eval_files import put
+from helpers.playground import make_playground
 from helpers.real_answers import SLICE, figures, whole
 
 MMB, CN, TEST = get_benchmark("MMBench"), get_benchmark("mmbench_cn"), get_benchmark("mmbench-test")
@@ -225,3 +228,15 @@ def test_a_broken_table_is_named_in_one_line(tmp_path, rows, words):
     with pytest.raises(ValueError, match=words) as error:
         load_benchmark(MMB, root(tmp_path, rows))
     assert "\n" not in str(error.value)
+
+
+def test_a_spreadsheet_that_cannot_be_written_is_refused_first(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    root = tmp_path / "root"
+    make_playground(root, 4)
+    command = ["--benchmark", "mmbench", "--data-root", str(root), "-o", str(tmp_path / "r.json")]
+    assert main(["evaluate", "/no-such-model", *command]) == 1
+    error = (
+        "fitprune: error: mmbench: openpyxl is needed to write its upload file: pip install 'fitprune[benchmarks]'\n"
+    )
+    assert capsys.readouterr().err == error

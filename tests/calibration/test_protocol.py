@@ -237,6 +237,24 @@ def test_images_are_padded_where_the_authors_did_and_once():
         assert chosen("llava", config=config).background == background
 
 
+def test_llavas_pictures_are_converted_and_nothing_else(tmp_path):
+    """As Image.open(...).convert("RGB"): what is transparent shows the colour beneath, and EXIF turns nothing."""
+    image = Image.new("RGBA", (40, 20), (200, 10, 10, 0))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    expected = Image.open(tmp_path / "a.png").convert("RGB")
+    assert expected.getpixel((0, 0)) == (200, 10, 10)
+    for source in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), Image.open(tmp_path / "a.png")):
+        sample = Sample("a", "what?", source)
+        assert sample.load_image(as_shown=False).tobytes() == expected.tobytes()
+        assert sample.load_image().size == (20, 40)
+        protocol = chosen("llava")
+        pixels = next(make_batches([sample], processor_of("llava"), protocol=protocol))["pixel_values"]
+        padded = processor_of("llava").image_processor(square(expected, MEAN), return_tensors="pt")["pixel_values"]
+        assert torch.equal(pixels, padded)
+
+
 # -- which ---------------------------------------------------------------------------------------------------------
 
 

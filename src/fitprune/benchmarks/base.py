@@ -6,6 +6,7 @@ Each benchmark is one file of this package that makes one `Benchmark` (or one fo
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from fitprune.calibration.samples import Sample
 
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
+EXTRA = "pip install 'fitprune[benchmarks]'"
 SHORT, LONG = 128, 1024  # tokens of an answer at most: in LLaVA's model_vqa_loader.py, and in its other scripts
 
 
@@ -43,11 +45,25 @@ class Upload:
         ending: ends the file's name, such as ".json"; "" for a folder.
         write: writes the answers [questions] to the path.
         taker: the script or server that takes it.
+        module: what must be installed to write it.
     """
 
     ending: str
     write: Callable[[Sequence[Sample], Sequence[str], Path], None]
     taker: str
+    module: str = ""
+
+    def require(self, name: str) -> None:
+        """Refuse, before long work, where the file could not be written.
+
+        Args:
+            name: the benchmark's.
+
+        Raises:
+            ImportError: the module is not installed.
+        """
+        if self.module and importlib.util.find_spec(self.module) is None:
+            raise ImportError(f"{name}: {self.module} is needed to write its upload file: {EXTRA}")
 
     def save(self, samples: Sequence[Sample], texts: Sequence[str], path: str | os.PathLike[str]) -> None:
         """Write the answers [questions]; a file whole or not at all."""

@@ -222,15 +222,10 @@ def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None
         samples: the questions.
         answers: to each.
         path: of the file.
-
-    Raises:
-        ImportError: openpyxl is not installed.
     """
-    try:
-        from openpyxl import Workbook
-        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE as ILLEGAL
-    except ImportError:
-        raise ImportError(f"{path}: openpyxl is needed to write it: pip install 'fitprune[benchmarks]'") from None
+    from openpyxl import Workbook
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE as ILLEGAL
+
     book = Workbook()
     sheet = book.active
     sheet.title = "Sheet1"
@@ -263,7 +258,7 @@ def _split(name: str, title: str, file: str, *, cn: bool, scored: bool, aliases:
         measure=measure,
         max_new_tokens=LONG,
         unit=unit,
-        upload=Upload(".xlsx", write, "MMBench's server (opencompass.org.cn)"),
+        upload=Upload(".xlsx", write, "MMBench's server (opencompass.org.cn)", "openpyxl"),
         rebuild=functools.partial(rebuild, **facts),
         aliases=aliases,
     )

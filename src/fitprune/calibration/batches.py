@@ -142,7 +142,11 @@ def _batch(chunk: Sequence[Sample], processor: Any, protocol: Protocol, model: A
             raise BadSample(f"{place}: {error}") from error
         names.append(f"{place}: {sample.image.name}" if isinstance(sample.image, Path) else place)
     # Nested, since some ask whose each image is.
-    images = [[] if sample.image is None else [square(sample.load_image(), protocol.background)] for sample in chunk]
+    as_shown = protocol.name != "llava"
+    images = [
+        [] if sample.image is None else [square(sample.load_image(as_shown=as_shown), protocol.background)]
+        for sample in chunk
+    ]
     inputs = encode(processor, prompts, images, names)
     if protocol.name == "llava":
         inputs = by_parts(inputs, prompts, processor)

@@ -62,7 +62,7 @@ class InDataset:
         return self.dataset[self.row][self.column].to_pylist()[0]
 
 
-def load_picture(source: Any, folder: Path = Path()) -> Image.Image:
+def load_picture(source: Any, folder: Path = Path(), *, as_shown: bool = True) -> Image.Image:
     """Load the picture that a viewer shows, in RGB; the module's docstring has the rules.
 
     Args:
@@ -70,17 +70,19 @@ def load_picture(source: Any, folder: Path = Path()) -> Image.Image:
             `datasets` stores a picture; its place in a dataset; an image, which is left as it is; or an array
             [height, width] or [height, width, 1, 3 or 4]. A list of one is its element.
         folder: where a relative name begins.
+        as_shown: by the rules; else as Pillow's `convert("RGB")` makes it, which LLaVA's own evaluation uses: alpha is
+            dropped, and nothing is turned.
 
     Raises:
         BadPicture: there is no such file, it is no image, truncated, animated, a single pixel or a decompression bomb;
             a URL; values whose black and white are unknown; or `source` is of another type.
     """
     if isinstance(source, InDataset):
-        return load_picture(source.read(), source.folder)
+        return load_picture(source.read(), source.folder, as_shown=as_shown)
     if isinstance(source, (list, tuple)) and len(source) == 1:
-        return load_picture(source[0], folder)
+        return load_picture(source[0], folder, as_shown=as_shown)
     if isinstance(source, dict):
-        return load_picture(source.get("bytes") or source.get("path"), folder)
+        return load_picture(source.get("bytes") or source.get("path"), folder, as_shown=as_shown)
     if isinstance(source, str):
         source = located(source, folder)
     elif isinstance(source, os.PathLike):
@@ -90,11 +92,11 @@ def load_picture(source: Any, folder: Path = Path()) -> Image.Image:
         name = line(str(source), 100) if isinstance(source, Path) else f"its image {line(source, 40)!r}"
     try:
         if isinstance(source, Image.Image):
-            return _as_shown(source, name)
+            return _as_shown(source, name) if as_shown else source.convert("RGB")
         if isinstance(source, np.ndarray):
             return _as_shown(_of_array(source, name), name)
         with Image.open(_opened(source, name)) as image:
-            return _as_shown(image, name)
+            return _as_shown(image, name) if as_shown else image.convert("RGB")
     except BadPicture:
         raise
     except UnidentifiedImageError:

@@ -47,14 +47,17 @@ class Sample:
     where: str = ""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def load_image(self) -> Image.Image:
+    def load_image(self, *, as_shown: bool = True) -> Image.Image:
         """Decode the image as RGB, as a viewer shows it (`fitprune.calibration.pictures` has the rules).
+
+        Args:
+            as_shown: see `fitprune.calibration.pictures.load_picture`.
 
         Raises:
             BadSample: the file is missing, no image, truncated, animated, a single pixel, or a decompression bomb.
         """
         try:
-            return load_picture(self.image)
+            return load_picture(self.image, as_shown=as_shown)
         except BadPicture as error:
             of_data = self.where and not self.where.startswith("--")  # an option names its image itself
             hint = "; check --image-folder" if of_data and "does not exist" in str(error) else ""

@@ -143,6 +143,9 @@ def read_benchmarks(args: Args) -> list[tuple[Benchmark, list[Sample]]]:
 
     benchmarks = [get_benchmark(name) for name in args.benchmark]
     require_different("--benchmark", [benchmark.name for benchmark in benchmarks])
+    for benchmark in benchmarks:
+        if benchmark.upload:
+            benchmark.upload.require(benchmark.name)
     root, draw = Path(args.data_root), {"samples": args.samples, "seed": args.seed}
     return [(benchmark, load_benchmark(benchmark, root, **draw)) for benchmark in benchmarks]
 

@@ -74,6 +74,7 @@ def _require_possible(benchmark: Benchmark, args: options.Args) -> None:
         return
     if upload is None:
         raise ValueError(f"--upload {args.upload}: {benchmark.name} has no other format; pass on the answers file")
+    upload.require(benchmark.name)
     if len(args.answers) > 1:
         raise ValueError(f"--upload {args.upload}: holds one model's answers, not {len(args.answers)}; pass one file")
     if not args.upload.endswith(upload.ending):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,10 @@ from fitprune.costs.sizes import ModelFingerprint
 from fitprune.evaluation import metrics
 from fitprune.evaluation.bootstrap import Interval, interval, is_sure, over_seeds, sums
 from fitprune.evaluation.entries import Entry, grouped
-from fitprune.evaluation.summary import ALMOST_NOTHING, DENSE, Best, Row, Task
+from fitprune.evaluation.summary import DENSE, Best, Row, Task
+from fitprune.evaluation.wording import check_wording, one_answer
 from fitprune.recipes.recipe import PruningRecipe
 
-SEVERAL = 6  # different questions; if they all get one answer, a warning says so
-MANY_NEAR = 0.1  # share of the questions in which dense is wrong by words around alone that is worth a warning
 ROOM = 0.05  # lead over FitPrune; if a method may have a larger one, the questions are too few
 
 
@@ -104,13 +104,12 @@ def judge(
         labels: of the answers, dense first.
         records: the answers of all tasks, in order.
     """
-    place = 0
+    rest = iter(records)
     for name, samples in tasks.items():
-        own = list(records[place : place + len(samples)])
-        place += len(samples)
+        own = list(itertools.islice(rest, len(samples)))
         benchmark = metric_of[name]
         alone = sum(sample.image is None for sample in samples)
-        task = Task(name, len(own), 0, None, False, None, always=_one_answer(own), text_alone=alone)
+        task = Task(name, len(own), 0, None, False, None, always=one_answer(own), text_alone=alone)
         if isinstance(benchmark, str):
             yield _judge_data(task, samples, own, labels, benchmark, guess)
         elif (score := benchmark.score) is None:
@@ -124,10 +123,10 @@ def judge(
                 task,
                 answerable=len(own),
                 metric=benchmark.metric,
-                dense=_rounded(value / benchmark.maximum),
                 benchmark=benchmark.title,
                 figure=figure,
                 maximum=benchmark.maximum,
+                dense=_rounded(value / benchmark.maximum),
             )
             yield dataclasses.replace(part, task=task)
 
@@ -141,29 +140,9 @@ def _judge_data(
         return Judged(task, own, [], {}, None)
     judged, score = [record for _, record in pairs], metrics.METRICS[metric]
     scores = {label: np.array([score(r["said"][label], r["accepted"]) for r in judged]) for label in labels}
-    wording = _check_wording(judged, scores[DENSE])
+    wording = check_wording(judged, scores[DENSE])
     task = dataclasses.replace(task, answerable=len(judged), metric=metric, guess=guess, **wording)
     return Judged(task, own, judged, scores, mean_by_group([sample for sample, _ in pairs], scale=1))
-
-
-def _check_wording(judged: Sequence[Record], dense: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """Compute the dense model's accuracy, and whether it measures the wording: how often, and an example."""
-    accuracy = _rounded(dense.mean())
-    wrong = [record for record, score in zip(judged, dense, strict=True) if score == 0]
-    near = [record for record in wrong if metrics.is_near(record["said"][DENSE], record["accepted"])]
-    task = {"dense": accuracy, "near": len(near)}
-    if accuracy >= ALMOST_NOTHING and len(near) <= MANY_NEAR * len(judged):
-        return task
-    example = [*near, *wrong][0]
-    return {**task, "mismatch": (next(filter(str.strip, example["accepted"])), example["said"][DENSE])}
-
-
-def _one_answer(records: Sequence[Record]) -> str | None:
-    """Find the dense model's answer to all questions, if it has only one, they are several, and not all accept it."""
-    answers = {record["said"][DENSE] for record in records}
-    questions = {(record["question"], *record["accepted"]) for record in records}
-    accepts = all(metrics.normalized(record["said"][DENSE], record["accepted"]) for record in records)
-    return answers.pop() if len(answers) == 1 and len(questions) >= SEVERAL and not accepts else None
 
 
 def rows_of(
