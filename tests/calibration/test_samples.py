@@ -154,7 +154,9 @@ def test_entries_of_text_alone_in_llavas_mix_are_left_out_with_one_count(folder,
 
 def test_a_draw_decodes_what_it_draws_and_draws_again_for_bad_ones(folder, monkeypatch, caplog):
     decoded = []
-    monkeypatch.setattr(calibration, "load_picture", lambda image: decoded.append(image) or load_picture(image))
+    monkeypatch.setattr(
+        calibration, "load_picture", lambda image, **how: decoded.append(image) or load_picture(image, **how)
+    )
     good = write(folder, *[QUESTION | {"question_id": n} for n in range(500)])
     plain = [s.id for s in load_samples(good, samples=16, seed=2)]
     assert plain == sorted(random.Random(2).sample(range(500), 16))

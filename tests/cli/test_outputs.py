@@ -25,7 +25,7 @@ def kinds(made, tmp_path_factory):
     recipe = PruningRecipe.published("llava-1.5-7b", 60)
     recipe.save(folder / "recipe.json")
     shutil.copy(made / "stats.safetensors", folder / "stats.safetensors")
-    figures = (1, 4, 1.0, (0.9, 1.0), 1.0, (1.0, 1.0), 1.0, 0.0, {}, 0.0, 1.0, 16.0, 16.0, 100.0)
+    figures = (1, 4, 1.0, (0.9, 1.0), 1.0, (1.0, 1.0), 1.0, 0.0, {}, {}, 0.0, 1.0, 16.0, 16.0, 100.0)
     results = Results((Row("t", "dense", None, *figures),), timings={"rows": []})
     results.save(folder / "results.json")
     write_report(results, folder / "page.html")
