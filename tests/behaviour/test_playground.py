@@ -270,3 +270,26 @@ def test_answers_for_other_questions_are_refused(playground, tmp_path, capsys):
     assert f"{tmp_path}/a.jsonl:1: question 'human-0' is not one of GQA test-dev balanced's; 4 of 4 answers" in line
     assert "pass the answers of this benchmark, split and state" in line
     assert contents(tmp_path).keys() == {"a.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "no questions: pass --benchmark"),
+        (["--data", "digit-scenes/test", "--protocol", "chat"], "--protocol chat: is for --benchmark"),
+        (["--benchmark", "gqa", "--protocol", "llava", "--prompt-template", "<image>{question}"], "leave one out"),
+        (["--benchmark", "gqa", "--metric", "exact"], "--metric: is for --data"),
+        (["--benchmark", "gqa", "--image-folder", "."], "--image-folder: is for --data"),
+        (["--benchmark", "gqa", "--skip-bad"], "--skip-bad: is for --data"),
+        (["--benchmark", "gqa", "GQA"], "gqa is passed twice"),
+        (["--benchmark", "gqa", "--samples", "5"], "samples=5: gqa has only 4"),
+        (["--benchmark", "gqa"], "results.answers: is a file, and answers go into a folder of that name"),
+    ],
+)  # fmt: skip
+def test_wrong_use_is_one_line_before_the_model_is_loaded(options, message, playground, tmp_path, capsys):
+    (tmp_path / "results.answers").touch()
+    where = ["--data-root", str(playground[0]), "-o", str(tmp_path / "results.json")]
+    assert main(["evaluate", "/no-such-model", *options, *where]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["results.answers"]

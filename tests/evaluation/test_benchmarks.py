@@ -6,6 +6,7 @@ import transformers as tf
 from fitprune import PruningRecipe, evaluate
 from fitprune.benchmarks.reading import load_benchmark
 from fitprune.benchmarks.table import BENCHMARKS
+from fitprune.evaluation.answer_files import file_names
 from fitprune.evaluation.report import write_report
 from fitprune.evaluation.results import Results, table
 from fitprune.families.adapter import adapt
@@ -100,3 +101,11 @@ def test_figures_go_through_the_file_and_into_table_and_report(results, tmp_path
 def test_a_longest_answer_is_the_benchmarks_unless_one_is_asked_for(loaded, tasks):
     longest = run(loaded, {"gqa": tasks["gqa"][:1]}, max_new_tokens=None).provenance["max_new_tokens"]
     assert longest == {"gqa": 128}
+
+
+def test_every_label_has_a_file_name_of_its_own():
+    labels = ["dense", "fastv 60%", "fastv-60", "FASTV 60", "../..", "\u4e2d\u6587", "x" * 300]
+    names = file_names(labels)
+    assert list(names) == labels
+    assert list(names.values())[:6] == ["dense", "fastv-60", "fastv-60-2", "FASTV-60-3", "method", "method-2"]
+    assert len(names["x" * 300]) == 100

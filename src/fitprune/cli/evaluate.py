@@ -84,7 +84,7 @@ def _resumable(args: options.Args) -> bool:
 
 def run(args: options.Args) -> None:
     """Evaluate, write the results, and print a table."""
-    from fitprune.evaluation.answer_files import write_all
+    from fitprune.evaluation.answer_files import require_folder, write_all
     from fitprune.evaluation.entries import Entry
     from fitprune.evaluation.evaluate import evaluate
     from fitprune.evaluation.results import beside, table
@@ -93,6 +93,7 @@ def run(args: options.Args) -> None:
 
     replaced = files.claim(args.output, files.RESULTS, overwrite=args.overwrite)
     files.claim(beside(args.output, "timings.json"), files.RESULT_TIMES, overwrite=args.overwrite)
+    _require_use(args)
     recipes = options.read_recipes(args.recipe)
     names, left_out = _method_names(args)
     solved = _solved_by_statistics(args, names) if names and args.stats else None
@@ -101,8 +102,8 @@ def run(args: options.Args) -> None:
     # Recipes of one search stand in one line of the tables, beside the methods at their budgets.
     together = len(set(budgets)) == len(budgets)
     tasks, benchmarks = options.read_samples(args), options.read_benchmarks(args)
-    if not tasks and not benchmarks:
-        raise ValueError("no questions: pass --benchmark, such as --benchmark textvqa, or --data")
+    if benchmarks:
+        require_folder(beside(args.output, "answers"))
     model, processor = options.load(args)
     tasks = {name: options.usable(args, samples, processor, model) for name, samples in tasks.items()}
     tasks |= {benchmark.name: samples for benchmark, samples in benchmarks}
@@ -138,6 +139,25 @@ def run(args: options.Args) -> None:
             print(write_all(results, benchmark, samples, beside(args.output, "answers")))
         if replaced:
             print(f"{args.output}{replaced}")
+
+
+def _require_use(args: options.Args) -> None:
+    """Refuse options that would change nothing, and a run without questions."""
+    if not args.data and not args.benchmark:
+        raise ValueError("no questions: pass --benchmark, such as --benchmark textvqa, or --data")
+    if args.protocol and not args.benchmark:
+        raise ValueError(f"--protocol {args.protocol}: is for --benchmark; --data takes --prompt-template")
+    if args.protocol and args.prompt_template:
+        raise ValueError(f"--protocol {args.protocol}: --prompt-template takes its place; leave one out")
+    for option, value in (
+        ("--metric", args.metric),
+        ("--image-folder", args.image_folder),
+        ("--skip-bad", args.skip_bad),
+    ):
+        if value and not args.data:
+            raise ValueError(
+                f"{option}: is for --data; a benchmark has its own metric and files, all of which it needs"
+            )
 
 
 def _searched_budget(recipe: PruningRecipe) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fitprune.benchmarks.answers import write_answers
@@ -11,6 +11,8 @@ from fitprune.benchmarks.base import Benchmark
 from fitprune.calibration.samples import Sample
 from fitprune.evaluation.results import Results
 from fitprune.evaluation.summary import DENSE
+
+LONGEST_NAME = 100  # characters of a file's name before its ending
 
 
 def write_all(results: Results, benchmark: Benchmark, samples: Sequence[Sample], folder: Path) -> str:
@@ -30,11 +32,42 @@ def write_all(results: Results, benchmark: Benchmark, samples: Sequence[Sample],
     place = folder / benchmark.name
     place.mkdir(parents=True, exist_ok=True)
     model, upload = Path(str(results.provenance.get("model", "model"))).name, benchmark.upload
-    for label in own[0]["said"]:
+    for label, name in file_names(own[0]["said"]).items():
         texts = [record["said"][label] for record in own]
-        name = re.sub(r"[^A-Za-z0-9._=-]+", "-", label).strip("-")
         write_answers(place / f"{name}.jsonl", samples, texts, model if label == DENSE else f"{model}-{name}")
         if upload is not None:
             upload.save(samples, texts, place / f"{name}.upload{upload.ending}")
     more = f"; *.upload{upload.ending} is for {upload.taker}" if upload else ""
     return f"{place}: each method's answers, as LLaVA's scripts take them{more}"
+
+
+def file_names(labels: Iterable[str]) -> dict[str, str]:
+    """Name a file for each label, all different: "fastv 60%" is fastv-60.
+
+    Args:
+        labels: of methods, all different.
+    """
+    names: dict[str, str] = {}
+    for label in labels:
+        name = plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", label).strip("-.")[:LONGEST_NAME] or "method"
+        number = 1
+        while name.lower() in map(str.lower, names.values()):  # some disks know no case
+            number += 1
+            name = f"{plain}-{number}"
+        names[label] = name
+    return names
+
+
+def require_folder(path: Path) -> None:
+    """Refuse, before long work, a file where the answers' folder goes.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: it is there, and no folder.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(
+            f"{path}: is a file, and answers go into a folder of that name; rename it, or choose another -o"
+        )

@@ -95,6 +95,8 @@ def evaluate(
         ("examples", examples, 0),
     ):
         checked.whole(name, value, least, MOST_TOKENS)
+    if protocol is not None and prompt_template is not None:
+        raise ValueError(f"protocol={protocol!r}: prompt_template takes its place; leave one out")
     tasks = dict(samples) if isinstance(samples, Mapping) else {UNNAMED: samples}
     adapted = adapt(model)
     entries, blind = readable(adapted, entries_of(methods))
