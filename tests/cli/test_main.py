@@ -34,7 +34,7 @@ def test_help_of_every_command_is_quick_and_shows_an_example():
         )
         assert done.returncode == 0
         assert "example:" in done.stdout
-        assert time.perf_counter() - started < 5  # catches an import of torch; the 0.3 s are shown by a benchmark
+        assert time.perf_counter() - started < 5  # catches an import of torch; `benchmarks/start.py` shows the 0.3 s
         assert "torch" not in done.stderr
         assert max(map(len, done.stdout.splitlines())) <= 120
 

@@ -14,6 +14,6 @@ from fitprune.cli.main import main
         (["time", "--random-model", "gpt-5", "--recipe", "llava-1.5-7b:60"], "must be one of llava-1.5-7b"),
     ],
 )
-def test_bad_benchmarks_are_refused(arguments, message, capsys):
+def test_wrong_use_is_refused(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err

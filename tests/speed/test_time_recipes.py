@@ -1,4 +1,4 @@
-"""Pruned against dense: what a benchmark says about each method, and what it refuses. Times are not tested."""
+"""Pruned against dense: what timing says about each method, and what it refuses. Times are not tested."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from helpers.models import tiny_inputs, tiny_model
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_profile_and_benchmark_of_a_tiny_model(family, batch):
+def test_a_tiny_model_is_profiled_and_timed(family, batch):
     model = tiny_model(family)
     inputs = tiny_inputs(model, batch=batch)
     profile = profile_latency(model, inputs, repeats=1)

@@ -1,1 +1,1 @@
-"""Seconds: benchmarks against dense, latency profiles, full-size models of random weights."""
+"""Seconds: recipes timed against dense, latency profiles, full-size models of random weights."""

@@ -1,4 +1,4 @@
-"""What a benchmark found: one `Timing` for each method, a verdict in words, a table, JSON."""
+"""What timing found: one `Timing` for each method, a verdict in words, a table, JSON."""
 
 from __future__ import annotations
 
