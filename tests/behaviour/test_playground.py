@@ -293,3 +293,61 @@ def test_wrong_use_is_one_line_before_the_model_is_loaded(options, message, play
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert [path.name for path in tmp_path.iterdir()] == ["results.answers"]
+
+
+def test_data_of_a_benchmarks_name_is_refused(playground, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = {"id": "1", "question": "How many?", "image": "n161313.jpg", "answers": ["3"]}
+    (tmp_path / "gqa").write_text(json.dumps(line) + "\n")
+    options = [
+        "--image-folder",
+        str(playground[0] / "gqa/data/images"),
+        "--data-root",
+        str(playground[0]),
+        "-o",
+        "r.json",
+    ]
+    assert main(["evaluate", "/no-such-model", "--benchmark", "gqa", "--data", "gqa", *options]) == 2
+    assert "--data gqa: is also a benchmark's name; write ./gqa, or rename it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "code", "message"),
+    [
+        ("gqa", "gqa", 2, "results.answers/gqa: is a file"),
+        ("mme", "mme/dense.upload", 2, "results.answers/mme/dense.upload: is a file"),
+        ("gqa", "gqa/dense.jsonl/x", 1, "results.answers/gqa/dense.jsonl: is a folder, not a file"),
+        ("gqa", "gqa/fastv-60.upload.json/x", 1, "results.answers/gqa/fastv-60.upload.json: is a folder, not a file"),
+    ],
+)
+def test_what_is_in_the_way_of_answers_is_found_before_the_model(
+    name, there, code, message, playground, tmp_path, capsys
+):
+    path = tmp_path / "results.answers" / there
+    path.parent.mkdir(parents=True)
+    path.touch()
+    where = ["--data-root", str(playground[0]), "-o", str(tmp_path / "results.json")]
+    assert main(["evaluate", "/no-such-model", "--benchmark", name, *where]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert contents(tmp_path).keys() == {f"results.answers/{there}"}
+
+
+def test_benchmarks_in_another_order_are_another_run(playground, tmp_path, capsys):
+    where = ["--data-root", str(playground[0]), "-o", str(tmp_path / "results.json"), "--samples", "1"]
+    options = [*where, *METHODS, "--max-new-tokens", "2"]
+    assert main(["evaluate", "digit-scenes", "--benchmark", "gqa", "chartqa", *options]) == 0
+    before = contents(tmp_path)
+    assert main(["evaluate", "digit-scenes", "--benchmark", "chartqa", "gqa", *options]) == 2
+    assert "results of another run (other max_new_tokens, tasks)" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_methods_are_solved_for_questions_with_an_image(playground, tmp_path, capsys):
+    root = tmp_path / "root"
+    shutil.copytree(playground[0] / "scienceqa", root / "scienceqa")
+    lines = root / "scienceqa/llava_test_CQM-A.json"
+    lines.write_text(json.dumps([each for each in json.loads(lines.read_text()) if "image" not in each]))
+    where = ["--benchmark", "scienceqa", "--data-root", str(root), "-o", str(tmp_path / "r.json")]
+    assert main(["evaluate", "digit-scenes", *where, *METHODS]) == 2
+    assert "no question has an image" in capsys.readouterr().err

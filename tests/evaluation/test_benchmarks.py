@@ -109,3 +109,30 @@ def test_every_label_has_a_file_name_of_its_own():
     assert list(names) == labels
     assert list(names.values())[:6] == ["dense", "fastv-60", "fastv-60-2", "FASTV-60-3", "method", "method-2"]
     assert len(names["x" * 300]) == 100
+
+
+def test_text_alone_costs_what_dense_does(loaded, tasks):
+    alone = {"scienceqa": [sample for sample in tasks["scienceqa"] if sample.image is None]}
+    results = run(loaded, alone, timed_batches=1, examples=1)
+    assert [(row.flops_reduction, row.prefill_flops_ratio, row.agreement) for row in results.rows] == [(0, 1, 1)] * 2
+    assert (results.timings, results.examples) == ({}, ())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"benchmarks": ["gqa"]}, "benchmarks is a list: must be task name -> Benchmark"),
+        ({"benchmarks": {"gqa": "gqa"}}, r"benchmarks\['gqa'\] is a str: must be a Benchmark"),
+        ({"benchmarks": {"GQA": BENCHMARKS["gqa"]}}, "has 'GQA', which is no task: samples has 'gqa'"),
+        (
+            {"benchmarks": {"gqa": BENCHMARKS["mmbench"]}},
+            "samples of 'gqa' are not those of MMBench dev .*load_benchmark",
+        ),
+        ({"benchmarks": {"gqa": BENCHMARKS["gqa"]}, "metric": "exact"}, "metric='exact': is for other tasks"),
+        ({"protocol": "llava"}, "protocol='llava': is for benchmarks"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_first_answer(options, message, loaded, tasks, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*loaded, {"gqa": tasks["gqa"]}, {}, journal=tmp_path / "j", **options)
+    assert not (tmp_path / "j").exists()

@@ -66,8 +66,12 @@ class Journal:
 
     def append(self, records: Sequence[Record]) -> None:
         """Write the records of one batch."""
-        with self.own.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        try:
+            with self.own.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+        except OSError as error:
+            why = f"cannot write {self.own}: {error.strerror}; make room, and run again to go on"
+            raise OSError(error.errno, why) from error
 
     def finish(self, records: Sequence[Record]) -> None:
         """Write all records in order as the journal, whole or not at all, and remove the other processes' files."""
@@ -116,7 +120,8 @@ class Journal:
     def _differing(self, theirs: Mapping[str, Any]) -> list[str]:
         """Name what another run did otherwise."""
         names = sorted({*theirs, *self.run} - {"entries"})
-        differing = [name for name in names if theirs.get(name) != self.run.get(name)]
+        # As text: another order of tasks is another run, whose places are those of other questions.
+        differing = [name for name in names if json.dumps(theirs.get(name)) != json.dumps(self.run.get(name))]
         mine, others = self.run.get("entries", {}), theirs.get("entries", {})
         if not isinstance(others, dict) or not isinstance(mine, dict):
             return differing if mine == others else [*differing, "entries"]

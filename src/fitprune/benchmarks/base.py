@@ -70,8 +70,11 @@ class Upload:
         if self.ending:
             with files.replacing(path) as temporary:
                 self.write(samples, texts, temporary)
-        else:
+            return
+        try:
             self.write(samples, texts, Path(path))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}; run again") from error
 
 
 def by_id(line: Mapping[str, Any]) -> Hashable:

@@ -84,7 +84,7 @@ def _resumable(args: options.Args) -> bool:
 
 def run(args: options.Args) -> None:
     """Evaluate, write the results, and print a table."""
-    from fitprune.evaluation.answer_files import require_folder, write_all
+    from fitprune.evaluation.answer_files import require_places, write_all
     from fitprune.evaluation.entries import Entry
     from fitprune.evaluation.evaluate import evaluate
     from fitprune.evaluation.results import beside, table
@@ -102,8 +102,12 @@ def run(args: options.Args) -> None:
     # Recipes of one search stand in one line of the tables, beside the methods at their budgets.
     together = len(set(budgets)) == len(budgets)
     tasks, benchmarks = options.read_samples(args), options.read_benchmarks(args)
-    if benchmarks:
-        require_folder(beside(args.output, "answers"))
+    for benchmark, _ in benchmarks:
+        if benchmark.name in tasks:
+            raise ValueError(
+                f"--data {benchmark.name}: is also a benchmark's name; write ./{benchmark.name}, or rename it"
+            )
+        require_places(benchmark, beside(args.output, "answers"))
     model, processor = options.load(args)
     tasks = {name: options.usable(args, samples, processor, model) for name, samples in tasks.items()}
     tasks |= {benchmark.name: samples for benchmark, samples in benchmarks}
@@ -230,8 +234,14 @@ def _usual_visual_tokens(args: options.Args, adapted: Any, processor: Any, sampl
     from collections import Counter
 
     from fitprune.calibration.batches import make_batches
+    from fitprune.calibration.protocol import protocol_for
     from fitprune.families.images import visual_mask
 
-    batches = make_batches(samples[:SIZED], processor, prompt_template=args.prompt_template, model=adapted.model)
+    with_image = [sample for sample in samples if sample.image is not None][:SIZED]
+    if not with_image:
+        raise ValueError("no question has an image, so that nothing is pruned: --methods would all be the dense model")
+    asked = None if args.data or args.prompt_template else protocol_for(args.protocol, processor, adapted.model)
+    how = {"prompt_template": args.prompt_template, "model": adapted.model, "protocol": asked}
+    batches = make_batches(with_image, processor, **how)
     counts = Counter(int(visual_mask(adapted, batch["input_ids"]).sum()) for batch in batches)
     return max(counts, key=lambda count: (counts[count], count))

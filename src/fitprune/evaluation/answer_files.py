@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fitprune._support import files
 from fitprune.benchmarks.answers import write_answers
 from fitprune.benchmarks.base import Benchmark
 from fitprune.calibration.samples import Sample
@@ -58,16 +59,23 @@ def file_names(labels: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def require_folder(path: Path) -> None:
-    """Refuse, before long work, a file where the answers' folder goes.
+def require_places(benchmark: Benchmark, folder: Path) -> None:
+    """Refuse, before long work, what is in the way of a benchmark's answers.
 
     Args:
-        path: the folder.
+        benchmark: the benchmark.
+        folder: where its folder goes.
 
     Raises:
-        ValueError: it is there, and no folder.
+        ValueError: a file is where a folder goes.
+        OSError: a folder is where a file goes, or files cannot be written.
     """
-    if path.exists() and not path.is_dir():
-        raise ValueError(
-            f"{path}: is a file, and answers go into a folder of that name; rename it, or choose another -o"
-        )
+    place = folder / benchmark.name
+    for path in (folder, place, *place.glob("*.upload")):
+        if path.exists() and not path.is_dir():
+            raise ValueError(
+                f"{path}: is a file, and answers go into a folder of that name; rename it, or choose another -o"
+            )
+    if place.exists():
+        for path in (place / f"{DENSE}.jsonl", *place.glob("*.jsonl"), *place.glob("*.upload.*")):
+            files.require_writable(path)

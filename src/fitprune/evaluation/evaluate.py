@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fitprune._support import checked
 from fitprune._support.journal import Journal, Record
+from fitprune._support.messages import line
 from fitprune._support.processes import Processes
 from fitprune.benchmarks.base import Benchmark
 from fitprune.calibration.protocol import protocol_for
@@ -98,6 +99,11 @@ def evaluate(
     if protocol is not None and prompt_template is not None:
         raise ValueError(f"protocol={protocol!r}: prompt_template takes its place; leave one out")
     tasks = dict(samples) if isinstance(samples, Mapping) else {UNNAMED: samples}
+    _require_benchmarks(benchmarks, tasks)
+    if protocol is not None and not benchmarks:
+        raise ValueError(f"protocol={protocol!r}: is for benchmarks; other tasks take prompt_template")
+    if metric is not None and benchmarks.keys() == tasks.keys():
+        raise ValueError(f"metric={metric!r}: is for other tasks; a benchmark has its own; leave it out")
     adapted = adapt(model)
     entries, blind = readable(adapted, entries_of(methods))
     own = {task: benchmarks[task].max_new_tokens if task in benchmarks else LONGEST for task in tasks}
@@ -105,6 +111,7 @@ def evaluate(
     how = protocol_for(protocol, processor, adapted.model) if benchmarks else None
     run = Run(adapted, processor, tasks, benchmarks, entries, batch_size, longest, prompt_template, how)
     _require_sound(run)
+    _require_own_questions(run)
     names = chosen_metrics({task: own for task, own in tasks.items() if task not in benchmarks}, metric)
     records = _answer_all(run, journal, progress)
     if records is None:
@@ -129,6 +136,34 @@ def evaluate(
         timings=timings,
         tasks=tuple(part.task for part in parts),
     )
+
+
+def _require_benchmarks(benchmarks: Any, tasks: Mapping[str, Any]) -> None:
+    """Refuse benchmarks of another type, or of no task."""
+    if not isinstance(benchmarks, Mapping):
+        raise ValueError(f"benchmarks is a {type(benchmarks).__name__}: must be task name -> Benchmark")
+    for name, benchmark in benchmarks.items():
+        if not isinstance(benchmark, Benchmark):
+            raise ValueError(
+                f"benchmarks[{name!r}] is a {type(benchmark).__name__}: must be a Benchmark, as "
+                "fitprune.benchmarks.table.get_benchmark returns it"
+            )
+        if name not in tasks:
+            raise ValueError(f"benchmarks has {name!r}, which is no task: samples has {', '.join(map(repr, tasks))}")
+
+
+def _require_own_questions(run: Run) -> None:
+    """Refuse questions that a benchmark cannot score, by scoring an empty answer to each."""
+    for name, benchmark in run.benchmarks.items():
+        samples, score = run.tasks[name], benchmark.score
+        try:
+            if score is not None:
+                benchmark.measure(samples).of([score("", sample) for sample in samples])
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"samples of {name!r} are not those of {benchmark.title} ({type(error).__name__}: {line(error, 80)}): "
+                "must be those that load_benchmark returns"
+            ) from error
 
 
 def _require_sound(run: Run) -> None:

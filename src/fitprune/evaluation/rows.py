@@ -216,12 +216,12 @@ def _costs_of(recipe: PruningRecipe, records: Sequence[Record], value_bytes: int
 
     costs = [cost(*record["sizes"]) for record in records if record["sizes"][0]]
 
-    def mean(values: list[float]) -> float:
-        return _rounded(np.mean(values)) if values else 0.0
+    def mean(values: list[float], nothing: float = 0.0) -> float:
+        return _rounded(np.mean(values)) if values else nothing
 
     return {
         "flops_reduction": mean([c.flops_reduction for c in costs]),
-        "prefill_flops_ratio": mean([c.prefill_flops / c.dense_prefill_flops for c in costs]),
+        "prefill_flops_ratio": mean([c.prefill_flops / c.dense_prefill_flops for c in costs], 1.0),
         "mean_visual_tokens": mean([c.mean_visual_tokens for c in costs]),
         "visual_tokens_left": mean([c.kept[-1] for c in costs]),
         "kv_bytes": mean([c.kv_bytes for c in costs]),

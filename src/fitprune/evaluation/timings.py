@@ -21,9 +21,9 @@ def time_methods(run: Run, batches: int) -> dict[str, Any]:
         batches: number of batches, the first of each task; 0 for none.
 
     Returns:
-        Ratios for each method and budget, with the dense model's seconds; empty without batches.
+        Ratios for each method and budget, with the dense model's seconds; empty without batches or images.
     """
-    if not batches:
+    if not batches or all(sample.image is None for samples in run.tasks.values() for sample in samples):
         return {}
     entries = firsts(run.entries)
     prefill: list[list[float]] = [[] for _ in [None, *entries]]
