@@ -136,3 +136,18 @@ def test_wrong_arguments_are_refused_before_the_first_answer(options, message, l
     with pytest.raises(ValueError, match=message):
         evaluate(*loaded, {"gqa": tasks["gqa"]}, {}, journal=tmp_path / "j", **options)
     assert not (tmp_path / "j").exists()
+
+
+def test_a_processor_that_refuses_text_alone_is_found_before_the_first_answer(loaded, tasks, tmp_path, monkeypatch):
+    own = type(loaded[1]).apply_chat_template
+
+    def refusing(self, conversations, **options):
+        if options.get("tokenize") and not any(part["content"] for turns in conversations for part in turns):
+            raise ValueError("`images` are expected")
+        return own(self, conversations, **options)
+
+    monkeypatch.setattr(type(loaded[1]), "apply_chat_template", refusing)
+    message = "`images` are expected: 3 of 10 questions of scienceqa have no image.*; leave scienceqa out"
+    with pytest.raises(ValueError, match=message):
+        run(loaded, {"gqa": tasks["gqa"], "scienceqa": tasks["scienceqa"]}, journal=tmp_path / "j")
+    assert not (tmp_path / "j").exists()

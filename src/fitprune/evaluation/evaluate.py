@@ -20,6 +20,7 @@ from fitprune._support.journal import Journal, Record
 from fitprune._support.messages import line
 from fitprune._support.processes import Processes
 from fitprune.benchmarks.base import Benchmark
+from fitprune.calibration.entry import BadSample
 from fitprune.calibration.protocol import protocol_for
 from fitprune.calibration.samples import Sample
 from fitprune.costs.sizes import MOST_TOKENS
@@ -112,6 +113,7 @@ def evaluate(
     run = Run(adapted, processor, tasks, benchmarks, entries, batch_size, longest, prompt_template, how)
     _require_sound(run)
     _require_own_questions(run)
+    _require_text_alone(run)
     names = chosen_metrics({task: own for task, own in tasks.items() if task not in benchmarks}, metric)
     records = _answer_all(run, journal, progress)
     if records is None:
@@ -163,6 +165,21 @@ def _require_own_questions(run: Run) -> None:
             raise ValueError(
                 f"samples of {name!r} are not those of {benchmark.title} ({type(error).__name__}: {line(error, 80)}): "
                 "must be those that load_benchmark returns"
+            ) from error
+
+
+def _require_text_alone(run: Run) -> None:
+    """Refuse questions without an image where the processor does: they come after all others of their task."""
+    for task, samples in run.tasks.items():
+        alone = [sample for sample in samples if sample.image is None]
+        if not alone:
+            continue
+        try:
+            run.inputs(task, alone[:1])
+        except BadSample as error:
+            raise BadSample(
+                f"{error}: {len(alone)} of {len(samples)} questions of {task} have no image, which this model's processor refuses; leave "
+                f"{task} out"
             ) from error
 
 

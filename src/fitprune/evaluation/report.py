@@ -50,7 +50,7 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> None:
     """
     try:
         page = "\n".join(_page(results))
-    except (KeyError, TypeError, AttributeError, IndexError, StopIteration, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RuntimeError) as error:
         raise ValueError(f"the results are damaged ({type(error).__name__}: {error}); evaluate again") from None
     files.write_text(path, page)
 
