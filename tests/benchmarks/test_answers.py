@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import random
+import threading
+import zipfile
 
 import pytest
 
@@ -104,6 +107,7 @@ def test_a_list_a_byte_order_mark_and_blank_lines_are_read(tmp_path):
         ('{"question_id": 1.5, "text": "x"}', "a:1: 'question_id' is 1.5"),
         ('{"question_id": 1, "text": "x", "prompt": 3}', "a:1: 'prompt' is 3, must be text"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"question_id": ' + "9" * 5000 + "}", "a:1: not JSON (Exceeds the limit"),
         ('{"question_id": 1, "text": "é"}'.encode("latin-1"), "is no UTF-8; save it as UTF-8"),
         ('{"question_id": 1, "text": "x"}'.encode("utf-16"), "byte 0 is no UTF-8"),
     ],
@@ -123,11 +127,9 @@ def test_a_spreadsheet_is_read_by_its_columns(tmp_path):
     for row in [("index", "question", "prediction"), (7, "q", "A"), (None, None, None), (8, "r", None), (9, "s", 5)]:
         book.active.append(row)
     book.save(tmp_path / "a.xlsx")
-    with pytest.raises(BadSample, match=r"a.xlsx:5: 'text' is 5, must be text"):
-        read_answers(tmp_path / "a.xlsx")
-    book.active.delete_rows(5)
-    book.save(tmp_path / "a.xlsx")
-    assert read_answers(tmp_path / "a.xlsx") == [
+    *answers, (_, last) = read_answers(tmp_path / "a.xlsx")
+    assert last["text"] == "5"
+    assert answers == [
         (f"{tmp_path}/a.xlsx:2", {"index": 7, "question": "q", "prediction": "A", "question_id": 7, "text": "A"}),
         (f"{tmp_path}/a.xlsx:4", {"index": 8, "question": "r", "prediction": None, "question_id": 8, "text": ""}),
     ]
@@ -135,9 +137,50 @@ def test_a_spreadsheet_is_read_by_its_columns(tmp_path):
     book.save(tmp_path / "a.xlsx")
     with pytest.raises(BadSample, match=r"a.xlsx:1: has no column 'prediction', must have index and prediction"):
         read_answers(tmp_path / "a.xlsx")
+    book.active["C1"], book.active["A2"] = "prediction", None
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(BadSample, match=r"a.xlsx:2: 'index' is None, must be text or a whole number"):
+        read_answers(tmp_path / "a.xlsx")
     (tmp_path / "a.xlsx").write_text("index,prediction")
     with pytest.raises(BadSample, match="no spreadsheet with a row of names"):
         read_answers(tmp_path / "a.xlsx")
+
+
+def test_a_spreadsheet_of_other_programs_is_read_whole(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in [("index", "prediction"), (7, "A")]:
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    with zipfile.ZipFile(tmp_path / "a.xlsx") as made, zipfile.ZipFile(tmp_path / "b.xlsx", "w") as other:
+        for name in made.namelist():
+            part = made.read(name).replace(b'<dimension ref="A1:B2"', b'<dimension ref="A1"')
+            other.writestr(name, part.replace(b"<v>7</v>", b"<v>7.0</v>"))
+    assert [(line["question_id"], line["text"]) for _, line in read_answers(tmp_path / "b.xlsx")] == [(7, "A")]
+
+
+def test_a_pipe_is_read_whole(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    lines = [{"question_id": number, "text": "x" * 100} for number in range(50)]
+    for text in ("\n".join(map(json.dumps, lines)), json.dumps(lines)):
+        writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,))
+        writer.start()
+        assert [line for _, line in read_answers(tmp_path / "pipe")] == lines
+        writer.join()
+
+
+def test_prompts_without_their_questions_are_warned_of(pope, caplog):
+    samples, _ = pope
+    lines = [
+        (f"a:{place}", {"question_id": each.id, "prompt": "Why?", "text": ""}) for place, each in enumerate(samples)
+    ]
+    matched(POPE, samples, lines)
+    assert "a:0: has another prompt than its question, as 12 of 12 answers have" in caplog.text
+    caplog.clear()
+    matched(
+        POPE, samples, [(where, {**line, "prompt": s.text}) for s, (where, line) in zip(samples, lines, strict=True)]
+    )
+    assert not caplog.text
 
 
 def test_a_spreadsheet_without_openpyxl_says_what_to_install(tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ def test_the_upload_is_what_the_converter_writes_and_is_read_back(tmp_path):
         (1000005, "What?", "blue", "red", None, None, "B.", "B", "dev"),
     ]
     assert figures(MMB, None, tmp_path / "up.xlsx") == pytest.approx({"circular": 200 / 3, "rows": 80})
-    again = MMB.rebuild([line for _, line in read_answers(tmp_path / "up.xlsx")])
+    again = MMB.rebuild(read_answers(tmp_path / "up.xlsx"))
     MMB.upload.save(again, ["A", "D", "B.", "=A1", "A"], tmp_path / "again.xlsx")
     other = openpyxl.load_workbook(tmp_path / "again.xlsx").active
     assert list(other.iter_rows(values_only=True)) == list(sheet.iter_rows(values_only=True))
@@ -204,8 +204,8 @@ def test_figures_are_the_published_ones_on_all_real_answers():
 
 
 def test_lines_without_questions_need_the_table():
-    with pytest.raises(ValueError, match=r"the answer to question 5 has no 'question': .* pass --data-root"):
-        MMB.rebuild([{"question_id": 5, "text": "A"}])
+    with pytest.raises(ValueError, match=r"a:1: has no 'question': .* pass --data-root"):
+        MMB.rebuild([("a:1", {"question_id": 5, "text": "A"})])
 
 
 @pytest.mark.parametrize(

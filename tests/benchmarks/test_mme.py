@@ -126,12 +126,12 @@ def test_images_are_drawn_whole(root):
 
 
 def test_the_folder_for_calculation_py(root, tmp_path):
-    answers = ["Yes", "No", "é", "two\nlines", "a\ttab", "", "No", "Yes."]
+    answers = ["Yes", "No", "é\ud800", "two\nlines", "a\ttab", "", "No", "Yes."]
     MME.upload.write(load_benchmark(MME, root), answers, tmp_path / "out")
     text = {path.name: path.read_bytes().decode() for path in (tmp_path / "out").iterdir()}
     a, b = "Is it A? Please answer yes or no.\tYes\t", "Is it B?  Please answer yes or no.\tNo\t"
     assert text == {
-        "OCR.txt": f"1.txt\t{a}Yes\n1.txt\t{b}No\n2.txt\t{a}é\n2.txt\t{b}two lines\n",
+        "OCR.txt": f"1.txt\t{a}Yes\n1.txt\t{b}No\n2.txt\t{a}é?\n2.txt\t{b}two lines\n",
         "scene.txt": f"1.txt\t{a}a tab\n1.txt\t{b}\n",
         "code_reasoning.txt": f"0020.txt\t{a}No\n0020.txt\t{b}Yes.\n",
     }

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fitprune.benchmarks.answers import matched
 from fitprune.benchmarks.reading import load_benchmark
 from fitprune.benchmarks.table import get_benchmark
 from helpers.eval_files import lined, put
@@ -48,6 +49,14 @@ def test_questions_about_videos_are_left_out(tmp_path):
     ]
     assert questions[1].image == tmp_path / "seed_bench/SEED-Bench-image/7"
     assert questions[0].text == TEXT
+
+
+def test_answers_to_questions_about_videos_are_left_out(tmp_path):
+    questions = load_benchmark(SEED, root(tmp_path), images=False)
+    lines = [("a", {"question_id": each["question_id"], "text": "A"}) for each in LINES]
+    assert len(matched(SEED, questions, lines)[0]) == 3
+    with pytest.raises(ValueError, match="3 of 3 questions have no answer"):
+        matched(SEED, questions, lines[3:], partial=True)
 
 
 def test_only_the_letter_itself_is_right(tmp_path):

@@ -80,6 +80,17 @@ def test_the_upload_has_every_question_of_the_split(tmp_path):
     )
 
 
+def test_no_answer_is_lost_where_the_split_s_ids_are_text_or_are_others(tmp_path):
+    put(tmp_path / "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", TEST_LINES)
+    put(tmp_path / "vqav2/llava_vqav2_mscoco_test2015.jsonl", [{"question_id": name} for name in ("1", "3")])
+    questions = load_benchmark(TEST, tmp_path, images=False)
+    TEST.upload.write(questions, ["yes", "no"], tmp_path / "up.json")
+    assert [each["answer"] for each in json.loads((tmp_path / "up.json").read_text())] == ["no", "yes"]
+    put(tmp_path / "vqav2/llava_vqav2_mscoco_test2015.jsonl", [{"question_id": 1}])
+    with pytest.raises(ValueError, match=r"test2015.jsonl: has no question 3, which was answered \(1 of 2 are missing"):
+        TEST.upload.write(questions, ["yes", "no"], tmp_path / "up.json")
+
+
 def test_without_the_split_the_upload_has_what_was_asked(tmp_path):
     put(tmp_path / "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", TEST_LINES)
     questions = load_benchmark(TEST, tmp_path, images=False)

@@ -315,6 +315,11 @@ def test_going_on_is_promised_only_where_something_was_stored(tmp_path, capsys, 
     assert "interrupted; run the same command again to go on" in capsys.readouterr().err
 
 
+def test_a_command_runs_where_its_output_is_closed(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["families"]) == 0
+
+
 def test_a_progress_bar_is_not_written_into_a_pipe(tmp_path):
     command = ["measure", "digit-scenes", "--data", "digit-scenes/test", "--samples", "1", "-o", f"{tmp_path}/s"]
     done = subprocess.run([sys.executable, "-m", "fitprune", *command], capture_output=True, text=True, check=True)

@@ -152,6 +152,41 @@ def test_an_upload_that_is_a_folder_is_a_new_one(tmp_path, add, capsys):
     assert "holds other files, such as all.txt: name another folder" in error_of(command, capsys)
 
 
+def test_a_folder_that_cannot_be_written_whole_is_left_as_it_was(tmp_path, add, capsys):
+    def broken(samples, texts, folder):
+        (folder / "all.txt").write_text("half")
+        raise ValueError("no")
+
+    make_toy(tmp_path)
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u/all.txt").write_text("whole")
+    add(toy(upload=type(UPLOAD)("", broken, "the script")))
+    path = write_lines(tmp_path / "a.jsonl", [answer(f"q{number}", "a") for number in range(4)])
+    command = ["score", "toy", "--answers", path, "--data-root", str(tmp_path), "--upload", str(tmp_path / "u")]
+    assert main([*command, "--overwrite"]) == 2
+    assert [file.read_text() for file in (tmp_path / "u").iterdir()] == ["whole"]
+
+
+def test_no_file_is_written_over_another_of_the_command(tmp_path, add, capsys):
+    make_toy(tmp_path)
+    add(toy(upload=UPLOAD))
+    path = write_lines(tmp_path / "a.json", [answer(f"q{number}", "a") for number in range(4)])
+    command = ["score", "toy", "--answers", path, "--data-root", str(tmp_path), "--overwrite"]
+    again = f"{tmp_path}/./a.json"
+    for more in (["-o", again], ["--upload", again], ["-o", "s.json", "--upload", "s.json"]):
+        assert ".json is passed twice; leave one out" in error_of([*command, *more], capsys)
+
+
+def test_the_figures_are_written_though_the_table_s_reader_had_enough(tmp_path, pope, monkeypatch):
+    root, answers = pope
+    path, out = write_lines(tmp_path / "a.jsonl", answers), tmp_path / "s.json"
+    with open(tmp_path / "out", "w") as saved, monkeypatch.context() as patch:
+        patch.setattr("builtins.print", lambda *args, **more: (_ for _ in ()).throw(BrokenPipeError))
+        patch.setattr("sys.stdout", saved)
+        assert main(["score", "pope", "--answers", path, *root, "-o", str(out)]) == 0
+    assert json.loads(out.read_text())["benchmark"] == "pope"
+
+
 def test_without_a_root_the_questions_are_those_that_the_file_holds(tmp_path, add, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     add(toy())

@@ -52,7 +52,7 @@ def _write_folder(samples, texts, path):
 
 
 def _rebuild(lines):
-    return [Sample(line["question_id"], line["question"], None, (line["answer"],)) for line in lines]
+    return [Sample(line["question_id"], line["question"], None, (line["answer"],)) for _, line in lines]
 
 
 UPLOAD = Upload(".json", _write, "the server")

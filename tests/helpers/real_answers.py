@@ -26,9 +26,6 @@ def whole():
 def figures(benchmark, root, answers):
     """The figures of an answers file, with the questions of a root, or, without one, those that the file holds."""
     lines = read_answers(answers)
-    if root:
-        questions = load_benchmark(benchmark, root, images=False)
-    else:
-        questions = benchmark.rebuild([line for _, line in lines])
+    questions = load_benchmark(benchmark, root, images=False) if root else benchmark.rebuild(lines)
     samples, texts = matched(benchmark, questions, lines)
     return benchmark.measure(samples).of(scores(benchmark, samples, texts))

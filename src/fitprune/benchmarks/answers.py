@@ -18,7 +18,7 @@ from fitprune._support.messages import line as one_line
 from fitprune._support.messages import short
 from fitprune.benchmarks.base import Benchmark, line_of
 from fitprune.benchmarks.measure import Array
-from fitprune.benchmarks.reading import field, read_jsonl, read_list
+from fitprune.benchmarks.reading import field, read_lines_or_list
 from fitprune.calibration.entry import BadSample
 from fitprune.calibration.samples import Sample
 
@@ -72,7 +72,7 @@ def read_answers(path: str | os.PathLike[str]) -> Lines:
         ImportError: it is a spreadsheet, and openpyxl is not installed.
     """
     path = Path(path)
-    lines = list(_rows(path) if path.suffix.lower() == ".xlsx" else _objects(path))
+    lines = list(_rows(path) if path.suffix.lower() == ".xlsx" else read_lines_or_list(path))
     if not lines:
         raise BadSample(f"{path}: holds no answer, must have a line for each question; was the run finished?")
     for where, line in lines:
@@ -82,14 +82,8 @@ def read_answers(path: str | os.PathLike[str]) -> Lines:
     return lines
 
 
-def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open(path, "rb") as file:
-        is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    return read_list(path) if is_list else read_jsonl(path)
-
-
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row by the names of columns) of a spreadsheet; an empty cell is an empty answer."""
+    """Yield (where, row by the names of columns) of a spreadsheet; an empty cell is an empty answer, 5 is "5"."""
     try:
         import openpyxl
     except ImportError:
@@ -97,6 +91,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with open(path, "rb") as file:
         try:
             sheet = openpyxl.load_workbook(file, read_only=True).worksheets[0]
+            sheet.reset_dimensions()  # some programs write wrong ones, and cells beyond would be lost
             head, *rows = sheet.iter_rows(values_only=True)
         except Exception as error:  # whatever zip, XML and openpyxl raise
             raise BadSample(f"{path}: no spreadsheet with a row of names ({one_line(error)}); save it again") from None
@@ -104,10 +99,14 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if name not in head:
             raise BadSample(f"{path}:1: has no column {name!r}, must have index and prediction; is it another file?")
     for number, cells in enumerate(rows, 2):
-        row = dict(zip(map(str, head), cells, strict=False))
-        if any(cell is not None for cell in cells):
-            text = row.get("prediction")
-            yield f"{path}:{number}", {**row, "question_id": row["index"], "text": "" if text is None else text}
+        where, empty = f"{path}:{number}", [None] * len(head)
+        row: dict[str, Any] = dict(zip(map(str, head), [*cells, *empty], strict=False))
+        if any(cell not in (None, "") for cell in cells):
+            text, name = row["prediction"], row["index"]
+            if isinstance(name, float) and name.is_integer():  # as some programs write every number
+                row["index"] = int(name)
+            name = field(row, "index", where, (str, int))
+            yield where, {**row, "question_id": name, "text": "" if text is None else str(text)}
 
 
 def matched(
@@ -133,7 +132,8 @@ def matched(
     for where, line in lines:
         key = _key(benchmark, where, line)
         if key not in questions:
-            foreign.append((where, line["question_id"]))
+            if not (benchmark.uncounted and benchmark.uncounted(line)):
+                foreign.append((where, key if isinstance(key, tuple) else line["question_id"]))
         elif key in answers:
             repeated.append((where, line["question_id"], answers[key][0]))
         else:
@@ -151,7 +151,7 @@ def matched(
             "answers are for one that is: leave one answer for each"
         )
     missing = [sample for key, sample in questions.items() if key not in answers]
-    if missing and not partial:
+    if missing and not (partial and answers):
         raise BadSample(
             f"{lines[-1][0]}: is the last answer, and {len(missing):,} of {len(questions):,} questions have no answer "
             f"(first: {short(missing[0].id, 80)}): finish the run, or pass --partial to score those that are answered"
@@ -160,6 +160,16 @@ def matched(
         logger.warning(
             "%s: the answers are not in the questions' order: here each is paired with its question; %s, which pairs "
             "by lines, gives another figure", lines[0][0], benchmark.by_lines
+        )  # fmt: skip
+    strange = [
+        where
+        for key, (where, line) in answers.items()
+        if line.get("prompt") and not _asks(line["prompt"], questions[key])
+    ]
+    if 2 * len(strange) > len(answers):
+        logger.warning(
+            "%s: has another prompt than its question, as %d of %d answers have: are they for another split, language "
+            "or state of it?", strange[0], len(strange), len(answers)
         )  # fmt: skip
     pairs = [(sample, answers[key][1]["text"]) for key, sample in questions.items() if key in answers]
     return [sample for sample, _ in pairs], [text for _, text in pairs]
@@ -170,6 +180,11 @@ def _key(benchmark: Benchmark, where: str, line: dict[str, Any]) -> Hashable:
         return benchmark.key(line)
     except KeyError as error:
         raise BadSample(f"{where}: has no {error}, which tells {benchmark.title}'s questions apart; add it") from None
+
+
+def _asks(prompt: str, sample: Sample) -> bool:
+    """Whether a prompt holds the first line of a question."""
+    return str(line_of(sample)["prompt"]).removeprefix("<image>\n").split("\n")[0] in prompt
 
 
 def _differ_in_order(answers: Sequence[Hashable], questions: dict[Hashable, Sample]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,18 @@ class Upload:
             raise ImportError(f"{name}: {self.module} is needed to write its upload file: {EXTRA}")
 
     def save(self, samples: Sequence[Sample], texts: Sequence[str], path: str | os.PathLike[str]) -> None:
-        """Write the answers [questions]; a file whole or not at all."""
+        """Write the answers [questions]; each file whole, and none before all are."""
         if self.ending:
             with files.replacing(path) as temporary:
                 self.write(samples, texts, temporary)
             return
+        folder = Path(path).resolve()
         try:
-            self.write(samples, texts, Path(path))
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as part:
+                self.write(samples, texts, Path(part))
+                for file in sorted(Path(part).iterdir()):
+                    os.replace(file, folder / file.name)
         except OSError as error:
             raise OSError(error.errno, f"cannot write {path}: {error.strerror}; run again") from error
 
@@ -101,7 +107,9 @@ class Benchmark:
         key: from a line of an answers file to what tells its question from others, the same for `line_of` a sample.
         unit: from a question to the unit that is drawn whole by `--samples`; None for the question itself.
         upload: what its script or server takes; None where that is the answers file itself.
-        rebuild: makes the questions from the lines of an answers file that holds them; None where none does.
+        rebuild: makes the questions from the lines (where, line) of an answers file that holds them; None where none
+            does.
+        uncounted: whether a line of an answers file is of a question that its figure leaves out.
         by_lines: its official script, where that pairs answers and labels by lines, so that their order counts there.
         aliases: other names that users type.
     """
@@ -118,7 +126,8 @@ class Benchmark:
     key: Callable[[Mapping[str, Any]], Hashable] = by_id
     unit: Callable[[Sample], Hashable] | None = None
     upload: Upload | None = None
-    rebuild: Callable[[Sequence[Mapping[str, Any]]], list[Sample]] | None = None
+    rebuild: Callable[[Sequence[tuple[str, Mapping[str, Any]]]], list[Sample]] | None = None
+    uncounted: Callable[[Mapping[str, Any]], bool] | None = None
     by_lines: str = ""
     aliases: tuple[str, ...] = ()
 

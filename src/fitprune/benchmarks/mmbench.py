@@ -75,24 +75,21 @@ def read(paths: Mapping[str, Path], *, suffix: str, scored: bool) -> list[Sample
     ]
 
 
-def rebuild(lines: Sequence[Mapping[str, Any]], *, suffix: str, scored: bool) -> list[Sample]:
+def rebuild(lines: Sequence[tuple[str, Mapping[str, Any]]], *, suffix: str, scored: bool) -> list[Sample]:
     """Make the questions of the rows of a spreadsheet of answers, which has no hints, categories and pictures.
 
     Args:
-        lines: its rows.
+        lines: (where, row) of each.
         suffix: what follows the choices.
         scored: whether it has the right answers.
 
     Raises:
         BadSample: they are lines of another file, without the questions.
     """
-    for line in lines:
+    for where, line in lines:
         if "question" not in line:
-            raise BadSample(
-                f"the answer to question {short(line['question_id'], 80)} has no 'question': only MMBench's "
-                "spreadsheets hold them; pass --data-root"
-            )
-    return [question(line, f"index {line['question_id']}", suffix, scored=scored) for line in lines]
+            raise BadSample(f"{where}: has no 'question': only MMBench's spreadsheets hold them; pass --data-root")
+    return [question(line, where, suffix, scored=scored) for where, line in lines]
 
 
 def question(row: Mapping[str, Any], where: str, suffix: str, *, scored: bool, image: bytes | None = None) -> Sample:

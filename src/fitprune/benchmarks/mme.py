@@ -146,7 +146,7 @@ def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None
         lines.setdefault(sample.kind, []).append("\t".join(columns) + "\n")
     path.mkdir(parents=True, exist_ok=True)
     for category, own in lines.items():
-        (path / f"{category}.txt").write_text("".join(own), encoding="utf-8", newline="\n")
+        (path / f"{category}.txt").write_bytes("".join(own).encode(errors="replace"))  # half of a character is "?"
 
 
 def key(line: Mapping[str, Any]) -> Hashable:

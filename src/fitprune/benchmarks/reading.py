@@ -124,9 +124,15 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield (where, text) for each line that is not blank."""
-    for number, text in enumerate(_text(path).split("\n"), 1):
-        if text.strip():
-            yield f"{path}:{number}", text
+    return _lines(_text(path), path)
+
+
+def read_lines_or_list(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, object) for each line, or for each entry where the file is one JSON list; a pipe will do."""
+    text = _text(path)
+    if text.lstrip().startswith("["):
+        return _entries(_parsed(text, str(path)), path)
+    return ((where, _object(_parsed(line, where), where)) for where, line in _lines(text, path))
 
 
 def read_questions(paths: Mapping[str, Path]) -> Iterator[Sample]:
@@ -199,11 +205,8 @@ def annotators(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def read_list(path: Path, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, object) for each entry of a JSON list, or of the one that an object has by a name."""
-    entries = field(read_json(path), name, str(path), list) if name else read_json(path, list)
-    for number, entry in enumerate(entries):
-        where = f"{path}, entry {number}"
-        yield where, _object(entry, where)
+    """Give (where, object) for each entry of a JSON list, or of the one that an object has by a name."""
+    return _entries(field(read_json(path), name, str(path), list) if name else read_json(path, list), path)
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -254,17 +257,31 @@ _NAMES = {str: "text", int: "a whole number", list: "a list", dict: "an object",
 
 
 def _text(path: Path) -> str:
+    if path.is_dir():
+        raise BadSample(f"{path}: is a folder, must be a file; put the file itself there")
     try:
         return files.read_text(path, MOST_BYTES)
     except ValueError as error:
         raise BadSample(f"{path}: {error}; save it as UTF-8") from None
 
 
+def _lines(text: str, path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def _entries(entries: Sequence[Any], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, entry in enumerate(entries):
+        where = f"{path}, entry {number}"
+        yield where, _object(entry, where)
+
+
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
+    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
         place = f"{where}:{error.lineno}" if isinstance(error, json.JSONDecodeError) and "\n" in text else where
         raise BadSample(f"{place}: not JSON ({one_line(reason)}); copy the file again") from None
 

@@ -25,6 +25,7 @@ from fitprune.benchmarks.reading import (
     read_questions,
 )
 from fitprune.benchmarks.soft_accuracy import vqa_accuracy
+from fitprune.calibration.entry import BadSample
 from fitprune.calibration.samples import Sample
 
 FILE = "v2_mscoco_val2014_annotations.json"
@@ -75,11 +76,26 @@ def score(text: str, sample: Sample) -> float:
 
 
 def write(samples: Sequence[Sample], answers: Sequence[str], path: Path) -> None:
-    """Write what the server takes; questions of the whole split that were not asked have an empty answer."""
-    texts = {sample.id: evalai(text) for sample, text in zip(samples, answers, strict=True)}
-    split = samples[0].facts.get("split") if samples else None
-    numbers = [field(entry, "question_id", where, (int, str)) for where, entry in read_jsonl(split)] if split else texts
-    path.write_text(json.dumps([{"question_id": number, "answer": texts.get(number, "")} for number in numbers]))
+    """Write what the server takes; questions of the whole split that were not asked have an empty answer.
+
+    Args:
+        samples: the questions.
+        answers: [questions].
+        path: the file.
+
+    Raises:
+        BadSample: a question is not of the split.
+    """
+    texts = {str(sample.id): evalai(text) for sample, text in zip(samples, answers, strict=True)}
+    numbers, split = [sample.id for sample in samples], samples[0].facts.get("split") if samples else None
+    if split:
+        numbers = [field(entry, "question_id", where, (int, str)) for where, entry in read_jsonl(split)]
+        if absent := texts.keys() - map(str, numbers):
+            raise BadSample(
+                f"{split}: has no question {min(absent)}, which was answered ({len(absent):,} of {len(texts):,} are "
+                "missing): it is of another state than the questions; copy both again"
+            )
+    path.write_text(json.dumps([{"question_id": name, "answer": texts.get(str(name), "")} for name in numbers]))
 
 
 VQAV2 = Benchmark(

@@ -59,12 +59,16 @@ def _table(benchmarks: Sequence[Benchmark], root: Path | None) -> str:
 
 def _notes(benchmark: Benchmark, root: Path | None) -> str:
     """Say how many questions there are, where they are scored, and which files are there."""
+    from fitprune._support.messages import line
     from fitprune.benchmarks.reading import located
 
     roles = {needed.role: needed.role + " (optional)" * needed.optional for needed in benchmark.needs}
     if root is None:
         return f"{_judged(benchmark)}; needs {', '.join(roles.values())}"
-    present = located(benchmark, root)
+    try:
+        present = located(benchmark, root)
+    except OSError as error:  # a folder that may not be looked into
+        return f"broken: {line(error, 300)}"
     here = ", ".join(text for role, text in roles.items() if role in present)
     absent = ", ".join(text for role, text in roles.items() if role not in present)
     parts = [_size(benchmark, root), _judged(benchmark), here and f"found {here}", absent and f"missing {absent}"]

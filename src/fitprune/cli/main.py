@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("fitprune").addHandler(handler)
     try:
         args.run(args)
-        sys.stdout.flush()
+        if sys.stdout:  # which is None where a shell closed it
+            sys.stdout.flush()
     except KeyboardInterrupt:
         more = "; run the same command again to go on" if args.resumable(args) else ""
         print(f"fitprune: interrupted{more}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,8 @@ def run(args: options.Args) -> None:
     from fitprune.benchmarks.table import get_benchmark
 
     benchmark = get_benchmark(args.benchmark)
-    options.require_different("--answers", args.answers)
+    paths = [os.path.realpath(path) for path in (*args.answers, args.upload, args.output) if path]
+    options.require_different("--answers, --upload, --output", paths)  # none is to replace another
     _require_possible(benchmark, args)
     replaced = files.claim(args.output, files.SCORES, overwrite=args.overwrite) if args.output else ""
     read = [read_answers(path) for path in args.answers]
@@ -57,10 +59,11 @@ def run(args: options.Args) -> None:
         {"answers": path, "questions": len(own), "answered": len(pair[0]), **_figures(benchmark, *pair)}
         for path, own, pair in zip(args.answers, questions, pairs, strict=True)
     ]
-    print(f"{benchmark.title}: {benchmark.metric}\n\n{_table(entries)}")
-    if args.output:
+    if args.output:  # before the table, whose reader may have had enough of it
         facts = {"benchmark": benchmark.name, "title": benchmark.title, "metric": benchmark.metric}
         files.write_json(args.output, {**facts, "maximum": benchmark.maximum, "scores": entries})
+    print(f"{benchmark.title}: {benchmark.metric}\n\n{_table(entries)}")
+    if args.output:
         print(f"{args.output}{replaced}")
 
 
@@ -91,7 +94,7 @@ def _questions(benchmark: Benchmark, args: options.Args, read: Sequence[Lines]) 
 
     root = Path(args.data_root)
     if benchmark.rebuild and args.data_root == options.DATA_ROOT and not root.is_dir():
-        return [benchmark.rebuild([line for _, line in lines]) for lines in read]
+        return [benchmark.rebuild(lines) for lines in read]
     return [load_benchmark(benchmark, root, images=False)] * len(read)
 
 
