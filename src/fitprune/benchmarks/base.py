@@ -74,7 +74,7 @@ class Upload:
         try:
             self.write(samples, texts, Path(path))
         except OSError as error:
-            raise OSError(error.errno, f"cannot write {path}: {error.strerror}; run again") from error
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}; make room, and run again") from error
 
 
 def by_id(line: Mapping[str, Any]) -> Hashable:

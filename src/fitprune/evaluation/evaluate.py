@@ -178,8 +178,8 @@ def _require_text_alone(run: Run) -> None:
             run.inputs(task, alone[:1])
         except BadSample as error:
             raise BadSample(
-                f"{error}: {len(alone)} of {len(samples)} questions of {task} have no image, which this model's processor refuses; leave "
-                f"{task} out"
+                f"{error}: {len(alone)} of {len(samples)} questions of {task} have no image, which this model's "
+                f"processor refuses; leave {task} out"
             ) from error
 
 
