@@ -80,7 +80,7 @@ class Upload:
                 for file in sorted(Path(part).iterdir()):
                     os.replace(file, folder / file.name)
         except OSError as error:
-            raise OSError(error.errno, f"cannot write {path}: {error.strerror}; run again") from error
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}; make room, and run again") from error
 
 
 def by_id(line: Mapping[str, Any]) -> Hashable:

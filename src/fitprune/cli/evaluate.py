@@ -240,8 +240,8 @@ def _usual_visual_tokens(args: options.Args, adapted: Any, processor: Any, sampl
     with_image = [sample for sample in samples if sample.image is not None][:SIZED]
     if not with_image:
         raise ValueError("no question has an image, so that nothing is pruned: --methods would all be the dense model")
-    asked = None if args.data or args.prompt_template else protocol_for(args.protocol, processor, adapted.model)
-    how = {"prompt_template": args.prompt_template, "model": adapted.model, "protocol": asked}
+    chosen = None if args.data or args.prompt_template else protocol_for(args.protocol, processor, adapted.model)
+    how = {"prompt_template": args.prompt_template, "model": adapted.model, "protocol": chosen}
     batches = make_batches(with_image, processor, **how)
     counts = Counter(int(visual_mask(adapted, batch["input_ids"]).sum()) for batch in batches)
     return max(counts, key=lambda count: (counts[count], count))
