@@ -82,3 +82,18 @@ def test_wrong_use_is_one_line(capsys):
         assert main(["benchmarks", *command]) == code
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+def test_a_folder_that_may_not_be_read_does_not_end_the_list(shown, tmp_path, monkeypatch):
+    real = type(tmp_path).exists
+
+    def exists(path):
+        if path.parts[-2:-1] == ("gqa",):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    make_pope(tmp_path)
+    monkeypatch.setattr(type(tmp_path), "exists", exists)
+    words = " ".join(shown("--data-root", str(tmp_path)).split())
+    assert "broken: [Errno 13] Permission denied:" in words
+    assert "12 questions" in words
