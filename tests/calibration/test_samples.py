@@ -223,3 +223,8 @@ def test_a_whole_number_as_id_stays_one_in_the_journal_and_in_the_answers(tmp_pa
     for _ in range(2):  # the second goes on from the first's journal
         found = evaluate(model, processor, samples, {}, **options).answers
         assert [(answer["id"], type(answer["id"])) for answer in found] == [(0, int), (1, int)]
+
+
+def test_a_sample_can_be_a_key():
+    sample = Sample("a", "what?", "a.png", facts={"row": {}})
+    assert {sample: 1}[Sample("a", "what?", "a.png", facts={"row": {}})] == 1

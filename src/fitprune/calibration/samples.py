@@ -45,7 +45,7 @@ class Sample:
     answers: tuple[str, ...] = ()
     kind: str = ""
     where: str = ""
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def load_image(self, *, as_shown: bool = True) -> Image.Image:
         """Decode the image as RGB, as a viewer shows it (`fitprune.calibration.pictures` has the rules).
