@@ -20,6 +20,7 @@ def whole():
     """The folder of the whole files."""
     if folder := os.environ.get("FITPRUNE_REAL_ANSWERS"):
         return Path(folder)
+    # 13 MB of other people's files, which the repository does not hold; the slices are tested everywhere.
     pytest.skip("FITPRUNE_REAL_ANSWERS names no folder with LLaVA's answers")
 
 

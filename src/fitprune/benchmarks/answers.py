@@ -16,7 +16,7 @@ import numpy as np
 from fitprune._support import files
 from fitprune._support.messages import line as one_line
 from fitprune._support.messages import short
-from fitprune.benchmarks.base import Benchmark, line_of
+from fitprune.benchmarks.base import EXTRA, Benchmark, line_of
 from fitprune.benchmarks.measure import Array
 from fitprune.benchmarks.reading import field, read_lines_or_list
 from fitprune.calibration.entry import BadSample
@@ -87,7 +87,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import openpyxl
     except ImportError:
-        raise ImportError(f"{path}: openpyxl is needed to read it: pip install 'fitprune[benchmarks]'") from None
+        raise ImportError(f"{path}: openpyxl is needed to read it: {EXTRA}") from None
     with open(path, "rb") as file:
         try:
             sheet = openpyxl.load_workbook(file, read_only=True).worksheets[0]
