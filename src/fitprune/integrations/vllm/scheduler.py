@@ -1,8 +1,8 @@
 """vLLM's scheduler, whichever it is, made to prefill a prompt that loses tokens in one step.
 
 Scores need a prompt's images and its question in one step. So a prompt that one step can hold waits until one does,
-while text is split into chunks as before; one that no step can hold runs dense. That is decided here, once for a request,
-and goes to the workers with the request's images.
+while text is split into chunks as before; one that no step can hold runs dense. That is decided here, once for a
+request, and goes to the workers with its images.
 
 A pruned prompt's blocks hold other keys than its tokens alone decide, so none may be shared: its hashes have a salt of
 their own, and it reads no block of the prefix cache, not even its own after a preemption. Text and dense prompts
