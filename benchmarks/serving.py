@@ -197,11 +197,14 @@ async def load(
                 if not history:
                     content.insert(0, {"type": "image_url", "image_url": {"url": link}})
                 messages = [*history, {"role": "user", "content": content}]
+                begin = time.perf_counter()
                 text = await ask(messages)
+                took[turn].append(time.perf_counter() - begin)
                 if one_chat:
                     history = [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
     limit, waits = asyncio.Semaphore(concurrency), list[float]()
+    took: list[list[float]] = [[] for _ in range(questions)]
     cached = counted(url)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
         begin = time.perf_counter()
@@ -219,6 +222,7 @@ async def load(
         "first token, 90th percentile s": waits[int(0.9 * len(waits))],
         "prompt tokens": prompt,
         "of them in the prefix cache": hits,
+        "seconds of each question, mean": [statistics.fmean(each) for each in took],
     }
 
 
@@ -269,7 +273,10 @@ def ratios(dense: dict[str, Any], own: dict[str, Any]) -> None:
 
 def table(rounds: list[dict[str, Any]]) -> str:
     """Write the rounds as the Markdown table of docs/vllm.md."""
-    lines = ["| | | chats a second | of dense | first token, median s | of dense |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | | chats a second | of dense | first token, median s | of dense | prompt tokens from the cache |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for workload, (rate, wait) in COLUMNS.items():
         for name in SERVERS:
             each = [one[name][workload] for one in rounds if name in one]
@@ -278,6 +285,11 @@ def table(rounds: list[dict[str, Any]]) -> str:
                 [f"{figures['throughput over dense']:.2f}" for figures in each],
                 [f"{figures[wait] / (1000 if wait.endswith('ms') else 1):.1f}" for figures in each],
                 [f"{figures['first token over dense']:.2f}" for figures in each],
+                [
+                    f"{figures['of them in the prefix cache'] / figures['prompt tokens']:.0%}"
+                    for figures in each
+                    if "prompt tokens" in figures
+                ],
             ]
             lines.append(f"| {workload} | {name} | " + " | ".join(", ".join(cell) for cell in cells) + " |")
     return "\n".join(lines)
