@@ -255,7 +255,8 @@ def measured(folder: Path, name: str, args: argparse.Namespace, first: int) -> d
         with urllib.request.urlopen(f"{url}/server_info?config_format=json") as answer:
             config = json.load(answer)["vllm_config"]
         figures["settings"] = {option: config[part][option] for part, names in SETTINGS.items() for option in names}
-        figures["log"] = list(dict.fromkeys(LINES.findall(log.read_text(encoding="utf-8"))))
+        text = log.read_text(encoding="utf-8").replace(f"{folder.parent}/", "")
+        figures["log"] = list(dict.fromkeys(LINES.findall(text)))
         asyncio.run(load(url, 2, 1, False, 2, args.tokens, first))  # to warm up
         for number, (workload, users) in enumerate(WORKLOADS.items(), 1):  # no picture is in two of them
             figures[workload] = asyncio.run(load(url, *users, args.concurrency, args.tokens, first + 100 * number))
