@@ -53,11 +53,7 @@ def _refuse(messages: list[str]) -> None:
 def _engine_rules(config: Any) -> Iterator[tuple[bool, str]]:
     """For each setting of the engine, whether it is broken, and what to say."""
     model, scheduler, parallel = config.model_config, config.scheduler_config, config.parallel_config
-    threshold, tensor, pipeline = (
-        scheduler.long_prefill_token_threshold,
-        parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size,
-    )
+    threshold, pipeline = scheduler.long_prefill_token_threshold, parallel.pipeline_parallel_size
     context = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     yield (
         scheduler.enable_chunked_prefill,
@@ -74,10 +70,14 @@ def _engine_rules(config: Any) -> Iterator[tuple[bool, str]]:
     yield not model.enforce_eager, "enforce_eager=False: compiled graphs have fixed rows; pass --enforce-eager"
     yield config.use_v2_model_runner, "Model Runner V2: is not supported yet; set VLLM_USE_V2_MODEL_RUNNER=0"
     yield (
-        tensor > 1,
-        f"tensor_parallel_size={tensor}: scores need all heads; use 1, and --data-parallel-size for more devices",
+        pipeline > 1,
+        f"pipeline_parallel_size={pipeline}: rows leave between its stages; use 1, and --tensor-parallel-size instead",
     )
-    yield pipeline > 1, f"pipeline_parallel_size={pipeline}: rows leave between its stages; use 1"
+    yield (
+        parallel.data_parallel_size > 1 and model.is_moe,
+        f"data_parallel_size={parallel.data_parallel_size} of a mixture of experts: its ranks exchange the dense rows; "
+        "use 1, and --tensor-parallel-size instead",
+    )
     yield context > 1, "context parallelism: splits a request's keys; leave it out"
     yield parallel.use_ubatching, "dual batch overlap: splits a step's rows; leave out --enable-dbo"
     yield (
