@@ -135,5 +135,5 @@ def summary(total: collections.Counter[str]) -> str:
         said += f" ({total['visual_token_layers_pruned'] / total['visual_token_layers']:.0%} of visual token-layers)"
     said += f", {sum(reasons.values())} dense"
     if reasons:
-        said += f" ({', '.join(f'{number} {reason}' for reason, number in reasons.items())})"
+        said += f" ({'; '.join(f'{number}: {reason}' for reason, number in reasons.items())})"
     return f"{said}, {total['prompts_held']} held"
