@@ -41,7 +41,7 @@ class Counts:
     new: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def pruned(self, recipe: PruningRecipe, tokens: Iterable[int]) -> None:
-        """Count a prompt that is pruned, whose images have so many visual tokens."""
+        """Count a prompt that is pruned, whose images have these numbers of visual tokens."""
         self.new["prompts_pruned"] += 1
         for number in tokens:
             whole = number * len(recipe.keep)
@@ -57,7 +57,7 @@ class Counts:
         self.new["prompts_held"] += 1
 
     def sent_with(self, stats: Any) -> Any:
-        """Put what is new into a step's statistics, and begin anew; nothing happens where vLLM makes none (None)."""
+        """Put what is new into a step's statistics, and begin again at zero; nothing happens to None, vLLM's where it makes none."""
         if stats is None:
             return None
         new, self.new = self.new, collections.Counter()
@@ -130,10 +130,10 @@ def counters() -> dict[str, Any]:
 def summary(total: collections.Counter[str]) -> str:
     """Say in a line what was counted since the server started."""
     reasons = {name.split("/", 1)[1]: number for name, number in total.items() if "/" in name}
-    said = f"{total['prompts_pruned']} prompts pruned"
+    line = f"{total['prompts_pruned']} prompts pruned"
     if total["visual_token_layers"]:
-        said += f" ({total['visual_token_layers_pruned'] / total['visual_token_layers']:.0%} of visual token-layers)"
-    said += f", {sum(reasons.values())} dense"
+        line += f" ({total['visual_token_layers_pruned'] / total['visual_token_layers']:.0%} of visual token-layers)"
+    line += f", {sum(reasons.values())} dense"
     if reasons:
-        said += f" ({'; '.join(f'{number}: {reason}' for reason, number in reasons.items())})"
-    return f"{said}, {total['prompts_held']} held"
+        line += f" ({'; '.join(f'{number}: {reason}' for reason, number in reasons.items())})"
+    return f"{line}, {total['prompts_held']} held"
