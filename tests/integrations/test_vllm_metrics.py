@@ -58,13 +58,13 @@ def test_a_step_sends_what_is_new(recipe):
     receive()
     counts = Counts()
     counts.pruned(recipe, [IMAGE_TOKENS, 3])
-    counts.dense("too long")
-    counts.dense("too long")
+    counts.dense("longer_than_step")
+    counts.dense("longer_than_step")
     counts.hold()
     assert counts.sent_with(None) is None  # vLLM has --disable-log-stats
     message = EngineCoreOutputs(scheduler_stats=counts.sent_with(SchedulerStats(num_running_reqs=2)))
     found = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(message)).scheduler_stats
-    expected = {"prompts_pruned": 1, "prompts_dense/too long": 2, "prompts_held": 1}
+    expected = {"prompts_pruned": 1, "prompts_dense/longer_than_step": 2, "prompts_held": 1}
     assert found == PruningStats(2, fitprune={**expected, **token_layers(recipe, IMAGE_TOKENS, 3)})
     assert counts.sent_with(SchedulerStats()).fitprune == {}
 
@@ -77,35 +77,36 @@ def test_one_who_does_not_know_the_field_skips_it():
 
 def test_engines_are_counted_apart_and_logged_together(caplog):
     config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="unit"))
-    logger = PruningStatLogger(config, [0, 1])
-    quiet = PruningStatLogger(config, [1], speaks=False)
+    logger = PruningStatLogger(config, [0, 1], ["other_media"])
+    quiet = PruningStatLogger(config, [1], [], speaks=False)
 
     def value(name, engine, **more):
         return REGISTRY.get_sample_value(f"fitprune:{name}_total", {"model_name": "unit", "engine": engine, **more})
 
     assert value("prompts_pruned", "0") == value("prompts_pruned", "1") == 0
-    logger.record(PruningStats(fitprune={"prompts_pruned": 2, "prompts_dense/it has video": 1}), None, engine_idx=1)
+    assert value("prompts_dense", "1", reason="other_media") == 0
+    logger.record(PruningStats(fitprune={"prompts_pruned": 2, "prompts_dense/other_media": 1}), None, engine_idx=1)
     logger.record(PruningStats(fitprune={"prompts_pruned": 3}), None, engine_idx=0)
     quiet.record(PruningStats(fitprune={"prompts_pruned": 4}), None, engine_idx=1)
     for nothing in (None, SchedulerStats(), PruningStats()):
         logger.record(nothing, None)
     assert (value("prompts_pruned", "0"), value("prompts_pruned", "1")) == (3, 6)
-    assert value("prompts_dense", "1", reason="it has video") == 1
+    assert value("prompts_dense", "1", reason="other_media") == 1
     with caplog.at_level(logging.INFO, "vllm.fitprune"):
         for each in (logger, logger, quiet):
             each.log()
     assert [record.getMessage() for record in caplog.records] == [
-        "fitprune: 5 prompts pruned, 1 dense (1: it has video), 0 held"
+        "fitprune: 5 prompts pruned, 1 dense (1 other_media), 0 held"
     ]
 
 
 def test_the_line_says_how_much_leaves():
     total = collections.Counter({
         "prompts_pruned": 120, "visual_token_layers": 1000, "visual_token_layers_pruned": 604, "prompts_held": 14,
-        "prompts_dense/too long": 2, "prompts_dense/it has video": 1,
+        "prompts_dense/longer_than_step": 2, "prompts_dense/other_media": 1,
     })  # fmt: skip
     assert summary(total) == (
-        "120 prompts pruned (60% of visual token-layers), 3 dense (2: too long; 1: it has video), 14 held"
+        "120 prompts pruned (60% of visual token-layers), 3 dense (2 longer_than_step, 1 other_media), 14 held"
     )
 
 
@@ -208,5 +209,6 @@ def test_a_server_shows_them(tmp_path, recipe):
     left = token_layers(recipe, IMAGE_TOKENS)
     share = left["visual_token_layers_pruned"] / left["visual_token_layers"]
     assert re.search(
-        rf"fitprune: 12 prompts pruned \({share:.0%} of visual token-layers\), 3 dense \(3: ", log.read_text()
+        rf"fitprune: 12 prompts pruned \({share:.0%} of visual token-layers\), 3 dense \(3 longer_than_step\)",
+        log.read_text(),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -82,16 +83,19 @@ class PruningStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
     Args:
         vllm_config: the engines' VllmConfig.
         engine_indexes: their numbers.
+        reasons: why prompts may run dense.
         speaks: whether to log; as vLLM's own line, not where several API servers have a part each.
     """
 
-    def __init__(self, vllm_config: Any, engine_indexes: Iterable[int], speaks: bool = True) -> None:
+    def __init__(
+        self, vllm_config: Any, engine_indexes: Iterable[int], reasons: Iterable[str], speaks: bool = True
+    ) -> None:
         self._model, self._speaks = vllm_config.model_config.served_model_name, speaks
         self._total: collections.Counter[str] = collections.Counter()
         self._logged = 0
-        for engine in engine_indexes:  # shown as 0 before the first prompt
-            for name in COUNTERS.keys() - {"prompts_dense"}:
-                self._counter(name, engine)
+        names = [*(COUNTERS.keys() - {"prompts_dense"}), *(f"prompts_dense/{reason}" for reason in reasons)]
+        for engine, name in itertools.product(engine_indexes, names):
+            self._counter(name, engine)  # which is shown as 0 from now on
 
     def _counter(self, name: str, engine: int) -> Any:
         name, *reason = name.split("/", 1)
@@ -135,5 +139,5 @@ def summary(total: collections.Counter[str]) -> str:
         line += f" ({total['visual_token_layers_pruned'] / total['visual_token_layers']:.0%} of visual token-layers)"
     line += f", {sum(reasons.values())} dense"
     if reasons:
-        line += f" ({'; '.join(f'{number}: {reason}' for reason, number in reasons.items())})"
+        line += f" ({', '.join(f'{number} {reason}' for reason, number in reasons.items())})"
     return f"{line}, {total['prompts_held']} held"
