@@ -58,7 +58,7 @@ class Counts:
         self.new["prompts_held"] += 1
 
     def sent_with(self, stats: Any) -> Any:
-        """Put what is new into a step's statistics, and begin again at zero; None, where vLLM makes none, stays None."""
+        """Put what is new into a step's statistics, and start again at 0; None, where vLLM makes none, stays None."""
         if stats is None:
             return None
         new, self.new = self.new, collections.Counter()
