@@ -10,12 +10,12 @@ from huggingface_hub.errors import HFValidationError
 from vllm.logger import init_logger
 
 from fitprune.families.config import fingerprint_of
+from fitprune.integrations.vllm import RECIPE_VARIABLE
+from fitprune.integrations.vllm.checkpoint import accept_newer_names
 from fitprune.integrations.vllm.pruner import Pruner
 from fitprune.integrations.vllm.rules import require_runner, require_supported
 from fitprune.recipes.find import fitted_to
 from fitprune.recipes.recipe import PruningRecipe
-
-RECIPE_VARIABLE = "FITPRUNE_RECIPE"
 
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
 
@@ -34,6 +34,7 @@ def install() -> None:
         recipe = configured_recipe(self.vllm_config)
         if recipe is not None:
             require_supported(self.vllm_config, recipe)
+            accept_newer_names(self.vllm_config.model_config)
         result = init_device(self)
         if recipe is not None:
             require_runner(self.worker.model_runner)
