@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from fitprune.cli import options, parser
-from fitprune.integrations.vllm import PLUGINS, RECIPE_VARIABLE
+from fitprune.recipes.find import RECIPE_VARIABLE, fitted_to
 from fitprune.recipes.recipe import PruningRecipe
 
 VERSIONS = ((0, 32), (0, 34))  # the first that is served, the first that is not
@@ -41,9 +41,9 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
     command.add_argument("--revision", help="branch, tag or commit of MODEL on the hub (default: main)")
     command.add_argument("--trust-remote-code", action="store_true", help="run code that MODEL's repository brings")
     command.usage = "%(prog)s MODEL [--recipe RECIPE] [arguments of vLLM]"
-    command.description = (
-        f"{command.description}\n\nAll other arguments go to vLLM as they are; '-- --help=all' shows them. MODEL stands\n"
-        f"before them. This is what 'vllm serve' does with the environment variable {RECIPE_VARIABLE}."
+    command.epilog = (
+        f"{command.epilog}\n\nAll other arguments go to vLLM as they are; '-- --help=all' shows them. MODEL stands before\n"
+        f"them. This is what 'vllm serve' does with the environment variable {RECIPE_VARIABLE}."
     )
     command.allow_abbrev = False
     command.set_defaults(unknown=[])
@@ -95,7 +95,7 @@ def require_plugin() -> None:
         ImportError: it is not among the installed ones.
         ValueError: the environment leaves it out.
     """
-    if not any(point.name == "fitprune" for point in importlib.metadata.entry_points(group=PLUGINS)):
+    if not any(point.name == "fitprune" for point in importlib.metadata.entry_points(group="vllm.general_plugins")):
         raise ImportError("vLLM cannot find the plug-in: fitprune is not installed, only imported; pip install it")
     names = os.environ.get("VLLM_PLUGINS")
     if names is not None and "fitprune" not in names.split(","):
@@ -110,7 +110,6 @@ def _checked(args: options.Args) -> tuple[str, str | None]:
 
     from fitprune.families.checkpoint import find_checkpoint, read_config
     from fitprune.families.config import fingerprint_of
-    from fitprune.recipes.find import fitted_to
 
     try:
         place = find_checkpoint(args.model)

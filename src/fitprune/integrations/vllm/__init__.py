@@ -11,6 +11,3 @@ request's alone while it lives: written in its prefill, read in its decoding, in
 `pruner` lets tokens leave. docs/vllm.md says what is supported; the rest is refused when the engine starts. This file
 imports nothing, so that the entry point costs nothing.
 """
-
-PLUGINS = "vllm.general_plugins"  # the group of entry points that vLLM loads in every process
-RECIPE_VARIABLE = "FITPRUNE_RECIPE"

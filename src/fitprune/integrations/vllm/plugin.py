@@ -10,11 +10,10 @@ from huggingface_hub.errors import HFValidationError
 from vllm.logger import init_logger
 
 from fitprune.families.config import fingerprint_of
-from fitprune.integrations.vllm import RECIPE_VARIABLE
 from fitprune.integrations.vllm.checkpoint import accept_newer_names
 from fitprune.integrations.vllm.pruner import Pruner
 from fitprune.integrations.vllm.rules import require_runner, require_supported
-from fitprune.recipes.find import fitted_to
+from fitprune.recipes.find import RECIPE_VARIABLE, fitted_to
 from fitprune.recipes.recipe import PruningRecipe
 
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
