@@ -9,7 +9,8 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from fitprune.integrations.vllm.configured import RECIPE_VARIABLE, configured_recipe, recipe_for
+from fitprune.integrations.vllm.checkpoint import accept_newer_names
+from fitprune.integrations.vllm.configured import configured_recipe, recipe_for
 from fitprune.integrations.vllm.hooks import VERSIONS, problems
 from fitprune.integrations.vllm.metrics import PruningStatLogger, receive
 from fitprune.integrations.vllm.pruner import Pruner
@@ -17,6 +18,7 @@ from fitprune.integrations.vllm.rules import require_supported
 from fitprune.integrations.vllm.runners import reader_of
 from fitprune.integrations.vllm.scheduler import REASONS, pruning
 from fitprune.integrations.vllm.settings import announce, make_room, set_arguments
+from fitprune.recipes.find import RECIPE_VARIABLE
 
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
 
@@ -93,6 +95,7 @@ def _checked(init_device: Any, self: Any) -> Any:
     recipe = configured_recipe(self.vllm_config)
     if recipe is not None:
         require_supported(self.vllm_config, recipe)
+        accept_newer_names(self.vllm_config.model_config)
     result = init_device(self)
     if recipe is not None:
         reader_of(self.worker.model_runner)
