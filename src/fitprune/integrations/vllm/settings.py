@@ -59,8 +59,8 @@ def announce(recipe: PruningRecipe, name: str) -> None:
         budget = ", ".join(f"{key}={value}" for key, value in budget.items())
     logger.info(
         "fitprune: prunes by %s%s: visual tokens leave at layers %s of %d. Of an image of %d tokens %d enter the last "
-        "layer's MLP; that saves %.1f%% of the image's FLOPs in the decoder, and %.1f%% of a prompt's with %d tokens of "
-        "text",
+        "layer's MLP. That saves %.1f%% of the image's FLOPs in the decoder, and %.1f%% of those of a prompt with %d "
+        "tokens of text",
         name,
         f" (budget {budget})" if budget else "",
         recipe.removing,
