@@ -289,7 +289,6 @@ def test_an_engine_that_would_prune_wrongly_does_not_start(made):
         ({"enable_chunked_prefill": True}, "enable_chunked_prefill"),
         ({"long_prefill_token_threshold": 100}, "long_prefill_token_threshold=100"),
         ({"enforce_eager": False}, "enforce_eager"),
-        ({"tensor_parallel_size": 3}, "tensor_parallel_size"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"enable_lora": True}, "LoRA"),
         (

@@ -42,6 +42,7 @@ class Hook:
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 _REQUEST = "vllm.v1.request"
+_RANKS = "vllm.distributed.parallel_state"
 HOOKS = (
     Hook("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",), "arguments are set, or refused"),
     Hook(
@@ -85,6 +86,11 @@ HOOKS = (
     ),
     Hook("vllm.v1.attention.backend", "CommonAttentionMetadata.replace", ("self",), "made of that of all layers"),
     Hook("vllm.forward_context", "get_forward_context", (), "and put where layers look for it"),
+    Hook("vllm.config", "ModelConfig.get_total_num_kv_heads", ("self",), "whether ranks have copies of heads"),
+    Hook(_RANKS, "get_tp_group", (), "the ranks that hold a layer's heads between them"),
+    Hook(_RANKS, "GroupCoordinator.all_gather", ("self", "input_", "dim"), "scores are of all heads"),
+    Hook(_RANKS, "GroupCoordinator.all_reduce", ("self", "input_"), "each rank sums a share of the rows"),
+    Hook(_RANKS, "GroupCoordinator.broadcast", ("self", "input_", "src"), "all take the first rank's choice"),
 )
 
 
