@@ -75,7 +75,9 @@ def prompts():
 @functools.cache
 def long_texts():
     """Prompts of text alone, of some 900 tokens, most of them the same."""
-    return [[chat("Which digit is red? " * 100 + sample.text), []] for sample in load_samples(assets.folder("test"))[:6]]
+    return [
+        [chat("Which digit is red? " * 100 + sample.text), []] for sample in load_samples(assets.folder("test"))[:6]
+    ]
 
 
 _answers = {}  # each prompt is answered once, whatever test asks

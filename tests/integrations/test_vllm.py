@@ -1,7 +1,7 @@
 """The vLLM plug-in: the same answers as transformers under `prune`, whatever the engine does with the requests.
 
-Each test runs by both of vLLM's model runners; the second one on a CPU by Triton's interpreter, on fewer prompts, unless
-FITPRUNE_ALL_PROMPTS is set. Engines have vLLM's own settings: chunked prefill, prefix caching, its token budget.
+Each test runs by both of vLLM's model runners; the second one on a CPU by Triton's interpreter, and on fewer prompts
+unless FITPRUNE_ALL_PROMPTS is set. Engines have vLLM's settings: chunked prefill, prefix caching, its token budget.
 """
 
 import os
@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: it has wheels for Linux alone")
 
-from helpers.served import BUDGETS, OPTIONS, by_transformers, chat, differing, first_apart, loaded, long_texts, prompts
+from helpers.served import BUDGETS, OPTIONS, by_transformers, differing, first_apart, loaded, long_texts, prompts
 
 STEP = 400  # tokens: two images of 144 and their question are pruned, three run dense, a long text is split
 

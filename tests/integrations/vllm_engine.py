@@ -14,20 +14,19 @@ import traceback
 from collections import Counter
 from multiprocessing.connection import Connection
 
-import vllm.model_executor.models.llava
-import vllm.v1.worker.cpu_worker  # noqa: F401  what engines load anyway
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 
 def counters(llm):
-    """vLLM's own, by name, and the numbers that fitprune keeps in its scheduler."""
+    """vLLM's own, by name, and those that fitprune's scheduler has."""
     found = Counter()
     for metric in llm.get_metrics():
         found[metric.name.removeprefix("vllm:")] += getattr(metric, "value", 0)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    own = {name: value for name, value in vars(scheduler).items() if "fitprune" in name and type(value) is int}
-    return found | Counter(own)
+    for name, value in vars(getattr(scheduler, "fitprune_counts", None) or Counter()).items():
+        found[f"fitprune_{name}"] = value if type(value) is int else sum(value.values())
+    return found
 
 
 def token_logprobs(ids, each):
