@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fitprune import PruningRecipe, fit, load_samples, make_batches, measure, prune
 from fitprune._support import assets
@@ -24,9 +24,11 @@ OPTIONS = {"dtype": "float32", "kv_cache_memory_bytes": 100 * 2**20, "limit_mm_p
 
 
 def write_folder(path):
-    """Write the bundled model as vLLM reads it, recipes, and the model once more with the recipe of 40% beside it."""
+    """Write the bundled model as vLLM reads it, recipes, and the model as it is with the recipe of 40% beside it."""
     shutil.copytree(assets.folder("model"), path / "model")
-    with_older_names(path / "model")
+    weights = load_file(path / "model" / "model.safetensors")  # without a recipe, vLLM asks for the hub's names
+    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): each for name, each in weights.items()}
+    save_file(weights, path / "model" / "model.safetensors", metadata={"format": "pt"})
     model, processor = loaded()
     stats = measure(
         model, make_batches(load_samples(assets.folder("calibration"), samples=64), processor, batch_size=16)
@@ -35,16 +37,8 @@ def write_folder(path):
         fit(stats, flops_reduction=budget / 100).save(path / f"{budget}.json")
     for name in BASELINES:
         make_method(name, Fitter(stats), checked_budget("flops_reduction", 0.6), seed=7).save(path / f"{name}.json")
-    shutil.copytree(path / "model", path / "beside")
+    shutil.copytree(assets.folder("model"), path / "beside")
     PruningRecipe.load(path / "40.json").save_pretrained(path / "beside")
-
-
-def with_older_names(folder):
-    """transformers 5 saves a CLIP or SigLIP tower without a part of its name that vLLM asks for, as on the hub."""
-    weights = load_file(folder / "model.safetensors")
-    if AutoConfig.from_pretrained(folder).model_type.startswith("llava"):
-        weights = {name.replace("vision_tower.", "vision_tower.vision_model."): w for name, w in weights.items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @functools.cache

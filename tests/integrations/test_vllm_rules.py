@@ -19,7 +19,7 @@ from fitprune.integrations.vllm.hooks import HOOKS, Hook
 from fitprune.integrations.vllm.pruner import Pruner
 from fitprune.integrations.vllm.rules import require_supported
 from fitprune.integrations.vllm.runners import PromptFacts, reader_of
-from fitprune.integrations.vllm.scheduler import MARK, pruning
+from fitprune.integrations.vllm.scheduler import MARK
 from helpers.served import OPTIONS
 
 SETTLED = {**OPTIONS, "enforce_eager": True}
@@ -69,7 +69,6 @@ def test_a_scorer_that_cannot_work_is_named_before_the_first_request(digits, sco
     ("options", "named"),
     [
         ({"enforce_eager": False}, "enforce_eager"),
-        ({"tensor_parallel_size": 3}, "tensor_parallel_size"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"enable_lora": True}, "LoRA"),
         (
@@ -118,9 +117,10 @@ class NormsBehind(torch.nn.Module):
 def test_a_layer_of_another_form_is_named(layer, named):
     group = SimpleNamespace(backend=SimpleNamespace(get_name=lambda: "CPU_ATTN"))
     decoder = SimpleNamespace(layers=[layer], norm=None)
+    config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=1))
     model = SimpleNamespace(get_language_model=lambda: SimpleNamespace(model=decoder))
     with pytest.raises(ValueError, match=f"layer 0, a .*{named}"):
-        Pruner(SimpleNamespace(attn_groups=[[group]], get_model=lambda: model), None)
+        Pruner(SimpleNamespace(attn_groups=[[group]], get_model=lambda: model, vllm_config=config), None)
 
 
 def test_a_prompt_that_comes_in_part_stays_dense():
@@ -149,11 +149,9 @@ def test_another_attention_backend_is_named():
         Pruner(SimpleNamespace(attn_groups=[[group]]), None)
 
 
-def test_a_model_runner_or_scheduler_of_another_kind_is_named():
+def test_a_model_runner_of_another_kind_is_named():
     with pytest.raises(ValueError, match="model runner object of builtins: must be GPUModelRunner"):
         reader_of(object())
-    with pytest.raises(ValueError, match="scheduler object of builtins: must be a child of vLLM's Scheduler"):
-        pruning(object)
 
 
 def test_what_is_left_at_its_default_is_set(digits, monkeypatch):

@@ -14,18 +14,18 @@ import traceback
 from collections import Counter
 from multiprocessing.connection import Connection
 
+import prometheus_client
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 
-def counters(llm):
-    """vLLM's own, by name, and those that fitprune's scheduler has."""
+def counters():
+    """Those of vLLM and of fitprune, by name; of labels, the reason is added to it."""
     found = Counter()
-    for metric in llm.get_metrics():
-        found[metric.name.removeprefix("vllm:")] += getattr(metric, "value", 0)
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    for name, value in vars(getattr(scheduler, "fitprune_counts", None) or Counter()).items():
-        found[f"fitprune_{name}"] = value if type(value) is int else sum(value.values())
+    for metric in prometheus_client.REGISTRY.collect():
+        for sample in metric.samples:
+            if metric.type == "counter" and sample.name.endswith("_total"):
+                found["/".join([metric.name, *filter(None, [sample.labels.get("reason")])])] += sample.value
     return found
 
 
@@ -37,9 +37,9 @@ def generate(llm, prompts, **sampling):
     """Answers to prompts in their order, and by how much counters grew."""
     if structure := sampling.pop("structured_outputs", None):
         sampling["structured_outputs"] = StructuredOutputsParams(**structure)
-    before = counters(llm)
+    before = counters()
     done = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False)
-    after = counters(llm)
+    after = counters()
     answers = [each.outputs[0] for each in done]
     return {
         "ids": [list(answer.token_ids) for answer in answers],
