@@ -17,6 +17,7 @@ from fitprune.integrations.vllm import plugin
 from fitprune.integrations.vllm.configured import configured_recipe
 from fitprune.integrations.vllm.hooks import HOOKS, Hook
 from fitprune.integrations.vllm.pruner import Pruner
+from fitprune.integrations.vllm.ranks import TensorRanks
 from fitprune.integrations.vllm.rules import require_supported
 from fitprune.integrations.vllm.runners import PromptFacts, reader_of
 from fitprune.integrations.vllm.scheduler import MARK
@@ -114,13 +115,13 @@ class NormsBehind(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("layer", "named"), [(NormsBehind(), "post_feed"), (torch.nn.Linear(2, 2), "must take pos")])
-def test_a_layer_of_another_form_is_named(layer, named):
+def test_a_layer_of_another_form_is_named(layer, named, monkeypatch):
+    monkeypatch.setattr(TensorRanks, "of", lambda config: None)
     group = SimpleNamespace(backend=SimpleNamespace(get_name=lambda: "CPU_ATTN"))
     decoder = SimpleNamespace(layers=[layer], norm=None)
-    config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=1))
     model = SimpleNamespace(get_language_model=lambda: SimpleNamespace(model=decoder))
     with pytest.raises(ValueError, match=f"layer 0, a .*{named}"):
-        Pruner(SimpleNamespace(attn_groups=[[group]], get_model=lambda: model, vllm_config=config), None)
+        Pruner(SimpleNamespace(attn_groups=[[group]], get_model=lambda: model, vllm_config=None), None)
 
 
 def test_a_prompt_that_comes_in_part_stays_dense():
