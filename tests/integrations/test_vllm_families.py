@@ -1,0 +1,99 @@
+"""The vLLM plug-in on other families: tiny models of random weights, with heads as wide as its CPU attention takes."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers as tf
+from transformers import AutoProcessor
+
+pytest.importorskip("vllm", reason="vLLM is not installed: it has wheels for Linux alone")
+
+from fitprune import PruningRecipe, prune
+from fitprune.families.adapter import adapt
+from helpers import families
+from helpers.served import OPTIONS, first_apart, with_older_names
+
+FAMILIES = ("llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl")
+
+
+def row_of(name, monkeypatch):
+    """A row of tests/families.py with two heads 32 wide."""
+    monkeypatch.setattr(families, "TEXT", {**families.TEXT, "num_attention_heads": 2, "num_key_value_heads": 1})
+    config = families.qwen_config
+
+    def wider(kind, ids, vision, **text):
+        text["rope"] = {**text.get("rope", {}), "mrope_section": [4, 6, 6]}
+        return config(kind, ids, vision, **{**text, **({"head_dim": 32} if "head_dim" in text else {})})
+
+    monkeypatch.setattr(families, "qwen_config", wider)
+    rows = itertools.chain.from_iterable(getattr(families, part) for part in vars(families) if part.endswith("ROWS"))
+    return next(row for row in rows if row.name == name)
+
+
+def whole_processor(row):
+    """The row's processor, its stand-in for a video processor replaced: here torchvision is at hand."""
+    processor = row.processor()
+    patch = getattr(processor.image_processor, "patch_size", None)
+    videos = {
+        "qwen2_5_vl": lambda: tf.Qwen2VLVideoProcessor(patch_size=patch, merge_size=2, temporal_patch_size=2),
+        "qwen3_vl": lambda: tf.Qwen3VLVideoProcessor(patch_size=patch, merge_size=2, temporal_patch_size=2),
+        "internvl": lambda: tf.InternVLVideoProcessor(size=families.SQUARE),
+        "llava_onevision": lambda: tf.LlavaOnevisionVideoProcessor(size=families.SQUARE),
+    }
+    if row.name in videos:
+        processor.video_processor = videos[row.name]()
+        processor.__class__ = type(processor).__mro__[1]  # not the child that knows the stand-in
+    return processor
+
+
+@pytest.fixture(scope="module")
+def expected_of(tmp_path_factory):
+    """By family, once for both runners: a folder with its model and recipe, prompts, and what transformers answers."""
+    known = {}
+
+    def find(name, monkeypatch):
+        if name not in known:
+            known[name] = by_transformers(name, tmp_path_factory.mktemp(name), monkeypatch)
+        return known[name]
+
+    return find
+
+
+def by_transformers(name, path, monkeypatch):
+    row = row_of(name, monkeypatch)
+    model, folder = row.make_model(), path / "model"
+    model.save_pretrained(folder)
+    whole_processor(row).save_pretrained(folder)
+    with_older_names(folder)
+    decoder = adapt(model).fingerprint.decoder
+    keep = [0.7 ** sum(each <= layer for each in decoder.prunable) for layer in range(decoder.layers)]
+    recipe = PruningRecipe(tuple(keep), adapt(model).fingerprint, 16)
+    recipe.save(path / "recipe.json")
+    texts = families.IMAGE_PROMPTS
+    if name == "llava_onevision":  # of several images vLLM makes other tokens than transformers, without any recipe
+        texts = [text for text in texts if text.count("{i}") == 1]
+    asked, ids, logprobs = [], [], []
+    processor = AutoProcessor.from_pretrained(folder)  # as vLLM loads it
+    for number, (text, images, _) in enumerate(families.prompts_of(texts, row.image, None, families.FRAMES)):
+        asked.append([text, [str(path / f"{number}-{each}.png") for each in range(len(images))]])
+        for image, file in zip(images, asked[-1][1], strict=True):
+            image.save(file)
+        inputs = processor(text=[text], images=[images], return_tensors="pt")
+        with prune(model, recipe), torch.inference_mode():
+            out = model.generate(
+                **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        ids.append(out.sequences[0, inputs["input_ids"].shape[1] :].tolist())
+        logprobs.append([out.logits[0].log_softmax(-1)[0, ids[-1][0]].item()])
+    return path, asked, SimpleNamespace(ids=ids, logprobs=logprobs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_answer_as_in_transformers(name, runner, engines, expected_of, monkeypatch):
+    path, asked, expected = expected_of(name, monkeypatch)
+    engine = engines(path / "model", path / "recipe.json", runner, **OPTIONS)
+    found = engine.answer(asked, max_tokens=6, ignore_eos=True)
+    assert found.ids == expected.ids
+    assert first_apart(found, expected).max() < 1e-3
