@@ -63,7 +63,7 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
         **kwargs: likewise.
 
     Attributes:
-        fitprune_counts: what was pruned so far.
+        fitprune_counts: what its statistics have not yet said of pruning.
     """
 
     _recipe: PruningRecipe | None = None
@@ -99,7 +99,7 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
             logger.warning_once("fitprune: a request runs dense: %s", REASONS[reason])
             return
         places = images_in(request.mm_features, request.num_prompt_tokens, self.vllm_config.model_config.hf_config)
-        self.fitprune_counts.pruned(sum(n - recipe.kept(n)[-1] for n in tokens_of(places)[0]))
+        self.fitprune_counts.pruned(recipe, tokens_of(places)[0])
         request.skip_reading_prefix_cache = True
         request.cache_salt = f"{uuid.uuid4()}{request.cache_salt or ''}"
         request.block_hashes.clear()
@@ -121,6 +121,11 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
         if embeds > self._step_embeds:
             return "encoder_budget"
         return None
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """Make vLLM's statistics of a step, with what was counted."""
+        stats = super().make_stats(*args, **kwargs)
+        return stats if self._recipe is None else self.fitprune_counts.sent_with(stats)
 
     def _try_schedule_encoder_inputs(
         self, request: Any, num_computed_tokens: int, num_new_tokens: int, encoder_compute_budget: int, **kwargs: Any
