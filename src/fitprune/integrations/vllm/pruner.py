@@ -13,6 +13,7 @@ import torch
 from vllm.logger import init_logger
 
 from fitprune.engine.choose import choose_by, quotas_by
+from fitprune.integrations.vllm.images import images_in
 from fitprune.integrations.vllm.layers import Layer, Request, Step
 from fitprune.integrations.vllm.ranks import TensorRanks
 from fitprune.integrations.vllm.runners import reader_of
@@ -107,11 +108,7 @@ class Pruner:
             setattr(facts.features[0], MARK, False)  # also if it is preempted and then prefilled whole
             logger.warning_once("fitprune: vLLM split a prompt that was to come whole, which runs dense")
             return None
-        image = torch.full((1, length), -1)
-        for number, feature in enumerate(facts.features):
-            place = feature.mm_position
-            span = image[0, place.offset : place.offset + place.length]
-            span[slice(None) if place.is_embed is None else place.is_embed] = number
+        image = images_in(facts.features, length, self._runner.model_config.hf_config)
         valid = (torch.arange(length) < facts.length)[None]  # after a preemption, an answer's first part follows
         question = text_after(image >= 0, valid) if self._query_aware else torch.zeros_like(valid)
         ids = torch.zeros_like(image)

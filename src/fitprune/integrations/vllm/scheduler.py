@@ -17,7 +17,9 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import SchedulerInterface
 
+from fitprune.families.images import tokens_of
 from fitprune.integrations.vllm.configured import configured_recipe
+from fitprune.integrations.vllm.images import can_number, images_in
 from fitprune.integrations.vllm.metrics import Counts
 from fitprune.recipes.recipe import PruningRecipe
 
@@ -27,7 +29,7 @@ MARK = "fitprune_prunes"  # attribute of a feature of a request that is to be pr
 REASONS = {
     "embeddings": "it has embeddings in place of text",
     "streaming_input": "its prompt comes in parts",
-    "other_media": "it has video or audio",
+    "other_media": "it has audio, or a video whose frames are not known",
     "no_text_after_image": "no text follows its last image",
     "longer_than_step": "its prompt is longer than a step; raise --max-num-batched-tokens, or leave it out",
     "encoder_budget": "its images are more than the vision tower may encode in a step; raise --max-num-batched-tokens",
@@ -96,8 +98,8 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
             self.fitprune_counts.dense(reason)
             logger.warning_once("fitprune: a request runs dense: %s", REASONS[reason])
             return
-        tokens = [feature.mm_position.get_num_embeds() for feature in request.mm_features]
-        self.fitprune_counts.pruned(recipe, tokens)
+        places = images_in(request.mm_features, request.num_prompt_tokens, self.vllm_config.model_config.hf_config)
+        self.fitprune_counts.pruned(recipe, tokens_of(places)[0])
         request.skip_reading_prefix_cache = True
         request.cache_salt = f"{uuid.uuid4()}{request.cache_salt or ''}"
         request.block_hashes.clear()
@@ -109,7 +111,7 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
             return "embeddings"
         if request.resumable:
             return "streaming_input"
-        if any(feature.modality != "image" for feature in features):
+        if not can_number(features, self.vllm_config.model_config.hf_config):
             return "other_media"
         if max(_last(feature.mm_position) for feature in features) == request.num_prompt_tokens - 1:
             return "no_text_after_image"
