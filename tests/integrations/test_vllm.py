@@ -35,7 +35,7 @@ from fitprune.baselines.table import BASELINES, make_method
 from fitprune.families.adapter import adapt
 from fitprune.fitting.budget import checked_budget
 from fitprune.fitting.fit import Fitter
-from fitprune.integrations.vllm.plugin import configured_recipe
+from fitprune.integrations.vllm.configured import configured_recipe
 from fitprune.integrations.vllm.pruner import Pruner
 from fitprune.integrations.vllm.rules import require_supported
 

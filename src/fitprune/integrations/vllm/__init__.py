@@ -7,7 +7,8 @@ and the layers after it get metadata of their own, made by vLLM's own builder, f
 first slots of the request's blocks. How many tokens a request lost is kept in a table by its first block, which is the
 request's alone while it lives: written in its prefill, read in its decoding, in tensor operations.
 
-`plugin` finds the recipe and hooks vLLM's workers, `rules` refuses what would be wrong, `layers` reads vLLM's decoder,
-`pruner` lets tokens leave. docs/vllm.md says what is supported; the rest is refused when the engine starts. This file
-imports nothing, so that the entry point costs nothing.
+`plugin` wraps what `hooks` lists; `configured` finds the recipe; `settings` sets the engine's arguments and `rules`
+refuses what would be wrong; `scheduler` has each prompt that is pruned come whole; `runners` reads vLLM's two model
+runners, `layers` its decoder; `pruner` lets tokens leave. docs/vllm.md says what is supported. This file imports
+nothing, so that the entry point costs nothing.
 """

@@ -1,83 +1,96 @@
-"""The plug-in: finds the recipe that is configured, and has each worker prune by it."""
+"""The plug-in: has the engine's arguments set, its scheduler hold prompts whole, and each worker prune, by a recipe."""
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
 from vllm.logger import init_logger
 
-from fitprune.families.config import fingerprint_of
+from fitprune.integrations.vllm.configured import RECIPE_VARIABLE, configured_recipe, recipe_for
+from fitprune.integrations.vllm.hooks import VERSIONS, problems
 from fitprune.integrations.vllm.pruner import Pruner
-from fitprune.integrations.vllm.rules import require_runner, require_supported
-from fitprune.recipes.find import fitted_to
-from fitprune.recipes.recipe import PruningRecipe
-
-RECIPE_VARIABLE = "FITPRUNE_RECIPE"
+from fitprune.integrations.vllm.rules import require_supported
+from fitprune.integrations.vllm.runners import reader_of
+from fitprune.integrations.vllm.scheduler import pruning
+from fitprune.integrations.vllm.settings import announce, make_room, set_arguments
 
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
 
 
 def install() -> None:
-    """Have workers of this process prune, if a recipe is configured for the model that they load."""
+    """Have engines and workers of this process prune, if a recipe is configured for the model that they load.
+
+    Raises:
+        ValueError: the environment names a recipe, and this vLLM lacks what is hooked.
+    """
+    from vllm.config.scheduler import SchedulerConfig
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     if hasattr(WorkerWrapperBase.init_device, "__wrapped__"):
         return
+    if lacks := problems():
+        import vllm
 
-    init_device, initialize_from_config = WorkerWrapperBase.init_device, WorkerWrapperBase.initialize_from_config
-
-    @functools.wraps(init_device)
-    def checked(self: Any) -> Any:
-        recipe = configured_recipe(self.vllm_config)
-        if recipe is not None:
-            require_supported(self.vllm_config, recipe)
-        result = init_device(self)
-        if recipe is not None:
-            require_runner(self.worker.model_runner)
-        self.fitprune_recipe = recipe
-        return result
-
-    @functools.wraps(initialize_from_config)
-    def hooked(self: Any, kv_cache_configs: list[Any]) -> Any:
-        result = initialize_from_config(self, kv_cache_configs)
-        if self.fitprune_recipe is not None:
-            Pruner(self.worker.model_runner, self.fitprune_recipe)
-        return result
-
-    WorkerWrapperBase.init_device, WorkerWrapperBase.initialize_from_config = checked, hooked
+        message = (
+            f"fitprune cannot prune in vLLM {vllm.__version__}, which lacks what it hooks; install one of "
+            f"{', '.join(VERSIONS)}:\n- " + "\n- ".join(lacks)
+        )
+        if os.environ.get(RECIPE_VARIABLE):
+            raise ValueError(message)
+        logger.warning(message)
+        return
+    _wrap(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", _with_room)
+    _wrap(EngineArgs, "create_engine_config", _with_arguments)
+    _wrap(SchedulerConfig, "get_scheduler_cls", lambda chosen, self: pruning(chosen(self)))
+    _wrap(WorkerWrapperBase, "init_device", _checked)
+    _wrap(WorkerWrapperBase, "initialize_from_config", _hooked)
 
 
-def configured_recipe(vllm_config: Any) -> PruningRecipe | None:
-    """Find the recipe of the environment, or the one beside the model.
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace a method by `around`, which takes the method first."""
+    method = getattr(owner, name)
 
-    Args:
-        vllm_config: the engine's VllmConfig.
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(method, *args, **kwargs)
 
-    Returns:
-        None where the variable is unset and no recipe is beside the model.
+    setattr(owner, name, wrapper)
 
-    Raises:
-        OSError: the file beside the model cannot be read.
-        ValueError: nothing has the variable's name, or it is no recipe, or one of another model.
-    """
-    model = vllm_config.model_config
-    fingerprint = fingerprint_of(model.hf_config)
-    if name := os.environ.get(RECIPE_VARIABLE):
-        try:
-            return fitted_to(PruningRecipe.named(name), fingerprint, force=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{RECIPE_VARIABLE}={name}: {error}\nUnset {RECIPE_VARIABLE} to serve dense.") from error
-    folder = os.path.isdir(model.model)
-    try:
-        recipe = PruningRecipe.from_pretrained(model.model, revision=None if folder else model.revision)
-    except FileNotFoundError:
-        return None
-    except (OSError, HFValidationError) as error:
-        if folder:
-            raise
-        logger.info("fitprune: could not look for a recipe beside %s, which runs dense: %s", model.model, error)
-        return None
-    return fitted_to(recipe, fingerprint, force=False)
+
+def _with_room(set_defaults: Any, self: Any, usage_context: Any, model_config: Any, *args: Any, **kwargs: Any) -> None:
+    is_default = self.max_num_batched_tokens is None
+    set_defaults(self, usage_context, model_config, *args, **kwargs)
+    if is_default and recipe_for(self.model, self.revision) is not None:
+        make_room(self, model_config.max_model_len)
+
+
+def _with_arguments(create: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if recipe_for(self.model, self.revision) is not None:
+        set_arguments(self)
+    config = create(self, *args, **kwargs)
+    if (recipe := configured_recipe(config)) is not None:
+        require_supported(config, recipe)
+        announce(recipe, os.environ.get(RECIPE_VARIABLE) or f"the recipe beside {self.model}")
+    return config
+
+
+def _checked(init_device: Any, self: Any) -> Any:
+    recipe = configured_recipe(self.vllm_config)
+    if recipe is not None:
+        require_supported(self.vllm_config, recipe)
+    result = init_device(self)
+    if recipe is not None:
+        reader_of(self.worker.model_runner)
+    self.fitprune_recipe = recipe
+    return result
+
+
+def _hooked(initialize_from_config: Any, self: Any, kv_cache_configs: list[Any]) -> Any:
+    result = initialize_from_config(self, kv_cache_configs)
+    if self.fitprune_recipe is not None:
+        Pruner(self.worker.model_runner, self.fitprune_recipe)
+    return result

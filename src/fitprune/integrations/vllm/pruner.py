@@ -14,6 +14,8 @@ from vllm.logger import init_logger
 
 from fitprune.engine.choose import choose_by, quotas_by
 from fitprune.integrations.vllm.layers import Layer, Request, Step
+from fitprune.integrations.vllm.runners import reader_of
+from fitprune.integrations.vllm.scheduler import MARK
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.received import Attention, text_after
 from fitprune.scoring.scorers import get_scorer
@@ -28,7 +30,7 @@ class Pruner:
     """Hooks on a vLLM model runner's decoder, by which a recipe's tokens leave.
 
     Args:
-        runner: vLLM's GPUModelRunner or CPUModelRunner, with its KV cache.
+        runner: vLLM's model runner, the first or the second, with its KV cache.
         recipe: one fitted to its model.
 
     Raises:
@@ -49,9 +51,10 @@ class Pruner:
         self._quotas, self._choose, self._query_aware = quotas_by(recipe), choose_by(scorer), scorer.query_aware
         self._removing = recipe.removing
         # Tokens that a request has lost before each stage, by the request's first block.
-        table, (kind,) = runner.input_batch.block_table[0], runner.kv_cache_config.kv_cache_groups
-        self._block_size = table.block_size
-        blocks = runner.kv_cache_config.num_blocks * max(kind.kv_cache_spec.block_size // table.block_size, 1)
+        self._reader = reader_of(runner)
+        self._block_size = self._reader.block_size
+        (kind,) = runner.kv_cache_config.kv_cache_groups
+        blocks = runner.kv_cache_config.num_blocks * max(kind.kv_cache_spec.block_size // self._block_size, 1)
         self._lost = torch.zeros(blocks + 1, len(self._removing) + 1, dtype=torch.int32, device=runner.device)
         self._any_lost = False
         self._common: Any = None
@@ -88,40 +91,30 @@ class Pruner:
         whole = common.seq_lens_cpu_upper_bound.tolist()
         first = common.block_table_tensor[:, 0].long()
         begun = [row for row, length in enumerate(lengths) if length == whole[row]]
-        pruned = [each for row in begun if (each := self._request(row, lengths[row])) is not None]
+        pruned = [each for row in begun if (each := self._request(row, lengths[row], common)) is not None]
         if begun and self._any_lost:
             self._lost[first[begun]] = 0  # of the request that had the block before
         self._any_lost |= bool(pruned)
         return Step(common, context, lengths, pruned, first, len(hidden)) if self._any_lost else None
 
-    def _request(self, row: int, length: int) -> Request | None:
-        """Look at a request that begins; None if it loses no tokens."""
-        batch = self._runner.input_batch
-        request, prompt_length = self._runner.requests[batch.req_ids[row]], int(batch.num_prompt_tokens[row])
-        features = sorted(request.mm_features, key=lambda feature: feature.mm_position.offset)
-        if not features or request.prompt_token_ids is None:
+    def _request(self, row: int, length: int, common: Any) -> Request | None:
+        """Look at a request that begins; None if it loses no tokens, as the scheduler decided."""
+        facts = self._reader.prompt(row, common)
+        if facts is None or not facts.features or not getattr(facts.features[0], MARK, False):
             return None
-        if any(feature.modality != "image" for feature in features):
-            logger.warning_once("fitprune: a request with more than images and text runs dense")
-            return None
-        if length < prompt_length or hasattr(request, "fitprune_dense"):
-            request.fitprune_dense = True  # also if it is preempted and then prefilled whole
-            logger.warning_once("fitprune: a prompt whose images come in several steps runs dense; see docs/vllm.md")
+        if length < facts.length:
+            setattr(facts.features[0], MARK, False)  # also if it is preempted and then prefilled whole
+            logger.warning_once("fitprune: vLLM split a prompt that was to come whole, which runs dense")
             return None
         image = torch.full((1, length), -1)
-        for number, feature in enumerate(features):
+        for number, feature in enumerate(facts.features):
             place = feature.mm_position
             span = image[0, place.offset : place.offset + place.length]
             span[slice(None) if place.is_embed is None else place.is_embed] = number
-        valid = (torch.arange(length) < prompt_length)[None]  # after a preemption, an answer's first part follows
-        question = text_after(image >= 0, valid)
-        if not question.any():  # its last token, whose logits are asked for, might leave
-            logger.warning_once("fitprune: a prompt without text after its last image runs dense")
-            return None
-        if not self._query_aware:
-            question = torch.zeros_like(question)
+        valid = (torch.arange(length) < facts.length)[None]  # after a preemption, an answer's first part follows
+        question = text_after(image >= 0, valid) if self._query_aware else torch.zeros_like(valid)
         ids = torch.zeros_like(image)
-        ids[0, :prompt_length] = torch.tensor(request.prompt_token_ids)
+        ids[0, : facts.length] = facts.ids()
         device = self._runner.device
         image, question, valid = image.to(device), question.to(device), valid.to(device)
         prompt = Prompt(ids, valid, _no_vision, image, self._norm, self._quotas(image))

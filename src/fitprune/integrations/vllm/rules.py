@@ -22,57 +22,17 @@ def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:
     """
     rules = (*_engine_rules(vllm_config), *_recipe_rules(vllm_config, recipe))
     if messages := [message for broken, message in rules if broken]:
-        _refuse(messages)
-
-
-def require_runner(runner: Any) -> None:
-    """Refuse a model runner that cannot be hooked.
-
-    Args:
-        runner: the worker's.
-
-    Raises:
-        ValueError: it is another one than vLLM's GPUModelRunner, or a child of it.
-    """
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    if not isinstance(runner, GPUModelRunner):
-        kind = type(runner)
-        _refuse([
-            f"model runner {kind.__qualname__} of {kind.__module__}: must be GPUModelRunner of "
-            "vllm.v1.worker.gpu_model_runner, or a child of it"
-        ])  # fmt: skip
-
-
-def _refuse(messages: list[str]) -> None:
-    raise ValueError(
-        "fitprune cannot prune in this vLLM engine (VLLM_PLUGINS=none runs it dense):\n- " + "\n- ".join(messages)
-    )
+        raise ValueError(
+            "fitprune cannot prune in this vLLM engine (VLLM_PLUGINS=none runs it dense):\n- " + "\n- ".join(messages)
+        )
 
 
 def _engine_rules(config: Any) -> Iterator[tuple[bool, str]]:
     """For each setting of the engine, whether it is broken, and what to say."""
-    model, scheduler, parallel = config.model_config, config.scheduler_config, config.parallel_config
-    threshold, tensor, pipeline = (
-        scheduler.long_prefill_token_threshold,
-        parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size,
-    )
+    model, parallel = config.model_config, config.parallel_config
+    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     context = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
-    yield (
-        scheduler.enable_chunked_prefill,
-        "enable_chunked_prefill=True: a prompt must be prefilled in one step; pass --no-enable-chunked-prefill",
-    )
-    yield (
-        0 < threshold < model.max_model_len,
-        f"long_prefill_token_threshold={threshold}: splits longer prompts; leave it out",
-    )
-    yield (
-        config.cache_config.enable_prefix_caching,
-        "enable_prefix_caching=True: what is cached depends on the question; pass --no-enable-prefix-caching",
-    )
     yield not model.enforce_eager, "enforce_eager=False: compiled graphs have fixed rows; pass --enforce-eager"
-    yield config.use_v2_model_runner, "Model Runner V2: is not supported yet; set VLLM_USE_V2_MODEL_RUNNER=0"
     yield (
         tensor > 1,
         f"tensor_parallel_size={tensor}: scores need all heads; use 1, and --data-parallel-size for more devices",

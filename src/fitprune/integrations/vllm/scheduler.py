@@ -1,0 +1,145 @@
+"""vLLM's scheduler, whichever it is, made to prefill a prompt that loses tokens in one step.
+
+Scores need a prompt's images and its question in one step. So a prompt that one step can hold waits until one does,
+while text is split into chunks as before; one that no step can hold runs dense. That is decided here, once for a
+request, and goes to the workers with its images.
+
+A pruned prompt's blocks hold other keys than its tokens alone decide, so none may be shared: its hashes have a salt of
+their own, and it reads no block of the prefix cache, not even its own after a preemption. Text and dense prompts
+share as before.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import SchedulerInterface
+
+from fitprune.integrations.vllm.configured import configured_recipe
+from fitprune.integrations.vllm.metrics import Counts
+from fitprune.recipes.recipe import PruningRecipe
+
+MARK = "fitprune_prunes"  # attribute of a feature of a request that is to be pruned
+
+# Why a prompt with images runs dense: names for the counters, sentences for the log.
+REASONS = {
+    "embeddings": "it has embeddings in place of text",
+    "streaming_input": "its prompt comes in parts",
+    "other_media": "it has video or audio",
+    "no_text_after_image": "no text follows its last image",
+    "longer_than_step": "its prompt is longer than a step; raise --max-num-batched-tokens, or leave it out",
+    "encoder_budget": "its images are more than the vision tower may encode in a step; raise --max-num-batched-tokens",
+}
+
+logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
+
+
+def pruning(base: type) -> type:
+    """Make the scheduler class that holds prompts back where `base` would split them.
+
+    Args:
+        base: what vLLM has chosen: its own, also the asynchronous one, or the user's.
+
+    Raises:
+        ValueError: it does not schedule images as vLLM's own does.
+    """
+    if not hasattr(base, "_try_schedule_encoder_inputs"):
+        raise ValueError(
+            f"fitprune: scheduler {base.__qualname__} of {base.__module__}: must be a child of vLLM's Scheduler; leave "
+            "out --scheduler-cls"
+        )
+    return type(f"Pruning{base.__name__}", (WholePrompts, base), {"__module__": __name__})
+
+
+class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not followed by mypy here: its classes are Any
+    """The part of `pruning`'s scheduler that is fitprune's; without a recipe it changes nothing.
+
+    Args:
+        *args: of vLLM's scheduler.
+        **kwargs: likewise.
+
+    Attributes:
+        fitprune_counts: what was pruned so far.
+    """
+
+    _recipe: PruningRecipe | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fitprune_counts = Counts()
+        if (recipe := configured_recipe(self.vllm_config)) is None:
+            return
+        self._recipe = recipe
+        config = self.scheduler_config
+        drafts = self.vllm_config.speculative_config
+        taken = drafts.max_num_new_slots_for_drafting if drafts is not None else 0
+        threshold = config.long_prefill_token_threshold or self.max_num_scheduled_tokens
+        self._step_tokens = min(self.max_num_scheduled_tokens, threshold, config.max_num_batched_tokens - taken)
+        self._step_embeds = min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size)
+        logger.info(
+            "fitprune: prompts with images of at most %d tokens are pruned, longer ones run dense", self._step_tokens
+        )
+
+    def add_request(self, request: Any) -> None:
+        """Decide whether the request is pruned, before it is queued."""
+        if self._recipe is not None and request.mm_features and request.request_id not in self.requests:
+            self._decide(request, self._recipe)
+        super().add_request(request)
+
+    def _decide(self, request: Any, recipe: PruningRecipe) -> None:
+        reason = self._why_dense(request)
+        for feature in request.mm_features:
+            setattr(feature, MARK, reason is None)
+        if reason is not None:
+            self.fitprune_counts.dense(reason)
+            logger.warning_once("fitprune: a request runs dense: %s", REASONS[reason])
+            return
+        tokens = [feature.mm_position.get_num_embeds() for feature in request.mm_features]
+        self.fitprune_counts.pruned(sum(n - recipe.kept(n)[-1] for n in tokens))
+        request.skip_reading_prefix_cache = True
+        request.cache_salt = f"{uuid.uuid4()}{request.cache_salt or ''}"
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+    def _why_dense(self, request: Any) -> str | None:
+        features = request.mm_features
+        if request.prompt_token_ids is None or request.prompt_is_token_ids is not None:
+            return "embeddings"
+        if request.resumable:
+            return "streaming_input"
+        if any(feature.modality != "image" for feature in features):
+            return "other_media"
+        if max(_last(feature.mm_position) for feature in features) == request.num_prompt_tokens - 1:
+            return "no_text_after_image"
+        if request.num_prompt_tokens > self._step_tokens:
+            return "longer_than_step"
+        embeds = sum(request.get_num_encoder_embeds(number) for number in range(len(features)))
+        if embeds > self._step_embeds:
+            return "encoder_budget"
+        return None
+
+    def _try_schedule_encoder_inputs(
+        self, request: Any, num_computed_tokens: int, num_new_tokens: int, encoder_compute_budget: int, **kwargs: Any
+    ) -> Any:
+        """Schedule a request's images, or none of its tokens where a pruned prompt would come in part."""
+        whole = num_computed_tokens == 0 and getattr(request.mm_features[0], MARK, False)
+        least = request.num_prompt_tokens if whole else 0
+        if num_new_tokens >= least:
+            scheduled = super()._try_schedule_encoder_inputs(
+                request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
+            )
+            if scheduled[1] >= least:
+                return scheduled
+            self.encoder_cache_manager.free(request)  # what it has taken, as vLLM does where there are no blocks
+        if not hasattr(request, "fitprune_holds"):
+            request.fitprune_holds = True
+            self.fitprune_counts.hold()
+        return [], 0, encoder_compute_budget, [], []
+
+
+def _last(place: Any) -> int:
+    """Find the place of an image's last token in the prompt."""
+    inside = place.length - 1 if place.is_embed is None else int(place.is_embed.nonzero()[-1])
+    return int(place.offset) + inside
