@@ -12,6 +12,16 @@ import torch
 DIGITS = 256  # all of a number's digits to this base are exact in bf16
 
 
+def are_readable(vllm_config: Any) -> bool:
+    """Say whether an engine's cache keeps keys as they are; not where it quantizes them.
+
+    Args:
+        vllm_config: the engine's VllmConfig: scheduler and workers go by it, each in its own process.
+    """
+    kept = vllm_config.cache_config.cache_dtype
+    return kept in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch."))
+
+
 class CachedKeys:
     """Reads keys of a group of attention layers.
 
@@ -28,7 +38,8 @@ class CachedKeys:
     def __init__(self, attention: Any) -> None:
         cache = attention.kv_cache
         if cache.dtype != attention.dtype:
-            raise ValueError(f"kv_cache_dtype={attention.kv_cache_dtype!r}: must keep keys in {attention.dtype}")
+            kept = attention.kv_cache_dtype
+            raise ValueError(f"kv_cache_dtype={kept!r}: keeps no {attention.dtype}; say so by --kv-cache-dtype")
         shape = attention.num_kv_heads, cache.shape[2], attention.head_size
         count = shape[0] * shape[1] * shape[2]
         written = _write(attention, torch.ones(shape)) != 0

@@ -58,8 +58,9 @@ HOOKS = (
         ("self", "request", "num_computed_tokens", "num_new_tokens", "encoder_compute_budget"),
         "holds a prompt until a step has it whole",
     ),
+    Hook(_SCHEDULER, "Scheduler._preempt_request", ("self", "request"), "its blocks are not read when it resumes"),
     Hook("vllm.v1.core.encoder_cache_manager", "EncoderCacheManager.free", ("self", "request"), "a held prompt's"),
-    Hook(_REQUEST, "Request.update_block_hashes", ("self",), "a salt of its own for a pruned prompt"),
+    Hook(_REQUEST, "Request.update_block_hashes", ("self",), "hashes of its own for a pruned prompt"),
     Hook(_REQUEST, "Request.get_num_encoder_embeds", ("self", "input_id"), "whether its images fit into a step"),
     Hook("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_device", ("self",), "the worker's settings are checked"),
     Hook(
