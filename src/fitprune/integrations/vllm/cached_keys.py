@@ -38,8 +38,9 @@ class CachedKeys:
     def __init__(self, attention: Any) -> None:
         cache = attention.kv_cache
         if cache.dtype != attention.dtype:
-            kept = attention.kv_cache_dtype
-            raise ValueError(f"kv_cache_dtype={kept!r}: keeps no {attention.dtype}; say so by --kv-cache-dtype")
+            raise ValueError(
+                f"fitprune: the cache is of {cache.dtype} and not of {attention.dtype}; name it by --kv-cache-dtype"
+            )
         shape = attention.num_kv_heads, cache.shape[2], attention.head_size
         count = shape[0] * shape[1] * shape[2]
         written = _write(attention, torch.ones(shape)) != 0
@@ -49,7 +50,7 @@ class CachedKeys:
             numbers += digit * _write(attention, digits.view(shape))[written].long()
             digit *= DIGITS
         if not torch.equal(numbers.sort().values, torch.arange(count)):
-            raise ValueError(f"{type(attention.impl).__name__}: does not keep the keys as they are in its cache")
+            raise ValueError(f"fitprune: {type(attention.impl).__name__} does not keep keys as they are in its cache")
         places = torch.empty(count, dtype=torch.int32)
         places[numbers] = written.nonzero()[:, 0].int()
         self._places = places.view(shape).to(cache.device)  # [G, N, D], in a block as a vector
