@@ -13,7 +13,8 @@ from fitprune.cli import env
 from fitprune.cli.main import main
 
 
-def test_markdown_and_json_hold_the_same_facts(capsys):
+def test_markdown_and_json_hold_the_same_facts(capsys, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert main(["env", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert main(["env"]) == 0
@@ -24,6 +25,9 @@ def test_markdown_and_json_hold_the_same_facts(capsys):
     assert facts["torch"] == importlib.metadata.version("torch")
     assert {"matplotlib", "torchao", "bitsandbytes", "datasets", "peft"} <= set(facts)
     assert facts["vllm"] == "not installed" or facts["vllm"][0].isdigit()
+    assert facts["plug-in for vLLM"] == "found"
+    monkeypatch.setenv("VLLM_PLUGINS", "none")
+    assert env.environment()["plug-in for vLLM"].startswith("not loaded: VLLM_PLUGINS=none")
     assert "sdpa" in facts["attention implementations"]
     assert {f"entry points {group}" for group in env.GROUPS} <= set(facts)
 

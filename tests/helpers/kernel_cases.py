@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -148,7 +149,22 @@ def other_findings(device: torch.device) -> dict[str, bool]:
         received_on_gpu(query[[row]], key[[row]], image[[row]], weight[[row]], scaling=0.1, valid=valid[[row]])
         for row in range(len(query))
     ]
+    attention._fused = lambda *_: True
+    softmax = Softmax(0.1, valid)
+    whole = received_attention(query, key, image, question, softmax)
+    shares = [
+        received_attention(
+            query, key, image, question, softmax, ranks=SimpleNamespace(number=n, count=2, sum=torch.clone)
+        )
+        for n in range(2)
+    ]
+    names = "self_attention", "cross_attention"
     return {
+        "two ranks' rows add up": all(
+            torch.allclose(sum(getattr(share, name) for share in shares), getattr(whole, name), atol=1e-7)
+            and not any(torch.equal(getattr(share, name), getattr(whole, name)) for share in shares)
+            for name in names
+        ),
         "a row that sees no key gives nothing": not bool(blind.any()),
         "nothing is taken from padding": torch.equal(received_on_gpu(*spoilt, image, weight, **how), all_of_them),
         "a sample alone gives the same bits": torch.equal(torch.cat(alone), all_of_them),
@@ -157,6 +173,7 @@ def other_findings(device: torch.device) -> dict[str, bool]:
 
 
 FINDINGS = (
+    "two ranks' rows add up",
     "a row that sees no key gives nothing",
     "nothing is taken from padding",
     "a sample alone gives the same bits",

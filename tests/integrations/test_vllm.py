@@ -406,9 +406,8 @@ def whole_processor(row):
 def test_families_answer_as_in_transformers(name, tmp_path, monkeypatch):
     row = row_of(name, monkeypatch)
     model, folder = row.make_model(), tmp_path / "model"
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="100KB")  # several files, with the names that transformers 5 gives
     whole_processor(row).save_pretrained(folder)
-    with_older_names(folder)
     decoder = adapt(model).fingerprint.decoder
     keep = [0.7 ** sum(each <= layer for each in decoder.prunable) for layer in range(decoder.layers)]
     recipe = PruningRecipe(tuple(keep), adapt(model).fingerprint, 16)

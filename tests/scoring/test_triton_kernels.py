@@ -142,3 +142,17 @@ def test_on_cuda_fp32_is_fp32(monkeypatch):
     exact = received_attention(query.double(), key.double(), image, question, Softmax(128**-0.5))
     assert torch.allclose(found.self_attention, exact.self_attention, rtol=1e-4, atol=1e-8)
     assert torch.allclose(found.cross_attention, exact.cross_attention, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.gpu
+@cuda_needed
+@triton_needed
+def test_on_cuda_the_rows_of_ranks_add_up():
+    query, key, image, question = large(4, 28)
+    at = query, key, image, question, Softmax(128**-0.5)
+    whole = received_attention(*at)
+    ranks = [SimpleNamespace(number=number, count=4, sum=torch.clone) for number in range(4)]
+    shares = [received_attention(*at, ranks=each) for each in ranks]
+    for name in ("self_attention", "cross_attention"):
+        total = torch.stack([getattr(share, name) for share in shares]).sum(0)
+        assert torch.allclose(total, getattr(whole, name), rtol=1e-4, atol=1e-8)

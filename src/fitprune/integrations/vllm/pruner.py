@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from fitprune.engine.choose import choose_by, quotas_by
 from fitprune.integrations.vllm.cached_keys import CachedKeys, are_readable
 from fitprune.integrations.vllm.layers import Layer, Request, Step
+from fitprune.integrations.vllm.ranks import TensorRanks
 from fitprune.integrations.vllm.runners import reader_of
 from fitprune.integrations.vllm.scheduler import MARK
 from fitprune.recipes.recipe import PruningRecipe
@@ -47,7 +48,7 @@ class Pruner:
         if (backend := group.backend.get_name()) not in BACKENDS:
             raise ValueError(f"fitprune: attention backend {backend}: must be one of {', '.join(BACKENDS)}")
         decoder = runner.get_model().get_language_model().model
-        self._runner, self._norm = runner, decoder.norm
+        self._runner, self._norm, self._ranks = runner, decoder.norm, TensorRanks.of(runner.vllm_config)
         self._layers = [Layer.of(number, layer) for number, layer in enumerate(decoder.layers)]
         scorer = get_scorer(recipe.scorer)
         self._quotas, self._choose, self._query_aware = quotas_by(recipe), choose_by(scorer), scorer.query_aware
@@ -208,8 +209,8 @@ class Pruner:
             chosen = self._choose(self._view(step, number, request, rows))
             if chosen is None:
                 continue
-            stays[rows] = chosen[0]
-            request.kept = request.kept[chosen[0]]
+            stays[rows] = here = self._ranks.agreed(chosen[0])
+            request.kept = request.kept[here]
             lost = step.lengths[request.row] - len(request.kept)
             step.lengths[request.row] = len(request.kept)
             request.lost[stage:] = [before + lost for before in request.lost[stage:]]
@@ -235,7 +236,9 @@ class Pruner:
             column=request.kept[None],
             hidden=step.hidden[None, rows],
             prompt=request.prompt,
-            attention=lambda: Attention(query, self._with_cached(key, step, attention, request), value, softmax),
+            attention=lambda: self._ranks.whole(
+                Attention(query, self._with_cached(key, step, attention, request), value, softmax)
+            ),
         )
 
     def _with_cached(self, keys: torch.Tensor, step: Step, attention: Any, request: Request) -> torch.Tensor:

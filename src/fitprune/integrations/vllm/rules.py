@@ -30,14 +30,18 @@ def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:
 def _engine_rules(config: Any) -> Iterator[tuple[bool, str]]:
     """For each setting of the engine, whether it is broken, and what to say."""
     model, parallel = config.model_config, config.parallel_config
-    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    pipeline = parallel.pipeline_parallel_size
     context = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     yield not model.enforce_eager, "enforce_eager=False: compiled graphs have fixed rows; pass --enforce-eager"
     yield (
-        tensor > 1,
-        f"tensor_parallel_size={tensor}: scores need all heads; use 1, and --data-parallel-size for more devices",
+        pipeline > 1,
+        f"pipeline_parallel_size={pipeline}: rows leave between its stages; use 1, and --tensor-parallel-size instead",
     )
-    yield pipeline > 1, f"pipeline_parallel_size={pipeline}: rows leave between its stages; use 1"
+    yield (
+        parallel.data_parallel_size > 1 and model.is_moe,
+        f"data_parallel_size={parallel.data_parallel_size} of a mixture of experts: its ranks exchange the dense rows; "
+        "use 1, and --tensor-parallel-size instead",
+    )
     yield context > 1, "context parallelism: splits a request's keys; leave it out"
     yield parallel.use_ubatching, "dual batch overlap: splits a step's rows; leave out --enable-dbo"
     yield (

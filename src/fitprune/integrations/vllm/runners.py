@@ -25,13 +25,11 @@ class PromptFacts:
 
 
 class Runner(Protocol):
-    """One of vLLM's model runners.
+    """One of vLLM's model runners."""
 
-    Attributes:
-        block_size: tokens of a block of its block table.
-    """
-
-    block_size: int
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block of its block table; known once there is a KV cache."""
 
     def name(self, row: int, common: Any) -> str:
         """Give the request's id of a row of the step, by its metadata; "" if it is no request's."""
@@ -48,7 +46,11 @@ class RunnerV1:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self.block_size = int(runner.input_batch.block_table[0].block_size)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block; known once there is a KV cache."""
+        return int(self._runner.input_batch.block_table[0].block_size)
 
     def name(self, row: int, common: Any) -> str:
         """Read as `Runner` says; rows are those of its input batch."""
@@ -76,7 +78,11 @@ class RunnerV2:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self.block_size = int(runner.block_tables.block_sizes[0])
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block; known once there is a KV cache."""
+        return int(self._runner.block_tables.block_sizes[0])
 
     def name(self, row: int, common: Any) -> str:
         """Read as `Runner` says; the metadata names the rows of its states."""

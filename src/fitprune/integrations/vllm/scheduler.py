@@ -63,7 +63,7 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
         **kwargs: likewise.
 
     Attributes:
-        fitprune_counts: what was pruned so far.
+        fitprune_counts: what its statistics have not yet said of pruning.
     """
 
     _recipe: PruningRecipe | None = None
@@ -103,7 +103,7 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
             logger.warning_once("fitprune: a request runs dense: %s", REASONS[reason])
             return
         tokens = [feature.mm_position.get_num_embeds() for feature in request.mm_features]
-        self.fitprune_counts.pruned(sum(n - recipe.kept(n)[-1] for n in tokens))
+        self.fitprune_counts.pruned(recipe, tokens)
         self._hash_alone(request)
 
     def _hash_alone(self, request: Any) -> None:
@@ -138,6 +138,11 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
         if embeds > self._step_embeds:
             return "encoder_budget"
         return None
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """Make vLLM's statistics of a step, with what was counted."""
+        stats = super().make_stats(*args, **kwargs)
+        return stats if self._recipe is None else self.fitprune_counts.sent_with(stats)
 
     def _try_schedule_encoder_inputs(
         self, request: Any, num_computed_tokens: int, num_new_tokens: int, encoder_compute_budget: int, **kwargs: Any

@@ -1,0 +1,231 @@
+"""The scheduler of the vLLM plug-in, alone: a pruned prompt comes whole, and no request waits forever."""
+
+import collections
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed: it has wheels for Linux alone")
+
+from vllm import EngineArgs, SamplingParams
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from fitprune import PruningRecipe
+from fitprune._support import assets
+from fitprune.families.config import fingerprint_of
+from fitprune.integrations.vllm.scheduler import MARK, REASONS, pruning
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+BLOCK = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def recipe(tmp_path_factory):
+    """A recipe in the environment, for the bundled model."""
+    from transformers import AutoConfig
+
+    model = fingerprint_of(AutoConfig.from_pretrained(assets.folder("model")))
+    path = tmp_path_factory.mktemp("scheduler") / "recipe.json"
+    PruningRecipe((1.0, *(0.5,) * (model.decoder.layers - 1)), model, 144).save(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FITPRUNE_RECIPE", str(path))
+        yield path
+
+
+def scheduler_of(base=Scheduler, blocks=200, embeds=None, **options):
+    """A scheduler by itself: `blocks` of cache, and `embeds` that the vision tower may encode in a step."""
+    config = EngineArgs(
+        str(assets.folder("model")),
+        **{"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "max_num_batched_tokens": 400, **options},
+        limit_mm_per_prompt={"image": 4},
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = blocks
+    config.cache_config.block_size = BLOCK
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    made = pruning(base)(
+        vllm_config=config,
+        kv_cache_config=cache,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK,
+        log_stats=True,
+    )
+    if embeds is not None:
+        made._step_embeds = made.max_num_encoder_input_tokens = embeds
+        made.encoder_cache_manager.cache_size = made.encoder_cache_manager.num_free_slots = embeds
+        made.encoder_cache_manager.num_freeable_slots = embeds
+    init_none_hash(get_hash_fn_by_name("sha256"))
+    return made
+
+
+def request(name, parts, tokens=4, **options):
+    """A request of parts: a number of tokens of text, or ("image" or another kind, tokens)."""
+    ids, features = [], []
+    for number, part in enumerate(parts):
+        if isinstance(part, int):
+            ids += [7 + n % 50 for n in range(part)]
+            continue
+        kind, size = part
+        place = PlaceholderRange(offset=len(ids), length=size)
+        features.append(
+            MultiModalFeatureSpec(data=None, modality=kind, identifier=f"{name}-{number}", mm_position=place)
+        )
+        ids += [3] * size
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    sampling.update_from_generation_config({}, eos_token_id=1)
+    hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256"))
+    return Request(name, ids, sampling, None, mm_features=features, block_hasher=hasher, **options)
+
+
+def run(scheduler, requests, lag=1, steps=3000):
+    """Serve requests until all have ended; `lag` steps are scheduled ahead of their results.
+
+    Returns:
+        For each request, (first token, number of tokens) of each of its steps.
+    """
+    waiting, pieces, ahead = list(requests), collections.defaultdict(list), collections.deque()
+    for _ in range(steps):
+        for _ in range(2):
+            if waiting:
+                scheduler.add_request(waiting.pop(0))
+        out = scheduler.schedule()
+        states = {new.req_id: new.num_computed_tokens for new in out.scheduled_new_reqs}
+        cached = out.scheduled_cached_reqs
+        states |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for name, count in out.num_scheduled_tokens.items():
+            pieces[name].append((states[name], count))
+        chunks = {name for name in out.num_scheduled_tokens if scheduler.requests[name].is_prefill_chunk}
+        ahead.append((out, chunks))
+        if len(ahead) >= lag:
+            finish(scheduler, *ahead.popleft())
+        if not waiting and not scheduler.requests:
+            return pieces
+    unfinished = {name: (one.status, one.num_computed_tokens) for name, one in scheduler.requests.items()}
+    raise AssertionError(f"after {steps} steps these are unfinished: {unfinished}")
+
+
+def finish(scheduler, out, chunks):
+    """Give the scheduler a step's result: a token for each request whose prompt is through."""
+    names = list(out.num_scheduled_tokens)
+    sampled = [[] if name in chunks else [9] for name in names]
+    scheduler.update_from_output(out, ModelRunnerOutput(names, {name: n for n, name in enumerate(names)}, sampled))
+
+
+def random_requests(seed, count=60):
+    draw = random.Random(seed)
+    for number in range(count):
+        parts = [draw.randint(1, 60)]
+        for _ in range(draw.choice([0, 1, 1, 1, 2, 3])):
+            parts += [("image", 144), draw.randint(1, 40)]
+        if draw.random() < 0.2:
+            parts[0] += draw.randint(300, 420)
+        yield request(f"{number}", parts, tokens=draw.randint(1, 30))
+
+
+@pytest.mark.parametrize("base", [Scheduler, AsyncScheduler])
+@pytest.mark.parametrize(
+    ("blocks", "options"),
+    [
+        (400, {}),
+        (70, {}),  # of which one request takes up to 65: they preempt each other
+        (100, {"max_num_batched_tokens": 200}),
+        (100, {"long_prefill_token_threshold": 250}),
+        (100, {"enable_chunked_prefill": False, "max_num_batched_tokens": 1024}),
+        (100, {"enable_prefix_caching": False}),
+        (100, {"disable_chunked_mm_input": True}),
+        (100, {"embeds": 144}),
+        (100, {"embeds": 300}),
+        (100, {"scheduling_policy": "priority"}),
+    ],
+    ids=str,
+)
+def test_pruned_prompts_come_whole_and_all_requests_end(base, blocks, options):
+    options = {"max_num_batched_tokens": 400, **options}
+    scheduler = scheduler_of(base, blocks, **options)
+    requests = list(random_requests(blocks))
+    sizes = {one.request_id: one.num_prompt_tokens for one in requests}
+    pieces = run(scheduler, requests, lag=2 if base is AsyncScheduler else 1)
+    pruned = [one.request_id for one in requests if one.mm_features and getattr(one.mm_features[0], MARK)]
+    dense = [one.request_id for one in requests if one.mm_features and not getattr(one.mm_features[0], MARK)]
+    assert pruned
+    assert len(pruned) == scheduler.fitprune_counts.prompts
+    assert len(dense) == sum(scheduler.fitprune_counts.dense_by_reason.values())
+    for name in pruned:
+        starts = [count for begin, count in pieces[name] if begin == 0]
+        assert starts, name
+        assert min(starts) >= sizes[name], (name, pieces[name])
+        assert min(begin for begin, _ in pieces[name][1:] or [(sizes[name], 1)] if begin) >= sizes[name]
+    limit = options["max_num_batched_tokens"]
+    assert all(sizes[name] <= limit for name in pruned)
+    assert blocks > 70 or any(one.num_preemptions for one in requests if one.request_id in pruned)
+    assert scheduler.fitprune_counts.holds or options.get("enable_chunked_prefill") is False or blocks == 70
+
+
+def test_text_shares_the_prefix_cache_and_pruned_prompts_do_not():
+    scheduler = scheduler_of()
+    for turn in range(2):
+        pieces = run(scheduler, [request(f"text{turn}", [100]), request(f"image{turn}", [40, ("image", 144), 20])])
+        assert pieces[f"text{turn}"][0][0] == (96 if turn else 0)
+        assert pieces[f"image{turn}"][0] == (0, 204)
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "reason"),
+    [
+        ([5, ("image", 144)], {}, "no_text_after_image"),
+        ([("image", 144), ("image", 144)], {}, "no_text_after_image"),
+        ([5, ("video", 144), 5], {}, "other_media"),
+        ([5, ("image", 144), 5, ("audio", 20), 5], {}, "other_media"),
+        ([300, ("image", 144), 5], {}, "longer_than_step"),
+        ([5, ("image", 144), 5, ("image", 144), 5], {"embeds": 200}, "encoder_budget"),
+        ([5, ("image", 144), 100], {"long_prefill_token_threshold": 200}, "longer_than_step"),
+        ([5, ("image", 144), 5], {"resumable": True}, "streaming_input"),
+    ],
+)
+def test_what_cannot_be_pruned_is_counted_by_reason(parts, options, reason):
+    assert reason in REASONS
+    streams = {"resumable": options.pop("resumable", False)}
+    scheduler = scheduler_of(**options)
+    one = request("one", parts, **streams)
+    scheduler.add_request(one)
+    assert dict(scheduler.fitprune_counts.dense_by_reason) == {reason: 1}
+    assert not any(getattr(feature, MARK) for feature in one.mm_features)
+    assert one.cache_salt is None
+
+
+def test_an_image_whose_place_ends_in_text_may_end_a_prompt():
+    """As of families whose image has a closing token, or row breaks, among its placeholders."""
+    scheduler = scheduler_of()
+    one = request("one", [5, ("image", 10)])
+    place = one.mm_features[0].mm_position
+    embeds = torch.tensor([True] * 9 + [False])
+    one.mm_features[0].mm_position = PlaceholderRange(place.offset, place.length, is_embed=embeds)
+    scheduler.add_request(one)
+    assert scheduler.fitprune_counts.prompts == 1
+
+
+def test_a_scheduler_of_another_kind_is_named():
+    with pytest.raises(ValueError, match=r"scheduler Other of .*: must be a child of vLLM's Scheduler"):
+        pruning(type("Other", (), {}))
+
+
+def test_without_a_recipe_nothing_changes(monkeypatch):
+    monkeypatch.delenv("FITPRUNE_RECIPE")
+    scheduler = scheduler_of(Scheduler)
+    one = request("one", [5, ("image", 144), 5])
+    before = list(one.block_hashes)
+    scheduler.add_request(one)
+    assert not hasattr(one.mm_features[0], MARK)
+    assert (one.block_hashes, one.cache_salt, one.skip_reading_prefix_cache) == (before, None, False)
