@@ -60,7 +60,6 @@ def scheduler_of(base=Scheduler, blocks=200, embeds=None, **options):
         kv_cache_config=cache,
         structured_output_manager=StructuredOutputManager(config),
         block_size=BLOCK,
-        log_stats=True,
     )
     if embeds is not None:
         made._step_embeds = made.max_num_encoder_input_tokens = embeds
@@ -160,8 +159,8 @@ def test_pruned_prompts_come_whole_and_all_requests_end(base, blocks, options):
     pruned = [one.request_id for one in requests if one.mm_features and getattr(one.mm_features[0], MARK)]
     dense = [one.request_id for one in requests if one.mm_features and not getattr(one.mm_features[0], MARK)]
     assert pruned
-    assert len(pruned) == scheduler.fitprune_counts.prompts
-    assert len(dense) == sum(scheduler.fitprune_counts.dense_by_reason.values())
+    assert len(pruned) == scheduler.fitprune_counts.new["prompts_pruned"]
+    assert len(dense) == sum(n for name, n in scheduler.fitprune_counts.new.items() if "dense" in name)
     for name in pruned:
         starts = [count for begin, count in pieces[name] if begin == 0]
         assert starts, name
@@ -170,7 +169,7 @@ def test_pruned_prompts_come_whole_and_all_requests_end(base, blocks, options):
     limit = options["max_num_batched_tokens"]
     assert all(sizes[name] <= limit for name in pruned)
     assert blocks > 70 or any(one.num_preemptions for one in requests if one.request_id in pruned)
-    assert scheduler.fitprune_counts.holds or options.get("enable_chunked_prefill") is False or blocks == 70
+    assert scheduler.fitprune_counts.new["prompts_held"] or options.get("enable_chunked_prefill") is False or blocks == 70
 
 
 def test_text_shares_the_prefix_cache_and_pruned_prompts_do_not():
@@ -200,7 +199,7 @@ def test_what_cannot_be_pruned_is_counted_by_reason(parts, options, reason):
     scheduler = scheduler_of(**options)
     one = request("one", parts, **streams)
     scheduler.add_request(one)
-    assert dict(scheduler.fitprune_counts.dense_by_reason) == {reason: 1}
+    assert scheduler.fitprune_counts.new == {f"prompts_dense/{reason}": 1}
     assert not any(getattr(feature, MARK) for feature in one.mm_features)
     assert one.cache_salt is None
 
@@ -213,7 +212,7 @@ def test_an_image_whose_place_ends_in_text_may_end_a_prompt():
     embeds = torch.tensor([True] * 9 + [False])
     one.mm_features[0].mm_position = PlaceholderRange(place.offset, place.length, is_embed=embeds)
     scheduler.add_request(one)
-    assert scheduler.fitprune_counts.prompts == 1
+    assert scheduler.fitprune_counts.new["prompts_pruned"] == 1
 
 
 def test_a_scheduler_of_another_kind_is_named():

@@ -52,18 +52,21 @@ def announce(recipe: PruningRecipe, name: str) -> None:
         recipe: what the engine prunes by.
         name: what the user calls it.
     """
-    tokens = recipe.visual_tokens
-    budget = recipe.provenance.get("budget")
+    tokens, cost = recipe.visual_tokens, recipe.cost()
+    budget = ", ".join(f"{key}={value}" for key, value in recipe.provenance.get("budget", {}).items())
     logger.info(
-        "fitprune: prunes by %s%s: visual tokens leave at layers %s of %d; of an image of %d tokens %d are left in the "
-        "last layer, and a prompt of it and 64 tokens of text costs the decoder %.1f%% fewer FLOPs",
+        "fitprune: prunes by %s%s: visual tokens leave at layers %s of %d. Of an image of %d tokens %d enter the last "
+        "layer's MLP; that saves %.1f%% of the image's FLOPs in the decoder, %.1f%% of those of a prompt with %d tokens "
+        "of text",
         name,
         f" (budget {budget})" if budget else "",
         recipe.removing,
         len(recipe.keep),
         tokens,
-        recipe.kept(tokens)[-1],
-        100 * recipe.cost().flops_reduction,
+        cost.kept[-1],
+        100 * cost.flops_reduction,
+        100 * (1 - cost.prefill_flops / cost.dense_prefill_flops),
+        cost.text_tokens,
     )
 
 
