@@ -66,7 +66,7 @@ def ask(url):
 def test_one_line_serves_the_bundled_model_as_it_is(tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(assets.folder("model")).eval()
     processor = AutoProcessor.from_pretrained(assets.folder("model"))
-    recipe = PruningRecipe((0.6, 0.6, 0.4, 0.4, 0.2, 0.2, 0.2, 0.2), adapt(model).fingerprint, 144)
+    recipe = PruningRecipe((0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05), adapt(model).fingerprint, 144)
     recipe.save(tmp_path / "recipe.json")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -101,7 +101,7 @@ def test_one_line_serves_the_bundled_model_as_it_is(tmp_path):
         server.kill()
     expected, likely = by_transformers(model, processor, recipe)
     assert answer == expected
-    assert logprob == pytest.approx(likely, abs=1e-3)
+    assert logprob == pytest.approx(likely, abs=5e-4)
     assert abs(likely - by_transformers(model, processor, None)[1]) > 1e-3  # something was pruned
 
 

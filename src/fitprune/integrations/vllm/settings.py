@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.logger import init_logger
@@ -53,11 +54,13 @@ def announce(recipe: PruningRecipe, name: str) -> None:
         name: what the user calls it.
     """
     tokens, cost = recipe.visual_tokens, recipe.cost()
-    budget = ", ".join(f"{key}={value}" for key, value in recipe.provenance.get("budget", {}).items())
+    budget = recipe.provenance.get("budget")
+    if isinstance(budget, Mapping):
+        budget = ", ".join(f"{key}={value}" for key, value in budget.items())
     logger.info(
         "fitprune: prunes by %s%s: visual tokens leave at layers %s of %d. Of an image of %d tokens %d enter the last "
-        "layer's MLP; that saves %.1f%% of the image's FLOPs in the decoder, %.1f%% of those of a prompt with %d tokens "
-        "of text",
+        "layer's MLP. That saves %.1f%% of the image's FLOPs in the decoder, and %.1f%% of those of a prompt with %d "
+        "tokens of text",
         name,
         f" (budget {budget})" if budget else "",
         recipe.removing,
