@@ -96,7 +96,7 @@ class Pruner:
         for row, length in enumerate(lengths):
             name, computed = self._reader.name(row, common), whole[row] - length
             if name in self._lost and computed <= self._lost[name][0]:
-                del self._lost[name]  # it was preempted, and begins anew
+                del self._lost[name]  # it was preempted, and begins again
             # One row is no image with its question.
             if length > 1 and (request := self._request(row, computed, whole[row], common)) is not None:
                 pruned.append(request)
