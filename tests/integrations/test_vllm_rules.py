@@ -197,11 +197,13 @@ def test_a_prompt_that_comes_in_part_stays_dense():
     pruner._reader = SimpleNamespace(prompt=lambda row, common: rows[row])
     pruner._runner = SimpleNamespace(device=torch.device("cpu"), model_config=SimpleNamespace(hf_config=None))
     pruner._query_aware, pruner._quotas, pruner._norm = True, lambda image: image, None
-    assert pruner._request(0, 4, None) is None
-    assert pruner._request(0, 6, None) is None
-    assert pruner._request(1, 6, None).prompt.quotas.tolist() == [[-1, 0, 0, 0, 0, -1]]
+    pruner._nothing = [0]
+    assert pruner._request(0, 0, 4, None) is None
+    assert pruner._request(0, 0, 6, None) is None
+    assert pruner._request(1, 0, 6, None).prompt.quotas.tolist() == [[-1, 0, 0, 0, 0, -1]]
     begun = [False] * 5 + [True] + [False] * 2  # with two tokens of an answer
-    assert pruner._request(1, 8, None).question.tolist() == [begun]
+    assert pruner._request(1, 0, 8, None).question.tolist() == [begun]
+    assert pruner._request(1, 1, 6, None).kept.tolist() == [1, 2, 3, 4, 5]  # its first token is in the cache
 
 
 def test_another_attention_backend_is_named():
