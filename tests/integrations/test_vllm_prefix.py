@@ -1,12 +1,14 @@
 """vLLM's prefix cache under pruning: requests with images share the text before their first image.
 
-And for the same reason, as nothing leaves there, a long text before the image may be split into steps of its own.
+And for the same reason, as nothing leaves there, a long text before the image may be split into steps of its own. What
+a whole prompt wrote, an equal one takes over once its request has ended.
 """
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("vllm", reason="vLLM is not installed: it has wheels for Linux alone")
 
@@ -43,19 +45,51 @@ def blocks_before(prompt):
     return (len(before) if files else len(before) - 1) // BLOCK * BLOCK
 
 
+def blocks_again(prompt, block=BLOCK, shared=None):
+    """Tokens in the blocks that an equal prompt takes over; where it cannot, those before its first image."""
+    text, files = prompt
+    shared = blocks_before(prompt) if shared is None else shared
+    if not files:
+        return blocks_before(prompt)
+    _, processor = loaded()
+    ids = processor(text=text, images=[Image.open(file) for file in files])["input_ids"][0]
+    end = (len(ids) - 2) // block * block
+    return end if processor.image_token_id not in ids[end:] else shared
+
+
 def require_same(found, expected):
     assert differing(found, expected) == []
     assert first_apart(found, expected).max() < 1e-3
 
 
 def test_images_share_the_text_before_them(digits, engines, runner):
-    recipe, asked = digits / "60.json", mixed(24 if runner == "v1" else 12)
+    recipe, count = digits / "60.json", 24 if runner == "v1" else 12
     engine = engines(digits / "model", recipe, runner, block_size=BLOCK, **OPTIONS)
-    first, second = engine.answer(asked), engine.answer(asked)
-    require_same(first, by_transformers(asked, recipe))
+    asked = mixed(count)
+    require_same(engine.answer(asked), by_transformers(asked, recipe))
+    asked = mixed(2 * count)[count:]
+    second = engine.answer(asked)
     require_same(second, by_transformers(asked, recipe))
     assert second.cached == [blocks_before(each) for each in asked]
     assert {96, 160} <= {cached for cached, each in zip(second.cached, asked, strict=True) if each[1]}
+
+
+def test_an_equal_prompt_takes_over_what_an_ended_one_wrote(digits, engines, runner):
+    """Whatever the first answered; of several at a time, one does."""
+    recipe, block = digits / "60.json", 16
+    asked = [ask((0, 40)[n % 2], n, (1, 1, 2)[n % 3]) for n in range(8)]
+    expected = [blocks_again(each, block, shared=0) for each in asked]
+    assert sum(map(bool, expected)) > 4
+    engine = engines(digits / "model", recipe, runner, block_size=block, **OPTIONS)
+    engine.answer(asked, max_tokens=24, ignore_eos=True)
+    for prompt, tokens in zip(asked, expected, strict=True):
+        for length in (8, 3):
+            second = engine.answer([prompt], max_tokens=length)
+            require_same(second, by_transformers([prompt], recipe, length))
+            assert second.cached[0] >= tokens
+    twice = engine.answer(asked + asked)
+    require_same(twice, by_transformers(asked + asked, recipe))
+    assert [cached >= tokens for cached, tokens in zip(twice.cached, expected, strict=False)] == [True] * 8
 
 
 def test_long_text_before_an_image_comes_in_steps_of_its_own(digits, engines, runner):
