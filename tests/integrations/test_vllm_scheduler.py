@@ -121,16 +121,16 @@ class Memory:
             if is_pruned(one) and first_image(one) < begins[name] < one.num_prompt_tokens:
                 assert count >= one.num_prompt_tokens - begins[name] > 1
                 slot = self._slot(tables[name], first_image(one))
-                self._owners[name, one.num_preemptions] = self._slots[False, *slot][1]
+                self._owners[name, one.num_preemptions] = self._slots[(False, *slot)][1]
             for place in range(begins[name], begins[name] + count):
                 for last, slot in self._places(one, tables[name], place):
-                    self._slots[last, *slot] = self._token(one, place)
+                    self._slots[(last, *slot)] = self._token(one, place)
         for name in counts:
             one = self._scheduler.requests[name]
             if counts[name] > 1:
                 for place in range(begins[name]):
                     for last, slot in self._places(one, tables[name], place):
-                        assert self._slots[last, *slot] == self._token(one, place), (name, place, begins[name], last)
+                        assert self._slots[(last, *slot)] == self._token(one, place), (name, place, begins[name], last)
             if is_pruned(one):
                 assert all(owners[block] == 1 for block in tables[name][first_image(one) // BLOCK :]), name
 
