@@ -169,7 +169,9 @@ def test_pruned_prompts_come_whole_and_all_requests_end(base, blocks, options):
     limit = options["max_num_batched_tokens"]
     assert all(sizes[name] <= limit for name in pruned)
     assert blocks > 70 or any(one.num_preemptions for one in requests if one.request_id in pruned)
-    assert scheduler.fitprune_counts.new["prompts_held"] or options.get("enable_chunked_prefill") is False or blocks == 70
+    assert (
+        scheduler.fitprune_counts.new["prompts_held"] or options.get("enable_chunked_prefill") is False or blocks == 70
+    )
 
 
 def test_text_shares_the_prefix_cache_and_pruned_prompts_do_not():
