@@ -1,7 +1,8 @@
 # make demo: the whole way on the bundled model. make quick: lint, types, and of each test function one case, under a
 # minute. make test: lint, types and all tests. make test-oldest, make test-newest: the engine's tests with the oldest and
 # the newest transformers that is supported. make test-integrations: the plug-ins for lmms-eval and vLLM. The last three
-# have environments of their own. All work on a fresh clone.
+# have environments of their own. make test-integrations-next: the plug-in for vLLM with the newest vLLM. All work on a
+# fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := .venv-integrations/bin
@@ -13,9 +14,11 @@ ENGINE := $(addprefix tests/,behaviour/test_families.py behaviour/test_full_size
 # Two test processes of one thread each: tiny models gain nothing by a second one. The tests of a file stay together, and
 # share what they build; files go out in alphabetical order, since the long ones are not those of most tests.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-quick test test-oldest test-newest: export OMP_NUM_THREADS := 1
+# The first model runner of vLLM and the second go to a process each: tests/integrations/conftest.py.
+PYTEST_BY_RUNNER := -m pytest -n 2 --dist loadgroup
+quick test test-oldest test-newest test-integrations test-integrations-next: export OMP_NUM_THREADS := 1
 
-.PHONY: demo quick test test-oldest test-newest test-integrations lint train data clean
+.PHONY: demo quick test test-oldest test-newest test-integrations test-integrations-next lint train data clean
 
 demo: .venv/installed
 	$(BIN)/fitprune demo
@@ -30,7 +33,12 @@ test-oldest test-newest: test-%: .venv-%/installed
 	.venv-$*/bin/python $(PYTEST) --durations=5 $(ENGINE)
 
 test-integrations: .venv-integrations/installed
-	$(INTEGRATIONS)/python -m pytest tests/integrations --durations=5
+	$(INTEGRATIONS)/python $(PYTEST_BY_RUNNER) --durations=10 tests/integrations
+
+# Not in CI: it downloads 340 MB. PYTHONPATH is how the processes that vLLM starts find it.
+test-integrations-next: .venv-integrations/next/installed
+	PYTHONPATH=$(CURDIR)/.venv-integrations/next $(INTEGRATIONS)/python $(PYTEST_BY_RUNNER) --durations=10 \
+		$(wildcard tests/integrations/test_vllm*.py)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -59,6 +67,13 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv-integrations
 	$(INTEGRATIONS)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-integrations.txt
 	$(INTEGRATIONS)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv-integrations/next/installed: .venv-integrations/installed tests/helpers/vllm_overlay.py
+	rm -rf $(@D)
+	$(INTEGRATIONS)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(@D) vllm==0.33.0
+	$(INTEGRATIONS)/python tests/helpers/vllm_overlay.py $(@D)/*.whl $(@D)
+	rm $(@D)/*.whl
 	touch $@
 
 # Trains the bundled model again (about 80 minutes on two cores) and renders its data again.

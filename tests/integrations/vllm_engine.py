@@ -1,42 +1,116 @@
-"""Answer prompts by a vLLM engine: what test_vllm.py starts, since an engine takes its process whole.
+"""Engines of vLLM, each in a process of its own: what helpers/vllm_engines.py starts.
 
-    python vllm_engine.py MODEL JOB ANSWERS
+    python vllm_engine.py SOCKET
 
-JOB is JSON: {"options": of vllm.LLM, "prompts": [[text, [image file, ...]], ...], "tokens": ...}; ANSWERS gets
-{"ids": [[token id, ...], ...], "logprobs": [[of each such token], ...], "preemptions": how often}.
+imports vLLM once, then starts an engine for each line that it reads, as a fork that asks SOCKET for its work. It ends
+when nobody writes any more.
 """
 
-import json
+import contextlib
+import functools
+import os
+import socket
 import sys
-from pathlib import Path
+import traceback
+from collections import Counter
+from multiprocessing.connection import Connection
 
-from PIL import Image
+import prometheus_client
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 
-def main() -> None:
-    model, job, out = sys.argv[1:]
-    job = json.loads(Path(job).read_text())
-    llm = LLM(model, disable_log_stats=False, **job["options"])
-    prompts = []
-    for text, files in job["prompts"]:
-        images = [Image.open(file).convert("RGB") for file in files]
-        prompts.append({"prompt": text, "multi_modal_data": {"image": images}} if images else {"prompt": text})
-    sampling = SamplingParams(
-        temperature=0, max_tokens=job["tokens"], logprobs=0, ignore_eos=job.get("ignore_eos", False)
-    )
-    done = llm.generate(prompts, sampling, use_tqdm=False)
-    metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    answers = [one.outputs[0] for one in done]
-    found = {
+def counters():
+    """Those of vLLM and of fitprune, by name; of labels, the reason is added to it."""
+    found = Counter()
+    for metric in prometheus_client.REGISTRY.collect():
+        for sample in metric.samples:
+            if metric.type == "counter" and sample.name.endswith("_total"):
+                found["/".join([metric.name, *filter(None, [sample.labels.get("reason")])])] += sample.value
+    return found
+
+
+def token_logprobs(ids, each):
+    return [None if there is None else there[token].logprob for token, there in zip(ids, each or [], strict=False)]
+
+
+def generate(llm, prompts, **sampling):
+    """Answers to prompts in their order, and by how much counters grew."""
+    if structure := sampling.pop("structured_outputs", None):
+        sampling["structured_outputs"] = StructuredOutputsParams(**structure)
+    before = counters()
+    done = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False)
+    after = counters()
+    answers = [each.outputs[0] for each in done]
+    return {
         "ids": [list(answer.token_ids) for answer in answers],
-        "logprobs": [
-            [each[token].logprob for token, each in zip(answer.token_ids, answer.logprobs, strict=True)]
-            for answer in answers
-        ],
-        "preemptions": metrics["vllm:num_preemptions"],
+        "samples": [[list(answer.token_ids) for answer in each.outputs] for each in done],
+        "texts": [answer.text for answer in answers],
+        "logprobs": [token_logprobs(answer.token_ids, answer.logprobs) for answer in answers],
+        "prompt_logprobs": [token_logprobs(each.prompt_token_ids, each.prompt_logprobs) for each in done],
+        "cached": [each.num_cached_tokens for each in done],
+        "counters": {name: after[name] - before[name] for name in after},
     }
-    Path(out).write_text(json.dumps(found))
+
+
+def interrupted(llm, prompts, steps, how, **sampling):
+    """Answers where after a few steps every other request is aborted, or the engine sleeps, keeps them and wakes up."""
+    engine, done = llm.llm_engine, {}
+    names = llm.enqueue(prompts, SamplingParams(**sampling), use_tqdm=False)
+
+    def step():
+        done.update({int(each.request_id): list(each.outputs[0].token_ids) for each in engine.step() if each.finished})
+
+    for _ in range(steps):
+        step()
+    if how == "abort":
+        engine.abort_request(names[::2], internal=True)
+    else:
+        llm.sleep(mode="keep")
+        llm.wake_up()
+    while engine.has_unfinished_requests():
+        step()
+    return [done[number] for number in sorted(done)]
+
+
+OWN = {"generate": generate, "interrupted": interrupted}
+
+
+def serve(connection, model, options, environment, log):
+    """Run one engine until its connection ends."""
+    os.environ.update(environment)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    llm = LLM(model, disable_log_stats=False, **options)
+    connection.send(None)
+    with contextlib.suppress(EOFError):
+        while True:
+            method, args, kwargs = connection.recv()
+            call = functools.partial(OWN[method], llm) if method in OWN else getattr(llm, method)
+            connection.send(call(*args, **kwargs))
+    llm.llm_engine.engine_core.shutdown()
+
+
+def main():
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(sys.argv[1])
+    listener.listen()
+    listener.settimeout(60)
+    for _ in sys.stdin:
+        if os.fork():
+            continue
+        status = 1
+        try:
+            connection = Connection(listener.accept()[0].detach())
+            serve(connection, *connection.recv())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
 
 
 if __name__ == "__main__":

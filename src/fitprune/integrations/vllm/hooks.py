@@ -59,6 +59,7 @@ HOOKS = (
         ("self", "request", "num_computed_tokens", "num_new_tokens", "encoder_compute_budget"),
         "holds a prompt until a step has it whole",
     ),
+    Hook(_SCHEDULER, "Scheduler._preempt_request", ("self", "request"), "its blocks are not read when it resumes"),
     Hook(_SCHEDULER, "Scheduler.make_stats", ("self",), "carries the counts of pruned and dense prompts"),
     Hook(
         "vllm.v1.metrics.loggers",
@@ -67,7 +68,7 @@ HOOKS = (
         "adds the counts up for /metrics and the log",
     ),
     Hook("vllm.v1.core.encoder_cache_manager", "EncoderCacheManager.free", ("self", "request"), "a held prompt's"),
-    Hook(_REQUEST, "Request.update_block_hashes", ("self",), "a salt of its own for a pruned prompt"),
+    Hook(_REQUEST, "Request.update_block_hashes", ("self",), "hashes of its own for a pruned prompt"),
     Hook(_REQUEST, "Request.get_num_encoder_embeds", ("self", "input_id"), "whether its images fit into a step"),
     Hook("vllm.model_executor.model_loader", "get_model_cls", ("model_config",), "the class whose map of names grows"),
     Hook("vllm.model_executor.models.utils", "WeightsMapper", ("orig_to_new_regex",), "by names of transformers 5"),
