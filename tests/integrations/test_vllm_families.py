@@ -15,7 +15,12 @@ from fitprune.families.adapter import adapt
 from helpers import families
 from helpers.served import OPTIONS, first_apart
 
-FAMILIES = ("llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl")
+QWEN = "<|vision_start|><|video_pad|><|vision_end|>"
+# Each with the placeholder of a video in its prompts.
+FAMILIES = {
+    "llava_next": None, "llava_onevision": "<video>", "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "internvl": "<video>",
+}  # fmt: skip
+VIDEO_PROMPTS = ["clip {v} what?", "is {i} in {v}? say it", "{v}then {v}tell me"]
 
 
 def row_of(name, monkeypatch):
@@ -36,10 +41,11 @@ def whole_processor(row):
     """The row's processor, its stand-in for a video processor replaced: here torchvision is at hand."""
     processor = row.processor()
     patch = getattr(processor.image_processor, "patch_size", None)
+    few = {"size": {"shortest_edge": 32 * 32, "longest_edge": 16 * 32 * 32}}  # pixels
     videos = {
-        "qwen2_5_vl": lambda: tf.Qwen2VLVideoProcessor(patch_size=patch, merge_size=2, temporal_patch_size=2),
-        "qwen3_vl": lambda: tf.Qwen3VLVideoProcessor(patch_size=patch, merge_size=2, temporal_patch_size=2),
-        "internvl": lambda: tf.InternVLVideoProcessor(size=families.SQUARE),
+        "qwen2_5_vl": lambda: tf.Qwen2VLVideoProcessor(patch_size=patch, merge_size=2, temporal_patch_size=2, **few),
+        "qwen3_vl": lambda: tf.Qwen3VLVideoProcessor(patch_size=patch, merge_size=2, temporal_patch_size=2, **few),
+        "internvl": lambda: tf.InternVLVideoProcessor(size={"height": 48, "width": 48}),
         "llava_onevision": lambda: tf.LlavaOnevisionVideoProcessor(size=families.SQUARE),
     }
     if row.name in videos:
@@ -73,13 +79,23 @@ def by_transformers(name, path, monkeypatch):
     texts = families.IMAGE_PROMPTS
     if name == "llava_onevision":  # of several images vLLM makes other tokens than transformers, without any recipe
         texts = [text for text in texts if text.count("{i}") == 1]
+    if FAMILIES[name]:
+        texts = texts + VIDEO_PROMPTS
+    frames = [4, 2, 6] if FAMILIES[name] == QWEN else families.FRAMES
     asked, ids, logprobs = [], [], []
     processor = AutoProcessor.from_pretrained(folder)  # as vLLM loads it
-    for number, (text, images, _) in enumerate(families.prompts_of(texts, row.image, None, families.FRAMES)):
-        asked.append([text, [str(path / f"{number}-{each}.png") for each in range(len(images))]])
-        for image, file in zip(images, asked[-1][1], strict=True):
-            image.save(file)
-        inputs = processor(text=[text], images=[images], return_tensors="pt")
+    for text, images, videos in families.prompts_of(texts, row.image, FAMILIES[name], frames):
+        asked.append({"prompt": text, "multi_modal_data": {}})
+        media = {}
+        if images:
+            asked[-1]["multi_modal_data"]["image"], media["images"] = images, [images]
+        if videos:
+            clips = [of_clip(video) for video in videos]
+            media |= {"videos": videos, "video_metadata": clips}
+            asked[-1]["multi_modal_data"]["video"] = [
+                (video, {**clip, "do_sample_frames": False}) for video, clip in zip(videos, clips, strict=True)
+            ]
+        inputs = processor(text=[text], return_tensors="pt", do_sample_frames=False, **media)
         with prune(model, recipe), torch.inference_mode():
             out = model.generate(
                 **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
@@ -89,10 +105,20 @@ def by_transformers(name, path, monkeypatch):
     return path, asked, SimpleNamespace(ids=ids, logprobs=logprobs)
 
 
+def of_clip(video):
+    """What goes with the frames of a video, of which all are to be taken."""
+    frames = len(video)
+    return {
+        "fps": 2.0, "duration": frames / 2, "total_num_frames": frames, "frames_indices": list(range(frames)),
+        "video_backend": "opencv",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_answer_as_in_transformers(name, runner, engines, expected_of, monkeypatch):
     path, asked, expected = expected_of(name, monkeypatch)
-    engine = engines(path / "model", path / "recipe.json", runner, **OPTIONS)
+    options = {**OPTIONS, "limit_mm_per_prompt": {"image": 3, "video": 2}}
+    engine = engines(path / "model", path / "recipe.json", runner, **options)
     found = engine.answer(asked, max_tokens=6, ignore_eos=True)
     assert found.ids == expected.ids
     assert first_apart(found, expected).max() < 1e-3

@@ -30,7 +30,6 @@ HEADS = 8
 OPTIONS = {
     "dtype": "float32", "max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 16,
     "kv_cache_memory_bytes": 50 * 2**20, "limit_mm_per_prompt": {"image": 2}, "skip_mm_profiling": True,
-    "enforce_eager": True, "enable_prefix_caching": False, "enable_chunked_prefill": False,
 }  # fmt: skip
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("FITPRUNE_")},
@@ -95,7 +94,7 @@ def by_transformers(made, scorer):
     return answers
 
 
-def by_vllm(made, recipe, runs, **options):
+def by_vllm(made, recipe, runs, environment, **options):
     """Answers of each run; see vllm_ranks.py."""
     job, out = made.path / "job.json", made.path / "answers.json"
     out.unlink(missing_ok=True)
@@ -107,7 +106,7 @@ def by_vllm(made, recipe, runs, **options):
         capture_output=True,
         text=True,
         check=False,
-        env={**ENVIRONMENT, "PYTHONPATH": path, "FITPRUNE_RECIPE": str(recipe)},
+        env={**ENVIRONMENT, **environment, "PYTHONPATH": path, "FITPRUNE_RECIPE": str(recipe)},
     )
     if not out.exists():
         raise RuntimeError(done.stdout + done.stderr)
@@ -118,7 +117,8 @@ def test_ranks_that_share_heads_answer_as_one(made):
     scorers = {name: {"name": name, "parameters": PARAMETERS.get(name, {})} for name in SERVED}
     runs = {name: {"scorer": scorer, "alone": False} for name, scorer in scorers.items()}
     control = {"control": {"scorer": scorers["fitprune"], "alone": True}}  # the last: nothing undoes it
-    found = by_vllm(made, made.path / "recipe.json", runs | control, tensor_parallel_size=2)
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # besides the workers: starts faster
+    found = by_vllm(made, made.path / "recipe.json", runs | control, one_process, tensor_parallel_size=2)
     expected = {name: by_transformers(made, scorer) for name, scorer in scorers.items()}
     assert {name: found[name] for name in SERVED} == expected
     assert found["control"] != expected["fitprune"]
@@ -127,13 +127,16 @@ def test_ranks_that_share_heads_answer_as_one(made):
 
 def test_each_of_two_independent_ranks_answers_as_one(made):
     made.recipe.save(made.path / "plain.json")
-    found = by_vllm(made, made.path / "plain.json", {"first": 0, "second": 1}, data_parallel_size=2)
+    one_process = {"distributed_executor_backend": "uni"}  # of each rank, its only worker in it: starts faster
+    found = by_vllm(made, made.path / "plain.json", {"first": 0, "second": 1}, {}, data_parallel_size=2, **one_process)
     expected = by_transformers(made, made.recipe.scorer)
     assert found == {"first": expected, "second": expected}
 
 
 def test_ranks_that_exchange_rows_are_refused(made, monkeypatch):
-    config = EngineArgs(str(made.path / "model"), **OPTIONS, data_parallel_size=2).create_engine_config()
+    config = EngineArgs(
+        str(made.path / "model"), **OPTIONS, enforce_eager=True, data_parallel_size=2
+    ).create_engine_config()
     require_supported(config, made.recipe)
     monkeypatch.setattr(type(config.model_config), "is_moe", True)
     with pytest.raises(ValueError, match="data_parallel_size=2 of a mixture of experts"):

@@ -1,10 +1,14 @@
 """The vLLM plug-in without an engine: settings it makes, what it refuses by name, and what of vLLM it hooks."""
 
 import dataclasses
+import functools
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as tf
 
 pytest.importorskip("vllm", reason="vLLM is not installed: it has wheels for Linux alone")
 
@@ -16,6 +20,7 @@ from fitprune.baselines.table import BASELINES
 from fitprune.integrations.vllm import plugin
 from fitprune.integrations.vllm.configured import configured_recipe
 from fitprune.integrations.vllm.hooks import HOOKS, Hook
+from fitprune.integrations.vllm.images import can_number, images_in
 from fitprune.integrations.vllm.pruner import Pruner
 from fitprune.integrations.vllm.ranks import TensorRanks
 from fitprune.integrations.vllm.rules import require_supported
@@ -24,6 +29,7 @@ from fitprune.integrations.vllm.scheduler import MARK
 from helpers.served import OPTIONS
 
 SETTLED = {**OPTIONS, "enforce_eager": True}
+DRAFTS = {"num_speculative_tokens": 2, "prompt_lookup_max": 2}
 BETWEEN = "takes tokens away between layers"
 REFUSED = {
     "random-input": ("random", BETWEEN), "pyramiddrop": ("last", BETWEEN), "divprune": ("max-min", BETWEEN),
@@ -72,10 +78,15 @@ def test_a_scorer_that_cannot_work_is_named_before_the_first_request(digits, sco
         ({"enforce_eager": False}, "enforce_eager"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"enable_lora": True}, "LoRA"),
-        (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-            "speculative decoding",
-        ),
+        ({"speculative_config": {"method": "ngram_gpu", **DRAFTS}}, "speculation by 'ngram_gpu'"),
+        ({"speculative_config": {"method": "custom_class", "model": "a.b", **DRAFTS}}, "speculation by 'custom_class'"),
+        ({"kv_offloading_size": 1}, "KV connector"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connector"),
+        ({"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}}, "encoder connector"),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        ({"mm_encoder_only": True}, "mm_encoder_only"),
+        ({"video_pruning_rate": 0.5}, "video_pruning_rate=0.5"),
+        ({"runner": "pooling"}, "runner_type='pooling'"),
     ],
 )
 def test_what_is_not_supported_is_named(digits, options, named):
@@ -84,6 +95,40 @@ def test_what_is_not_supported_is_named(digits, options, named):
         require_supported(config, PruningRecipe.load(digits / "60.json"))
     assert named in str(caught.value)
     assert str(caught.value).count("\n- ") == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        ("speculative_config", SimpleNamespace(method="eagle3"), "speculation by 'eagle3'"),
+        ("aux_output_config", SimpleNamespace(enable_return_routed_experts=True), "enable_return_routed_experts"),
+        ("parallel_config.use_ubatching", True, "dual batch overlap"),
+        ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
+    ],
+)
+def test_what_this_machine_does_not_start_is_named(digits, place, value, named):
+    """Settings that vLLM refuses or drops on a CPU, or with this model."""
+    config = EngineArgs(str(digits / "model"), **SETTLED).create_engine_config()
+    *parts, name = place.split(".")
+    whole = functools.reduce(getattr, parts, config)
+    mocked = SimpleNamespace(**{each: getattr(whole, each) for each in dir(whole) if not each.startswith("_")})
+    setattr(mocked, name, value)
+    if parts:
+        mocked = SimpleNamespace(**{**vars(config), parts[0]: mocked})
+    with pytest.raises(ValueError, match=named):
+        require_supported(mocked, PruningRecipe.load(digits / "60.json"))
+
+
+def test_a_decoder_with_windows_is_named(digits, tmp_path):
+    """Where the config says it, before any worker starts."""
+    shutil.copytree(digits / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"] |= {"model_type": "mistral", "sliding_window": 64, "architectures": ["MistralForCausalLM"]}
+    file.write_text(json.dumps(config))
+    config = EngineArgs(str(tmp_path / "model"), **SETTLED).create_engine_config()
+    with pytest.raises(ValueError, match="layers with sliding windows"):
+        require_supported(config, PruningRecipe.load(digits / "60.json"))
 
 
 def test_what_is_no_recipe_is_named(digits, monkeypatch):
@@ -124,6 +169,21 @@ def test_a_layer_of_another_form_is_named(layer, named, monkeypatch):
         Pruner(SimpleNamespace(attn_groups=[[group]], get_model=lambda: model, vllm_config=None), None)
 
 
+def test_what_is_neither_an_image_nor_frames_is_not_numbered():
+    """Audio; videos of a family without a rule for them; and videos whose grid vLLM does not pass on."""
+    place = SimpleNamespace(offset=1, length=5, is_embed=torch.tensor([1, 1, 0, 1, 1], dtype=torch.bool))
+    audio, video = (SimpleNamespace(modality=each, mm_position=place, data=None) for each in ("audio", "video"))
+    of_runs, of_grids = tf.Qwen3VLConfig(), tf.Qwen2_5_VLConfig()
+    assert not can_number([audio], of_runs)
+    assert not can_number([video], tf.LlavaConfig())
+    assert not can_number([video], of_grids)
+    assert can_number([video], of_runs)
+    assert images_in([video], 7, of_runs).tolist() == [[-1, 0, 0, -1, 1, 1, -1]]
+    video.data = {"video_grid_thw": SimpleNamespace(data=torch.tensor([2, 2, 4]))}
+    assert can_number([video], of_grids)
+    assert images_in([video], 7, of_grids).tolist() == [[-1, 0, 0, -1, 1, 1, -1]]
+
+
 def test_a_prompt_that_comes_in_part_stays_dense():
     """The scheduler never lets it; also if it is preempted, and its whole prompt comes at once when it goes on."""
     place = SimpleNamespace(offset=1, length=4, is_embed=None)
@@ -135,13 +195,15 @@ def test_a_prompt_that_comes_in_part_stays_dense():
     rows = [request(), request()]
     pruner = Pruner.__new__(Pruner)
     pruner._reader = SimpleNamespace(prompt=lambda row, common: rows[row])
-    pruner._runner = SimpleNamespace(device=torch.device("cpu"))
+    pruner._runner = SimpleNamespace(device=torch.device("cpu"), model_config=SimpleNamespace(hf_config=None))
     pruner._query_aware, pruner._quotas, pruner._norm = True, lambda image: image, None
-    assert pruner._request(0, 4, None) is None
-    assert pruner._request(0, 6, None) is None
-    assert pruner._request(1, 6, None).prompt.quotas.tolist() == [[-1, 0, 0, 0, 0, -1]]
+    pruner._nothing = [0]
+    assert pruner._request(0, 0, 4, None) is None
+    assert pruner._request(0, 0, 6, None) is None
+    assert pruner._request(1, 0, 6, None).prompt.quotas.tolist() == [[-1, 0, 0, 0, 0, -1]]
     begun = [False] * 5 + [True] + [False] * 2  # with two tokens of an answer
-    assert pruner._request(1, 8, None).question.tolist() == [begun]
+    assert pruner._request(1, 0, 8, None).question.tolist() == [begun]
+    assert pruner._request(1, 1, 6, None).kept.tolist() == [1, 2, 3, 4, 5]  # its first token is in the cache
 
 
 def test_another_attention_backend_is_named():

@@ -1,4 +1,4 @@
-"""The scheduler of the vLLM plug-in, alone: a pruned prompt comes whole, and no request waits forever."""
+"""The scheduler of the vLLM plug-in, alone: a pruned prompt comes whole from its image on, and none waits forever."""
 
 import collections
 import random
@@ -78,14 +78,64 @@ def request(name, parts, tokens=4, **options):
             continue
         kind, size = part
         place = PlaceholderRange(offset=len(ids), length=size)
-        features.append(
-            MultiModalFeatureSpec(data=None, modality=kind, identifier=f"{name}-{number}", mm_position=place)
-        )
+        picture = f"{number}-{size}-{len(ids) % 4}"  # others have it too
+        features.append(MultiModalFeatureSpec(data=None, modality=kind, identifier=picture, mm_position=place))
         ids += [3] * size
     sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
     sampling.update_from_generation_config({}, eos_token_id=1)
     hasher = get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256"))
     return Request(name, ids, sampling, None, mm_features=features, block_hasher=hasher, **options)
+
+
+class Memory:
+    """What the cache would hold: in each slot a token, all before it, and for a pruned request's own part whose it is.
+
+    Args:
+        scheduler: whose steps are watched.
+    """
+
+    def __init__(self, scheduler):
+        self._scheduler, self._slots, self._tokens = scheduler, {}, {}
+
+    def step(self, begins, counts):
+        """Write the tokens of a step, and check that those before them are there."""
+        tables, owners = {}, collections.Counter()
+        for name in self._scheduler.requests:
+            tables[name] = self._scheduler.kv_cache_manager.get_block_ids(name)[0]
+            owners.update(tables[name])
+        for name, count in counts.items():
+            for place in range(begins[name], begins[name] + count):
+                self._slots[tables[name][place // BLOCK], place % BLOCK] = self._token(name, place)
+        for name in counts:
+            if counts[name] > 1:
+                for place in range(begins[name]):
+                    slot = tables[name][place // BLOCK], place % BLOCK
+                    assert self._slots[slot] == self._token(name, place), (name, place, begins[name])
+            one = self._scheduler.requests[name]
+            if is_pruned(one):
+                assert all(owners[block] == 1 for block in tables[name][first_image(one) // BLOCK :]), name
+
+    def _token(self, name, place):
+        one = self._scheduler.requests[name]
+        tokens = self._tokens.setdefault((name, one.num_preemptions), [0])
+        for n in range(len(tokens) - 1, place + 1):
+            token = one.all_token_ids[n] if n < one.num_tokens else 9  # not sampled yet
+            images = [
+                image.identifier
+                for image in one.mm_features
+                if 0 <= n - image.mm_position.offset < image.mm_position.length
+            ]
+            owner = (name, one.num_preemptions) if is_pruned(one) and n >= first_image(one) else None
+            tokens.append(hash((tokens[-1], token, *images, owner)))
+        return tokens[place + 1]
+
+
+def is_pruned(one):
+    return bool(one.mm_features) and getattr(one.mm_features[0], MARK)
+
+
+def first_image(one):
+    return one.mm_features[0].mm_position.offset
 
 
 def run(scheduler, requests, lag=1, steps=3000):
@@ -95,6 +145,7 @@ def run(scheduler, requests, lag=1, steps=3000):
         For each request, (first token, number of tokens) of each of its steps.
     """
     waiting, pieces, ahead = list(requests), collections.defaultdict(list), collections.deque()
+    memory = vars(scheduler).setdefault("memory", Memory(scheduler))  # of all runs
     for _ in range(steps):
         for _ in range(2):
             if waiting:
@@ -105,6 +156,7 @@ def run(scheduler, requests, lag=1, steps=3000):
         states |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for name, count in out.num_scheduled_tokens.items():
             pieces[name].append((states[name], count))
+        memory.step(states, out.num_scheduled_tokens)
         chunks = {name for name in out.num_scheduled_tokens if scheduler.requests[name].is_prefill_chunk}
         ahead.append((out, chunks))
         if len(ahead) >= lag:
@@ -154,30 +206,45 @@ def test_pruned_prompts_come_whole_and_all_requests_end(base, blocks, options):
     options = {"max_num_batched_tokens": 400, **options}
     scheduler = scheduler_of(base, blocks, **options)
     requests = list(random_requests(blocks))
-    sizes = {one.request_id: one.num_prompt_tokens for one in requests}
     pieces = run(scheduler, requests, lag=2 if base is AsyncScheduler else 1)
     pruned = [one.request_id for one in requests if one.mm_features and getattr(one.mm_features[0], MARK)]
     dense = [one.request_id for one in requests if one.mm_features and not getattr(one.mm_features[0], MARK)]
     assert pruned
     assert len(pruned) == scheduler.fitprune_counts.new["prompts_pruned"]
     assert len(dense) == sum(n for name, n in scheduler.fitprune_counts.new.items() if "dense" in name)
-    for name in pruned:
-        starts = [count for begin, count in pieces[name] if begin == 0]
-        assert starts, name
-        assert min(starts) >= sizes[name], (name, pieces[name])
-        assert min(begin for begin, _ in pieces[name][1:] or [(sizes[name], 1)] if begin) >= sizes[name]
+    for one in (one for one in requests if one.request_id in pruned):
+        # Before its image in any steps, then in one, then its answer; from the start again after a preemption.
+        first, whole, held = first_image(one), one.num_prompt_tokens, 0
+        for begin, count in pieces[one.request_id]:
+            assert begin == held or begin <= first, pieces[one.request_id]
+            held = begin + count
+            assert held <= first if begin <= first and held < whole else begin <= first or begin >= whole
+        assert held >= whole
     limit = options["max_num_batched_tokens"]
-    assert all(sizes[name] <= limit for name in pruned)
+    chunks = options.get("enable_chunked_prefill", True)
+    assert all(one.num_prompt_tokens - chunks * first_image(one) <= limit for one in requests if is_pruned(one))
+    hits = [begin for one in requests if is_pruned(one) for begin, _ in pieces[one.request_id][:1] if begin]
+    assert bool(hits) == options.get("enable_prefix_caching", True)
     assert blocks > 70 or any(one.num_preemptions for one in requests if one.request_id in pruned)
-    assert scheduler.fitprune_counts.new["prompts_held"] or options.get("enable_chunked_prefill") is False or blocks == 70
+    assert scheduler.fitprune_counts.new["prompts_held"] or not chunks or blocks == 70
 
 
-def test_text_shares_the_prefix_cache_and_pruned_prompts_do_not():
-    scheduler = scheduler_of()
+@pytest.mark.parametrize("kept", ["auto", "fp8"])
+def test_text_is_shared_up_to_the_first_image(kept):
+    """Where the keys before it can be read."""
+    scheduler = scheduler_of(kv_cache_dtype=kept)
     for turn in range(2):
         pieces = run(scheduler, [request(f"text{turn}", [100]), request(f"image{turn}", [40, ("image", 144), 20])])
         assert pieces[f"text{turn}"][0][0] == (96 if turn else 0)
-        assert pieces[f"image{turn}"][0] == (0, 204)
+        assert pieces[f"image{turn}"][0] == ((32, 172) if kept == "auto" else (0, 204))
+
+
+def test_text_before_an_image_comes_in_steps_of_its_own():
+    scheduler = scheduler_of()
+    pieces = run(scheduler, [request("one", [300, ("image", 144), 20]), request("two", [1010], tokens=1)])
+    assert pieces["one"][:2] == [(0, 300), (300, 164)]
+    assert pieces["two"][0] == (288, 100)  # of which the first is to hold it
+    assert scheduler.fitprune_counts.new["prompts_pruned"] == 1
 
 
 @pytest.mark.parametrize(
@@ -187,7 +254,7 @@ def test_text_shares_the_prefix_cache_and_pruned_prompts_do_not():
         ([("image", 144), ("image", 144)], {}, "no_text_after_image"),
         ([5, ("video", 144), 5], {}, "other_media"),
         ([5, ("image", 144), 5, ("audio", 20), 5], {}, "other_media"),
-        ([300, ("image", 144), 5], {}, "longer_than_step"),
+        ([300, ("image", 144), 300], {}, "longer_than_step"),
         ([5, ("image", 144), 5, ("image", 144), 5], {"embeds": 200}, "encoder_budget"),
         ([5, ("image", 144), 100], {"long_prefill_token_threshold": 200}, "longer_than_step"),
         ([5, ("image", 144), 5], {"resumable": True}, "streaming_input"),

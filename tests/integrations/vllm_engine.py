@@ -7,6 +7,7 @@ when nobody writes any more.
 """
 
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -43,12 +44,36 @@ def generate(llm, prompts, **sampling):
     answers = [each.outputs[0] for each in done]
     return {
         "ids": [list(answer.token_ids) for answer in answers],
+        "samples": [[list(answer.token_ids) for answer in each.outputs] for each in done],
         "texts": [answer.text for answer in answers],
         "logprobs": [token_logprobs(answer.token_ids, answer.logprobs) for answer in answers],
         "prompt_logprobs": [token_logprobs(each.prompt_token_ids, each.prompt_logprobs) for each in done],
         "cached": [each.num_cached_tokens for each in done],
         "counters": {name: after[name] - before[name] for name in after},
     }
+
+
+def interrupted(llm, prompts, steps, how, **sampling):
+    """Answers where after a few steps every other request is aborted, or the engine sleeps, keeps them and wakes up."""
+    engine, done = llm.llm_engine, {}
+    names = llm.enqueue(prompts, SamplingParams(**sampling), use_tqdm=False)
+
+    def step():
+        done.update({int(each.request_id): list(each.outputs[0].token_ids) for each in engine.step() if each.finished})
+
+    for _ in range(steps):
+        step()
+    if how == "abort":
+        engine.abort_request(names[::2], internal=True)
+    else:
+        llm.sleep(mode="keep")
+        llm.wake_up()
+    while engine.has_unfinished_requests():
+        step()
+    return [done[number] for number in sorted(done)]
+
+
+OWN = {"generate": generate, "interrupted": interrupted}
 
 
 def serve(connection, model, options, environment, log):
@@ -62,9 +87,8 @@ def serve(connection, model, options, environment, log):
     with contextlib.suppress(EOFError):
         while True:
             method, args, kwargs = connection.recv()
-            connection.send(
-                generate(llm, *args, **kwargs) if method == "generate" else getattr(llm, method)(*args, **kwargs)
-            )
+            call = functools.partial(OWN[method], llm) if method in OWN else getattr(llm, method)
+            connection.send(call(*args, **kwargs))
     llm.llm_engine.engine_core.shutdown()
 
 

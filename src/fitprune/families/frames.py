@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from fitprune.families.adapter import AdaptedModel
+from fitprune.families.table import Family
 
 
 def frames_of(
-    adapted: AdaptedModel, lengths: Sequence[int], marked: torch.Tensor, call: Mapping[str, Any]
+    family: Family, config: Any, lengths: Sequence[int], marked: torch.Tensor, call: Mapping[str, Any]
 ) -> list[int]:
     """Count the tokens of every frame of the batch.
 
     Args:
-        adapted: the model.
+        family: the model's.
+        config: the model's whole config.
         lengths: tokens of each video.
         marked: [B, N] bool, the videos' tokens.
         call: the arguments of the model's call.
@@ -28,11 +29,11 @@ def frames_of(
         ValueError: neither the processor's grid nor rotary positions say how many tokens a frame has, or the family's
             frames are not of equal size.
     """
-    rule = adapted.family.video
+    rule = family.video
     if rule == "features":
         return list(lengths)
     if rule == "pooled":
-        vision, stride = adapted.model.config.vision_config, getattr(adapted.model.config, "spatial_pool_stride", 2)
+        vision, stride = config.vision_config, getattr(config, "spatial_pool_stride", 2)
         side = -(-(vision.image_size // vision.patch_size) // stride)
         sizes = [side * side] * len(lengths)
     elif rule == "grid":
@@ -42,7 +43,7 @@ def frames_of(
         else:
             sizes = _sizes_by_positions(lengths, marked, call.get("position_ids"))
     else:
-        raise ValueError(f"family {adapted.family.model_type!r}: video={rule!r} is no rule of equal frames")
+        raise ValueError(f"family {family.model_type!r}: video={rule!r} is no rule of equal frames")
     frames = []
     for length, size in zip(lengths, sizes, strict=True):
         own = [size] * (length // size)

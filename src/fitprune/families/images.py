@@ -151,7 +151,9 @@ def _by_rule(
             f"family {family.model_type!r} has no rule for {modality}s: leave the {modality} out, or register a family "
             "with one (docs/extending.md)"
         )
-    return images_of(marked, lengths if modality == "image" else frames_of(adapted, lengths, marked, call))
+    if modality == "video":
+        lengths = frames_of(family, adapted.model.config, lengths, marked, call)
+    return images_of(marked, lengths)
 
 
 def _pixels_to_features(adapted: AdaptedModel, call: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

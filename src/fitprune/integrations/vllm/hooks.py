@@ -42,6 +42,7 @@ class Hook:
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 _REQUEST = "vllm.v1.request"
+_RANKS = "vllm.distributed.parallel_state"
 HOOKS = (
     Hook("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",), "arguments are set, or refused"),
     Hook(
@@ -58,6 +59,7 @@ HOOKS = (
         ("self", "request", "num_computed_tokens", "num_new_tokens", "encoder_compute_budget"),
         "holds a prompt until a step has it whole",
     ),
+    Hook(_SCHEDULER, "Scheduler._preempt_request", ("self", "request"), "its blocks are not read when it resumes"),
     Hook(_SCHEDULER, "Scheduler.make_stats", ("self",), "carries the counts of pruned and dense prompts"),
     Hook(
         "vllm.v1.metrics.loggers",
@@ -66,7 +68,7 @@ HOOKS = (
         "adds the counts up for /metrics and the log",
     ),
     Hook("vllm.v1.core.encoder_cache_manager", "EncoderCacheManager.free", ("self", "request"), "a held prompt's"),
-    Hook(_REQUEST, "Request.update_block_hashes", ("self",), "a salt of its own for a pruned prompt"),
+    Hook(_REQUEST, "Request.update_block_hashes", ("self",), "hashes of its own for a pruned prompt"),
     Hook(_REQUEST, "Request.get_num_encoder_embeds", ("self", "input_id"), "whether its images fit into a step"),
     Hook("vllm.model_executor.model_loader", "get_model_cls", ("model_config",), "the class whose map of names grows"),
     Hook("vllm.model_executor.models.utils", "WeightsMapper", ("orig_to_new_regex",), "by names of transformers 5"),
@@ -85,6 +87,11 @@ HOOKS = (
     ),
     Hook("vllm.v1.attention.backend", "CommonAttentionMetadata.replace", ("self",), "made of that of all layers"),
     Hook("vllm.forward_context", "get_forward_context", (), "and put where layers look for it"),
+    Hook("vllm.config", "ModelConfig.get_total_num_kv_heads", ("self",), "whether ranks have copies of heads"),
+    Hook(_RANKS, "get_tp_group", (), "the ranks that hold a layer's heads between them"),
+    Hook(_RANKS, "GroupCoordinator.all_gather", ("self", "input_", "dim"), "scores are of all heads"),
+    Hook(_RANKS, "GroupCoordinator.all_reduce", ("self", "input_"), "each rank sums a share of the rows"),
+    Hook(_RANKS, "GroupCoordinator.broadcast", ("self", "input_", "src"), "all take the first rank's choice"),
 )
 
 

@@ -79,13 +79,19 @@ class Request:
         row: its number in the step's batch.
         prompt: as scorers see it.
         question: [1, Q] bool.
-        kept: [m] int64, its rows that are present, numbered from its first.
+        kept: [m] int64, the prompt's columns that are present.
+        computed: how many tokens of its beginning are in vLLM's cache instead of in the step.
+        first: place of its first image.
+        lost: tokens that it has lost before each stage.
     """
 
     row: int
     prompt: Prompt
     question: torch.Tensor
     kept: torch.Tensor
+    computed: int
+    first: int
+    lost: list[int]
 
 
 @dataclasses.dataclass
@@ -97,7 +103,7 @@ class Step:
         context: vLLM's forward context.
         lengths: of each request, the rows that are present.
         pruned: requests that lose tokens in this step.
-        first: [R] int64, first block of each request.
+        lost: of each request, tokens lost before each stage.
         rows: [T'] int64, the dense rows that are present; None for all.
         total: how many dense rows there are.
         hidden: [T', d], input of the present layer, where tokens may leave.
@@ -109,7 +115,7 @@ class Step:
     context: Any
     lengths: list[int]
     pruned: list[Request]
-    first: torch.Tensor
+    lost: list[list[int]]
     total: int
     rows: torch.Tensor | None = None
     hidden: torch.Tensor | None = None

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
 from fitprune.engine.choose import choose_by, quotas_by
+from fitprune.integrations.vllm.cached_keys import CachedKeys, are_readable
+from fitprune.integrations.vllm.images import images_in
 from fitprune.integrations.vllm.layers import Layer, Request, Step
 from fitprune.integrations.vllm.ranks import TensorRanks
 from fitprune.integrations.vllm.runners import reader_of
@@ -51,13 +54,13 @@ class Pruner:
         scorer = get_scorer(recipe.scorer)
         self._quotas, self._choose, self._query_aware = quotas_by(recipe), choose_by(scorer), scorer.query_aware
         self._removing = recipe.removing
-        # Tokens that a request has lost before each stage, by the request's first block.
         self._reader = reader_of(runner)
         self._block_size = self._reader.block_size
-        (kind,) = runner.kv_cache_config.kv_cache_groups
-        blocks = runner.kv_cache_config.num_blocks * max(kind.kv_cache_spec.block_size // self._block_size, 1)
-        self._lost = torch.zeros(blocks + 1, len(self._removing) + 1, dtype=torch.int32, device=runner.device)
-        self._any_lost = False
+        readable = are_readable(runner.vllm_config) and self._removing
+        self._cached_keys = CachedKeys(self._layers[0].attention) if readable else None
+        # By a request's id: where its first image is, and how many tokens it has lost before each stage.
+        self._lost: dict[str, tuple[int, list[int]]] = {}
+        self._nothing = [0] * (len(self._removing) + 1)
         self._common: Any = None
         self._step: Step | None = None
         self._build = group.build_metadata
@@ -90,28 +93,34 @@ class Pruner:
             raise RuntimeError(f"fitprune: {len(hidden)} rows for {common.num_actual_tokens} tokens: vLLM pads them")
         lengths = common.query_start_loc_cpu.diff().tolist()
         whole = common.seq_lens_cpu_upper_bound.tolist()
-        first = common.block_table_tensor[:, 0].long()
-        begun = [row for row, length in enumerate(lengths) if length == whole[row]]
-        pruned = [each for row in begun if (each := self._request(row, lengths[row], common)) is not None]
-        if begun and self._any_lost:
-            self._lost[first[begun]] = 0  # of the request that had the block before
-        self._any_lost |= bool(pruned)
-        return Step(common, context, lengths, pruned, first, len(hidden)) if self._any_lost else None
+        pruned, lost = [], []
+        for row, length in enumerate(lengths):
+            name, computed = self._reader.name(row, common), whole[row] - length
+            if name in self._lost and computed <= self._lost[name][0]:
+                del self._lost[name]  # it was preempted, and begins again
+            # One row is no image with its question.
+            if length > 1 and (request := self._request(row, computed, whole[row], common)) is not None:
+                pruned.append(request)
+                self._lost = {each: self._lost[each] for each in self._lost if self._reader.holds(each)}
+                self._lost[name] = request.first, request.lost
+            lost.append(self._lost[name][1] if name in self._lost else self._nothing)
+        if not any(each is not self._nothing for each in lost):
+            return None
+        return Step(common, context, lengths, pruned, lost, len(hidden))
 
-    def _request(self, row: int, length: int, common: Any) -> Request | None:
-        """Look at a request that begins; None if it loses no tokens, as the scheduler decided."""
+    def _request(self, row: int, computed: int, length: int, common: Any) -> Request | None:
+        """Look at a request whose step ends after `length` tokens; None if none leave, as the scheduler decided."""
         facts = self._reader.prompt(row, common)
         if facts is None or not facts.features or not getattr(facts.features[0], MARK, False):
+            return None
+        first = facts.features[0].mm_position.offset
+        if not computed <= first < length:
             return None
         if length < facts.length:
             setattr(facts.features[0], MARK, False)  # also if it is preempted and then prefilled whole
             logger.warning_once("fitprune: vLLM split a prompt that was to come whole, which runs dense")
             return None
-        image = torch.full((1, length), -1)
-        for number, feature in enumerate(facts.features):
-            place = feature.mm_position
-            span = image[0, place.offset : place.offset + place.length]
-            span[slice(None) if place.is_embed is None else place.is_embed] = number
+        image = images_in(facts.features, length, self._runner.model_config.hf_config)
         valid = (torch.arange(length) < facts.length)[None]  # after a preemption, an answer's first part follows
         question = text_after(image >= 0, valid) if self._query_aware else torch.zeros_like(valid)
         ids = torch.zeros_like(image)
@@ -119,7 +128,8 @@ class Pruner:
         device = self._runner.device
         image, question, valid = image.to(device), question.to(device), valid.to(device)
         prompt = Prompt(ids, valid, _no_vision, image, self._norm, self._quotas(image))
-        return Request(row, prompt, question, torch.arange(length, device=device))
+        kept = torch.arange(computed, length, device=device)
+        return Request(row, prompt, question, kept, computed, first, self._nothing.copy())
 
     def _enter(self, number: int, module: Any, args: Any, kwargs: Any) -> Any:
         """Give a layer its rows' positions and metadata."""
@@ -150,10 +160,10 @@ class Pruner:
                 max_query_len=max(step.lengths),
                 positions=None if common.positions is None or step.rows is None else common.positions[step.rows],
             )
-            keys, slots = (part[0] for part in self._places(common, self._lost[step.first, stage][None]))
+            keys, slots = (part[0] for part in self._places(common, [[lost[stage] for lost in step.lost]]))
         else:  # no row leaves in this step: all stages at once
             if step.places is None:
-                step.places = self._places(common, self._lost[step.first].T.contiguous())
+                step.places = self._places(common, list(zip(*step.lost, strict=True)))
             keys, slots = (part[stage] for part in step.places)
         metadata = self._build(
             common.replace(
@@ -168,10 +178,11 @@ class Pruner:
             step.context.attn_metadata[layer.attention.layer_name] = metadata
             step.context.slot_mapping[layer.attention.layer_name] = slots
 
-    def _places(self, common: Any, lost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _places(self, common: Any, lost: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Find for S stages, from tokens lost [S, R], the keys of each request [S, R] and the step's slots [S, T]."""
         begin, count = common.query_start_loc, common.num_actual_tokens
-        lengths, keys = begin.diff(), common.seq_lens - lost
+        keys = common.seq_lens - torch.tensor(lost, dtype=common.seq_lens.dtype).to(begin.device, non_blocking=True)
+        lengths = begin.diff()
         owner = torch.arange(len(lengths), device=begin.device).repeat_interleave(lengths, output_size=count)
         place = torch.arange(count, device=begin.device) + (keys - lengths - begin[:-1])[:, owner]
         block = common.block_table_tensor[owner, place // self._block_size].long()
@@ -188,7 +199,7 @@ class Pruner:
         step = self._step
         if step is None or not step.pruned:
             return None
-        stays = torch.ones(len(output[0]), dtype=torch.bool, device=step.first.device)
+        stays = torch.ones(len(output[0]), dtype=torch.bool, device=output[0].device)
         starts = [0, *itertools.accumulate(step.lengths)]
         for request in step.pruned:
             rows = slice(starts[request.row], starts[request.row + 1])
@@ -199,7 +210,7 @@ class Pruner:
             request.kept = request.kept[here]
             lost = step.lengths[request.row] - len(request.kept)
             step.lengths[request.row] = len(request.kept)
-            self._lost[step.first[request.row], stage:] += lost
+            request.lost[stage:] = [before + lost for before in request.lost[stage:]]
         step.hidden = step.states = None
         index = torch.nonzero(stays)[:, 0]
         if len(index) == len(stays):
@@ -213,6 +224,7 @@ class Pruner:
         attention = self._layers[number].attention
         shape = 1, len(request.kept), -1, attention.head_size
         query, key, value = (part[rows].view(shape).transpose(1, 2) for part in step.states)
+        softmax = self._layers[number].softmax()
         return LayerView(
             layer=number,
             before=False,
@@ -221,8 +233,18 @@ class Pruner:
             column=request.kept[None],
             hidden=step.hidden[None, rows],
             prompt=request.prompt,
-            attention=lambda: self._ranks.whole(Attention(query, key, value, self._layers[number].softmax())),
+            attention=lambda: self._ranks.whole(
+                Attention(query, self._with_cached(key, step, attention, request), value, softmax)
+            ),
         )
+
+    def _with_cached(self, keys: torch.Tensor, step: Step, attention: Any, request: Request) -> torch.Tensor:
+        """Put the keys of a prompt's tokens that are not in the step before `keys` [1, G, m, D] of those that are."""
+        if not request.computed:
+            return keys
+        assert self._cached_keys is not None
+        blocks = step.common.block_table_tensor[request.row]  # nothing has left before an image: the same in all layers
+        return torch.cat((self._cached_keys.of(attention, blocks, request.computed), keys), 2)
 
     def _end(self, module: Any, args: Any, output: Any) -> Any:
         """Put rows back where vLLM's sampler looks for them; zero where a token left."""

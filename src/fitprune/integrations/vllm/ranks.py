@@ -37,7 +37,7 @@ class TensorRanks:
         Args:
             vllm_config: the engine's VllmConfig.
         """
-        from vllm.distributed import get_tp_group
+        from vllm.distributed.parallel_state import get_tp_group
 
         return cls(get_tp_group(), vllm_config.model_config.get_total_num_kv_heads())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fitprune._support.host import layer_windows
 from fitprune.families.config import fingerprint_of
 from fitprune.recipes.recipe import PruningRecipe, short
 from fitprune.scoring.scorers import get_scorer
@@ -44,12 +45,35 @@ def _engine_rules(config: Any) -> Iterator[tuple[bool, str]]:
     )
     yield context > 1, "context parallelism: splits a request's keys; leave it out"
     yield parallel.use_ubatching, "dual batch overlap: splits a step's rows; leave out --enable-dbo"
+    method = "ngram" if config.speculative_config is None else config.speculative_config.method
     yield (
-        config.speculative_config is not None,
-        "speculative decoding: drafts are made from dense hidden states; leave out --speculative-config",
+        method != "ngram",
+        f"speculation by {method!r}: drafts of hidden states lack those of tokens that left; use 'ngram', or leave out "
+        "--speculative-config",
     )
     yield config.lora_config is not None, "LoRA: its kernels count the dense rows; merge the adapter into the weights"
-    yield config.kv_transfer_config is not None, "a KV connector: moves dense caches; leave out --kv-transfer-config"
+    yield (
+        config.kv_transfer_config is not None,
+        "a KV connector: moves dense caches; leave out --kv-transfer-config and --kv-offloading-size",
+    )
+    yield (
+        config.ec_transfer_config is not None,
+        "an encoder connector: images come without what numbers their tokens; leave out --ec-transfer-config",
+    )
+    yield (
+        config.cache_config.kv_sharing_fast_prefill,
+        "kv_sharing_fast_prefill=True: runs some layers on a prompt's last row; leave it out",
+    )
+    yield (
+        config.aux_output_config.enable_return_routed_experts,
+        "enable_return_routed_experts=True: rows that left go to no expert; leave it out",
+    )
+    media = model.multimodal_config
+    yield media.mm_encoder_only, "mm_encoder_only=True: there is no decoder to prune in"
+    yield (
+        bool(media.video_pruning_rate),
+        f"video_pruning_rate={media.video_pruning_rate}: takes other tokens of videos away before; leave it out",
+    )
     yield model.runner_type != "generate", f"runner_type={model.runner_type!r}: must be 'generate'"
 
 
@@ -60,6 +84,10 @@ def _recipe_rules(config: Any, recipe: PruningRecipe) -> Iterator[tuple[bool, st
     yield (
         bool(decoder.linear_layers),
         "this decoder has layers without softmax attention, which keep a summary of all rows; serve it dense",
+    )
+    yield (
+        any(layer_windows(config.model_config.hf_text_config, decoder.layers)),
+        "this decoder has layers with sliding windows, in which vLLM counts the tokens that are left; serve it dense",
     )
     yield (
         decoder.bidirectional,

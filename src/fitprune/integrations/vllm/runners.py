@@ -31,6 +31,12 @@ class Runner(Protocol):
     def block_size(self) -> int:
         """Tokens of a block of its block table; known once there is a KV cache."""
 
+    def name(self, row: int, common: Any) -> str:
+        """Give the request's id of a row of the step, by its metadata; "" if it is no request's."""
+
+    def holds(self, name: str) -> bool:
+        """Say whether a request of that id is there."""
+
     def prompt(self, row: int, common: Any) -> PromptFacts | None:
         """Read the prompt of a row of the step, by its metadata; None if no request has it, as in vLLM's dry runs."""
 
@@ -46,12 +52,20 @@ class RunnerV1:
         """Tokens of a block; known once there is a KV cache."""
         return int(self._runner.input_batch.block_table[0].block_size)
 
-    def prompt(self, row: int, common: Any) -> PromptFacts | None:
+    def name(self, row: int, common: Any) -> str:
         """Read as `Runner` says; rows are those of its input batch."""
-        batch = self._runner.input_batch
-        if row >= len(batch.req_ids):
+        names = self._runner.input_batch.req_ids
+        return str(names[row]) if row < len(names) else ""
+
+    def holds(self, name: str) -> bool:
+        """Read as `Runner` says."""
+        return name in self._runner.requests
+
+    def prompt(self, row: int, common: Any) -> PromptFacts | None:
+        """Read as `Runner` says."""
+        batch, request = self._runner.input_batch, self._runner.requests.get(self.name(row, common))
+        if request is None:
             return None
-        request = self._runner.requests[batch.req_ids[row]]
         return PromptFacts(
             int(batch.num_prompt_tokens[row]),
             _in_order(request.mm_features),
@@ -70,12 +84,19 @@ class RunnerV2:
         """Tokens of a block; known once there is a KV cache."""
         return int(self._runner.block_tables.block_sizes[0])
 
-    def prompt(self, row: int, common: Any) -> PromptFacts | None:
+    def name(self, row: int, common: Any) -> str:
         """Read as `Runner` says; the metadata names the rows of its states."""
+        return str(self._runner.req_states.index_to_req_id.get(int(common.req_idx[row]), ""))
+
+    def holds(self, name: str) -> bool:
+        """Read as `Runner` says."""
+        return name in self._runner.req_states.req_id_to_index
+
+    def prompt(self, row: int, common: Any) -> PromptFacts | None:
+        """Read as `Runner` says."""
         states, cache = self._runner.req_states, self._runner.encoder_cache
-        index = int(common.req_idx[row])
-        name = states.index_to_req_id.get(index)
-        if name is None:
+        index, name = int(common.req_idx[row]), self.name(row, common)
+        if not name:
             return None
         length = int(states.prompt_len.np[index])
         features = cache.mm_features.get(name, ()) if cache is not None else ()

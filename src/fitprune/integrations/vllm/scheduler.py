@@ -1,23 +1,27 @@
 """vLLM's scheduler, whichever it is, made to prefill a prompt that loses tokens in one step.
 
-Scores need a prompt's images and its question in one step. So a prompt that one step can hold waits until one does,
-while text is split into chunks as before; one that no step can hold runs dense. That is decided here, once for a
-request, and goes to the workers with its images.
+Scores need a prompt's images and its question in one step. So its part from the first image on waits until one step can
+hold it, while text is split into chunks as before; a prompt whose part no step can hold runs dense. That is decided
+here, once for a request, and goes to the workers with its images.
 
-A pruned prompt's blocks hold other keys than its tokens alone decide, so none may be shared: its hashes have a salt of
-their own, and it reads no block of the prefix cache, not even its own after a preemption. Text and dense prompts
-share as before.
+Nothing leaves before a pruned prompt's first image, so blocks wholly before it are read from the prefix cache and
+shared as before. Of the others, what a later layer holds is not decided by the tokens that their hashes stand for: it
+is moved up, and the answer is written into what is left. None may be shared, so their hashes are no other request's,
+nor this one's after a preemption. Text and dense prompts share as before.
 """
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import SchedulerInterface
 
+from fitprune.families.images import tokens_of
+from fitprune.integrations.vllm.cached_keys import are_readable
 from fitprune.integrations.vllm.configured import configured_recipe
+from fitprune.integrations.vllm.images import can_number, images_in
 from fitprune.integrations.vllm.metrics import Counts
 from fitprune.recipes.recipe import PruningRecipe
 
@@ -27,7 +31,7 @@ MARK = "fitprune_prunes"  # attribute of a feature of a request that is to be pr
 REASONS = {
     "embeddings": "it has embeddings in place of text",
     "streaming_input": "its prompt comes in parts",
-    "other_media": "it has video or audio",
+    "other_media": "it has audio, or a video whose frames are not known",
     "no_text_after_image": "no text follows its last image",
     "longer_than_step": "its prompt is longer than a step; raise --max-num-batched-tokens, or leave it out",
     "encoder_budget": "its images are more than the vision tower may encode in a step; raise --max-num-batched-tokens",
@@ -78,8 +82,12 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
         threshold = config.long_prefill_token_threshold or self.max_num_scheduled_tokens
         self._step_tokens = min(self.max_num_scheduled_tokens, threshold, config.max_num_batched_tokens - taken)
         self._step_embeds = min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size)
+        self._shares = are_readable(self.vllm_config)
+        self._chunks = self._shares and config.enable_chunked_prefill
         logger.info(
-            "fitprune: prompts with images of at most %d tokens are pruned, longer ones run dense", self._step_tokens
+            "fitprune: prompts of at most %d tokens%s are pruned, longer ones run dense",
+            self._step_tokens,
+            " from their first image on" if self._chunks else "",
         )
 
     def add_request(self, request: Any) -> None:
@@ -96,12 +104,25 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
             self.fitprune_counts.dense(reason)
             logger.warning_once("fitprune: a request runs dense: %s", REASONS[reason])
             return
-        tokens = [feature.mm_position.get_num_embeds() for feature in request.mm_features]
-        self.fitprune_counts.pruned(recipe, tokens)
-        request.skip_reading_prefix_cache = True
-        request.cache_salt = f"{uuid.uuid4()}{request.cache_salt or ''}"
-        request.block_hashes.clear()
+        places = images_in(request.mm_features, request.num_prompt_tokens, self.vllm_config.model_config.hf_config)
+        self.fitprune_counts.pruned(recipe, tokens_of(places)[0])
+        self._hash_alone(request)
+
+    def _hash_alone(self, request: Any) -> None:
+        """Let no request find the blocks that are not wholly before the first image."""
+        if request._block_hasher is None:  # there is no prefix cache
+            return
+        size = self.hash_block_size
+        del request.block_hashes[_first(request) // size if self._shares else 0 :]
+        request._block_hasher = lambda request: [
+            secrets.token_bytes(32) for _ in range(len(request.block_hashes), request.num_tokens // size)
+        ]
         request.update_block_hashes()
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        if _is_pruned(request):
+            self._hash_alone(request)
 
     def _why_dense(self, request: Any) -> str | None:
         features = request.mm_features
@@ -109,11 +130,11 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
             return "embeddings"
         if request.resumable:
             return "streaming_input"
-        if any(feature.modality != "image" for feature in features):
+        if not can_number(features, self.vllm_config.model_config.hf_config):
             return "other_media"
         if max(_last(feature.mm_position) for feature in features) == request.num_prompt_tokens - 1:
             return "no_text_after_image"
-        if request.num_prompt_tokens > self._step_tokens:
+        if request.num_prompt_tokens - (_first(request) if self._chunks else 0) > self._step_tokens:
             return "longer_than_step"
         embeds = sum(request.get_num_encoder_embeds(number) for number in range(len(features)))
         if embeds > self._step_embeds:
@@ -128,9 +149,10 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
     def _try_schedule_encoder_inputs(
         self, request: Any, num_computed_tokens: int, num_new_tokens: int, encoder_compute_budget: int, **kwargs: Any
     ) -> Any:
-        """Schedule a request's images, or none of its tokens where a pruned prompt would come in part."""
-        whole = num_computed_tokens == 0 and getattr(request.mm_features[0], MARK, False)
-        least = request.num_prompt_tokens if whole else 0
+        """Schedule a request's images, or text before them alone where a pruned prompt would come in part."""
+        text = _first(request) - num_computed_tokens
+        whole = text >= 0 and _is_pruned(request)
+        least = request.num_prompt_tokens - num_computed_tokens if whole else 0
         if num_new_tokens >= least:
             scheduled = super()._try_schedule_encoder_inputs(
                 request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
@@ -138,10 +160,20 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
             if scheduled[1] >= least:
                 return scheduled
             self.encoder_cache_manager.free(request)  # what it has taken, as vLLM does where there are no blocks
+            num_new_tokens = scheduled[1]
         if not hasattr(request, "fitprune_holds"):
             request.fitprune_holds = True
             self.fitprune_counts.hold()
-        return [], 0, encoder_compute_budget, [], []
+        return [], min(text, num_new_tokens) if self._chunks else 0, encoder_compute_budget, [], []
+
+
+def _is_pruned(request: Any) -> bool:
+    return bool(request.mm_features) and getattr(request.mm_features[0], MARK, False)
+
+
+def _first(request: Any) -> int:
+    """Find the place of the first image in a request's prompt."""
+    return int(request.mm_features[0].mm_position.offset)
 
 
 def _last(place: Any) -> int:
