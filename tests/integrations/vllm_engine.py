@@ -22,12 +22,13 @@ from vllm.sampling_params import StructuredOutputsParams
 
 
 def counters():
-    """Those of vLLM and of fitprune, by name; of labels, the reason is added to it."""
+    """Those of vLLM by name, and of fitprune, "fitprune:NAME"; "/REASON" is added where there is one."""
     found = Counter()
     for metric in prometheus_client.REGISTRY.collect():
         for sample in metric.samples:
             if metric.type == "counter" and sample.name.endswith("_total"):
-                found["/".join([metric.name, *filter(None, [sample.labels.get("reason")])])] += sample.value
+                name, reason = metric.name.removeprefix("vllm:"), sample.labels.get("reason")
+                found[f"{name}/{reason}" if reason else name] += sample.value
     return found
 
 
@@ -115,6 +116,7 @@ def main():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+    os._exit(0)  # at once: Python would take seconds to clear vLLM away
 
 
 if __name__ == "__main__":
