@@ -10,5 +10,5 @@ too, as nothing leaves before the first image.
 `plugin` wraps what `hooks` lists; `configured` finds the recipe; `settings` sets the engine's arguments and `rules`
 refuses what would be wrong; `scheduler` has each prompt that is pruned come whole from its first image on;
 `cached_keys` reads what came before; `runners` reads vLLM's two model runners, `layers` its decoder; `pruner` lets
-tokens leave. docs/vllm.md says what is supported. This file imports nothing, so that the entry point costs nothing.
+tokens leave. docs/serve.md says what is supported. This file imports nothing, so that the entry point costs nothing.
 """
