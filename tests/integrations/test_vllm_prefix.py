@@ -115,7 +115,7 @@ def test_long_text_before_an_image_comes_in_steps_of_its_own(digits, engines, ru
 def test_a_preempted_request_reads_the_text_before_its_image(digits, engines, runner):
     """But no block of its own that others may not read. So it is where prompts are asked again."""
     recipe, job = digits / "60.json", {"ignore_eos": True}
-    asked, tokens, memory = (mixed(24), 48, 12) if runner == "v1" else (mixed(12), 24, 8)
+    asked, tokens, memory = (mixed(24), 48, 12) if runner == "v1" else (mixed(12), 24, 11)
     asked += asked[::-3]
     options = {**OPTIONS, "kv_cache_memory_bytes": memory * 2**20, "block_size": BLOCK}
     engine = engines(digits / "model", recipe, runner, max_model_len=512, **options)
