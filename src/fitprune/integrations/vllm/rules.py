@@ -10,6 +10,8 @@ from fitprune.families.config import fingerprint_of
 from fitprune.recipes.recipe import PruningRecipe, short
 from fitprune.scoring.scorers import get_scorer
 
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")  # of attention
+
 
 def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:
     """Refuse settings under which pruned results would be wrong.
@@ -67,6 +69,11 @@ def _engine_rules(config: Any) -> Iterator[tuple[bool, str]]:
     yield (
         config.aux_output_config.enable_return_routed_experts,
         "enable_return_routed_experts=True: rows that left go to no expert; leave it out",
+    )
+    backend = config.attention_config.backend
+    yield (
+        backend is not None and backend.name not in BACKENDS,
+        f"attention_backend={getattr(backend, 'name', None)}: must be one of {', '.join(BACKENDS)}",
     )
     media = model.multimodal_config
     yield media.mm_encoder_only, "mm_encoder_only=True: there is no decoder to prune in"
