@@ -85,6 +85,8 @@ def test_a_scorer_that_cannot_work_is_named_before_the_first_request(digits, sco
         ({"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}}, "encoder connector"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"attention_backend": "FLEX_ATTENTION"}, "attention_backend=FLEX_ATTENTION: must be one of"),
+        ({"model_impl": "transformers"}, "model_impl='transformers'"),
+        ({"scheduler_cls": "builtins.dict"}, "scheduler_cls=builtins.dict: must be a child"),
         ({"mm_encoder_only": True}, "mm_encoder_only"),
         ({"video_pruning_rate": 0.5}, "video_pruning_rate=0.5"),
         ({"runner": "pooling"}, "runner_type='pooling'"),
