@@ -107,6 +107,7 @@ def test_a_recipe_by_option_by_variable_and_beside_the_model(installed, made, re
         (["--port", "8000", "digit-scenes", "--recipe", "llava-1.5-7b:60"], 1, "MODEL stands before vLLM's arguments"),
         (["digit-scenes:x", "--recipe", "llava-1.5-7b:60"], 1, "did you mean digit-scenes?"),
         (["digit-scenes", "--recipe", "llava-1.5-7b:60", "--model=x"], 2, "--model: the model is the argument MODEL"),
+        (["digit-scenes", "other", "--recipe", "llava-1.5-7b:60", "-O3"], 2, "other: a second MODEL?"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_vllm_starts(installed, arguments, code, message, capsys):

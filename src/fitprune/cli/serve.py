@@ -52,6 +52,8 @@ def run(args: options.Args) -> None:
     """Check all that needs no vLLM, and become vLLM."""
     if any(word.partition("=")[0] == "--model" for word in args.unknown):
         raise ValueError("--model: the model is the argument MODEL, whose recipe is checked; leave --model out")
+    if args.unknown and not args.unknown[0].startswith("-"):
+        raise ValueError(f"{args.unknown[0]}: a second MODEL? vLLM's arguments begin with -")
     package = require_vllm()
     require_plugin()
     place, recipe = _checked(args)
