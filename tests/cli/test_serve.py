@@ -24,7 +24,7 @@ def installed(monkeypatch):
     """Say which packages are installed, and give the commands that the process would become, with the variable."""
     monkeypatch.delenv("FITPRUNE_RECIPE", raising=False)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    version, started = importlib.metadata.version, []
+    version, entry_points, started = importlib.metadata.version, importlib.metadata.entry_points, []
 
     def install(point="fitprune", **packages):
         def version_of(name):
@@ -36,7 +36,11 @@ def installed(monkeypatch):
 
         points = [importlib.metadata.EntryPoint(point, "fitprune.integrations:vllm_plugin", "vllm.general_plugins")]
         monkeypatch.setattr(importlib.metadata, "version", version_of)
-        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+        monkeypatch.setattr(
+            importlib.metadata,
+            "entry_points",
+            lambda **of: points if of == {"group": "vllm.general_plugins"} else entry_points(**of),
+        )
         monkeypatch.setattr(
             os, "execve", lambda _, command, env: started.append([*command, env.get("FITPRUNE_RECIPE")])
         )

@@ -23,6 +23,7 @@ from fitprune._support import assets
 from fitprune.families.adapter import adapt
 from fitprune.integrations.vllm.rules import require_supported
 from fitprune.scoring.scorers import SCORERS
+from helpers.vllm_engines import ENVIRONMENT, runner_environment
 
 HERE = Path(__file__).parent
 TOKENS = 8
@@ -30,10 +31,6 @@ HEADS = 8
 OPTIONS = {
     "dtype": "float32", "max_model_len": 512, "max_num_batched_tokens": 1024, "max_num_seqs": 16,
     "kv_cache_memory_bytes": 50 * 2**20, "limit_mm_per_prompt": {"image": 2}, "skip_mm_profiling": True,
-}  # fmt: skip
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not name.startswith("FITPRUNE_")},
-    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 PARAMETERS = {
     "heads": {"terms": [["mean", 0, 1.0], ["max", 5, 0.5], ["last", 6, 2.0], ["self", 7, 0.25]]},
@@ -100,35 +97,35 @@ def by_vllm(made, recipe, runs, environment, **options):
     out.unlink(missing_ok=True)
     work = {"options": {**OPTIONS, **options}, "prompts": made.prompts, "tokens": TOKENS, "runs": runs}
     job.write_text(json.dumps(work))
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))])
     done = subprocess.run(
         [sys.executable, str(HERE / "vllm_ranks.py"), str(made.path / "model"), str(job), str(out)],
         capture_output=True,
         text=True,
         check=False,
-        env={**ENVIRONMENT, **environment, "PYTHONPATH": path, "FITPRUNE_RECIPE": str(recipe)},
+        env={**ENVIRONMENT, "OMP_NUM_THREADS": "1", **environment, "PYTHONPATH": path, "FITPRUNE_RECIPE": str(recipe)},
     )
     if not out.exists():
         raise RuntimeError(done.stdout + done.stderr)
     return json.loads(out.read_text())
 
 
-def test_ranks_that_share_heads_answer_as_one(made):
-    scorers = {name: {"name": name, "parameters": PARAMETERS.get(name, {})} for name in SERVED}
+@pytest.mark.parametrize(("runner", "names"), [("v1", SERVED), ("v2", ["fitprune", "value"])])
+def test_ranks_that_share_heads_answer_as_one(made, runner, names):
+    scorers = {name: {"name": name, "parameters": PARAMETERS.get(name, {})} for name in names}
     runs = {name: {"scorer": scorer, "alone": False} for name, scorer in scorers.items()}
     control = {"control": {"scorer": scorers["fitprune"], "alone": True}}  # the last: nothing undoes it
-    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # besides the workers: starts faster
-    found = by_vllm(made, made.path / "recipe.json", runs | control, one_process, tensor_parallel_size=2)
+    environment = runner_environment(runner) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # a process less
+    found = by_vllm(made, made.path / "recipe.json", runs | control, environment, tensor_parallel_size=2)
     expected = {name: by_transformers(made, scorer) for name, scorer in scorers.items()}
-    assert {name: found[name] for name in SERVED} == expected
+    assert {name: found[name] for name in names} == expected
     assert found["control"] != expected["fitprune"]
-    assert len({json.dumps(answers) for answers in expected.values()}) > 8  # what is kept decides
+    assert len({json.dumps(answers) for answers in expected.values()}) > 0.7 * len(names)  # what is kept decides
 
 
 def test_each_of_two_independent_ranks_answers_as_one(made):
     made.recipe.save(made.path / "plain.json")
-    one_process = {"distributed_executor_backend": "uni"}  # of each rank, its only worker in it: starts faster
-    found = by_vllm(made, made.path / "plain.json", {"first": 0, "second": 1}, {}, data_parallel_size=2, **one_process)
+    found = by_vllm(made, made.path / "plain.json", {"first": 0, "second": 1}, {}, data_parallel_size=2)
     expected = by_transformers(made, made.recipe.scorer)
     assert found == {"first": expected, "second": expected}
 

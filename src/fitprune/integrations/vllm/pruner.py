@@ -203,6 +203,10 @@ class Pruner:
         starts = [0, *itertools.accumulate(step.lengths)]
         for request in step.pruned:
             rows = slice(starts[request.row], starts[request.row + 1])
+            assert step.hidden is not None
+            if not bool(step.hidden[rows].isfinite().all()):  # it has no scores; the requests beside it go on
+                logger.warning_once("fitprune: a request whose hidden states are not finite keeps its tokens")
+                continue
             chosen = self._choose(self._view(step, number, request, rows))
             if chosen is None:
                 continue
