@@ -14,8 +14,6 @@ ENGINE := $(addprefix tests/,behaviour/test_families.py behaviour/test_full_size
 # Two test processes of one thread each: tiny models gain nothing by a second one. The tests of a file stay together, and
 # share what they build; files go out in alphabetical order, since the long ones are not those of most tests.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-# The first model runner of vLLM and the second go to a process each: tests/integrations/conftest.py.
-PYTEST_BY_RUNNER := -m pytest -n 2 --dist loadgroup
 quick test test-oldest test-newest test-integrations test-integrations-next: export OMP_NUM_THREADS := 1
 
 .PHONY: demo quick test test-oldest test-newest test-integrations test-integrations-next lint train data clean
@@ -33,11 +31,11 @@ test-oldest test-newest: test-%: .venv-%/installed
 	.venv-$*/bin/python $(PYTEST) --durations=5 $(ENGINE)
 
 test-integrations: .venv-integrations/installed
-	$(INTEGRATIONS)/python $(PYTEST_BY_RUNNER) --durations=10 tests/integrations
+	$(INTEGRATIONS)/python $(PYTEST) --durations=10 tests/integrations
 
 # Not in CI: it downloads 340 MB. PYTHONPATH is how the processes that vLLM starts find it.
 test-integrations-next: .venv-integrations/next/installed
-	PYTHONPATH=$(CURDIR)/.venv-integrations/next $(INTEGRATIONS)/python $(PYTEST_BY_RUNNER) --durations=10 \
+	PYTHONPATH=$(CURDIR)/.venv-integrations/next $(INTEGRATIONS)/python $(PYTEST) --durations=10 \
 		$(wildcard tests/integrations/test_vllm*.py)
 
 lint: .venv/installed

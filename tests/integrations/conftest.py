@@ -28,10 +28,14 @@ def runner(request):
     return request.param
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """Of two test processes, one takes a file's tests by the first runner, and one those by the second."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            second = hasattr(item, "callspec") and item.callspec.params.get("runner") == RUNNERS[1]
-            item.add_marker(pytest.mark.xdist_group(item.path.stem + "-v2" * second))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several test processes, one takes a file's tests by the second runner, and one its others."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileAndRunner(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            return file + f"[{RUNNERS[1]}" * (f"[{RUNNERS[1]}" in test)
+
+    return ByFileAndRunner(config, log)

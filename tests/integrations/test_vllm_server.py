@@ -4,7 +4,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import os
 import re
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from helpers.served import by_transformers, chat, in_text
 from helpers.vllm_engines import ENVIRONMENT, runner_environment
 
 SAMPLES = 80  # of one image; and a quarter as many long texts
+CHATS = 500
 ROOM = ["--dtype", "float32", "--kv-cache-memory-bytes", str(100 * 2**20)]  # for exact answers on a small machine
 PREFACE = "Answer in one word. " * 50
 
@@ -48,6 +48,7 @@ def server(folder, runner):
                 if answer.status == 200:
                     break
             time.sleep(0.5)
+        assert ("Using V2 Model Runner" in log.read_text()) == (runner == "v2")
         yield url
     finally:
         running.terminate()
@@ -95,13 +96,9 @@ def test_a_chat_by_curl(serving, questions, tmp_path):
     assert json.loads(done.stdout)["choices"][0]["message"]["content"].strip() == right
 
 
-def test_the_server_loses_no_request(serving, questions, runner):
-    """500 streamed chats, 24 at a time, every tenth given up after its first token: all others are answered right.
-
-    60 where the second runner is interpreted.
-    """
+def test_the_server_loses_no_request(serving, questions):
+    """500 streamed chats, 24 at a time, every tenth given up after its first token: all others are answered right."""
     url, model = serving
-    count = 500 if runner == "v1" or "FITPRUNE_ALL_PROMPTS" in os.environ else 60
 
     async def ask(client, limit, number):
         messages, right = questions[number % len(questions)]
@@ -120,9 +117,9 @@ def test_the_server_loses_no_request(serving, questions, runner):
     async def ask_all():
         async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
             limit = asyncio.Semaphore(24)
-            return await asyncio.gather(*(ask(client, limit, number) for number in range(count)))
+            return await asyncio.gather(*(ask(client, limit, number) for number in range(CHATS)))
 
     answers = [each for each in asyncio.run(ask_all()) if each is not None]
-    assert len(answers) == 0.9 * count
+    assert len(answers) == 0.9 * CHATS
     assert [(number, said, right) for number, said, right in answers if said != right] == []
     assert metric(url, "vllm:prefix_cache_hits_total") > 0

@@ -16,17 +16,19 @@ from collections import Counter
 from multiprocessing.connection import Connection
 
 import prometheus_client
+import torch
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 
 def counters():
-    """Those of vLLM and of fitprune, by name; of labels, the reason is added to it."""
+    """Those of vLLM by name, and of fitprune, "fitprune:NAME"; "/REASON" is added where there is one."""
     found = Counter()
     for metric in prometheus_client.REGISTRY.collect():
         for sample in metric.samples:
             if metric.type == "counter" and sample.name.endswith("_total"):
-                found["/".join([metric.name, *filter(None, [sample.labels.get("reason")])])] += sample.value
+                name, reason = metric.name.removeprefix("vllm:"), sample.labels.get("reason")
+                found[f"{name}/{reason}" if reason else name] += sample.value
     return found
 
 
@@ -38,6 +40,9 @@ def generate(llm, prompts, **sampling):
     """Answers to prompts in their order, and by how much counters grew."""
     if structure := sampling.pop("structured_outputs", None):
         sampling["structured_outputs"] = StructuredOutputsParams(**structure)
+    for prompt in prompts:
+        if "encoded" in prompt:  # an array, since tensors do not go through the connection
+            prompt["multi_modal_data"] = {"image": torch.from_numpy(prompt.pop("encoded"))}
     before = counters()
     done = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False)
     after = counters()
@@ -111,6 +116,7 @@ def main():
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+    os._exit(0)  # at once: Python would take seconds to clear vLLM away
 
 
 if __name__ == "__main__":

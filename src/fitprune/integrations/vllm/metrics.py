@@ -23,7 +23,7 @@ from fitprune.recipes.recipe import PruningRecipe
 COUNTERS = {
     "prompts_pruned": "Prompts with images that are pruned.",
     "prompts_dense": "Prompts with images that run dense, by reason.",
-    "prompts_held": "Prompts that waited for a step which has room for the whole prompt.",
+    "prompts_held": "Prompts that waited for a step with room for all from their first image on.",
     "visual_token_layers": "Visual tokens of the pruned prompts, times the decoder's layers.",
     "visual_token_layers_pruned": "Of visual_token_layers, those at whose end the token had left.",
 }
@@ -54,7 +54,7 @@ class Counts:
         self.new[f"prompts_dense/{reason}"] += 1
 
     def hold(self) -> None:
-        """Count a prompt that waits for a step that holds it whole."""
+        """Count a prompt that waits for a step with room for its images and all after them."""
         self.new["prompts_held"] += 1
 
     def sent_with(self, stats: Any) -> Any:
