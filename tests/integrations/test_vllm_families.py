@@ -51,7 +51,10 @@ def whole_processor(row):
     }
     if row.name in videos:
         processor.video_processor = videos[row.name]()
-        processor.__class__ = type(processor).__mro__[1]  # not the child that knows the stand-in
+        # Not the child that knows the stand-in; this may be the second call, since rows keep their processors.
+        processor.__class__ = next(
+            kind for kind in type(processor).__mro__ if kind.__module__.startswith("transformers.")
+        )
     return processor
 
 
