@@ -18,14 +18,13 @@ from fitprune.integrations.vllm.cached_keys import CachedKeys, are_readable
 from fitprune.integrations.vllm.images import images_in
 from fitprune.integrations.vllm.layers import Layer, Request, Step
 from fitprune.integrations.vllm.ranks import TensorRanks
+from fitprune.integrations.vllm.rules import BACKENDS
 from fitprune.integrations.vllm.runners import reader_of
 from fitprune.integrations.vllm.scheduler import MARK
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.received import Attention, text_after
 from fitprune.scoring.scorers import get_scorer
 from fitprune.scoring.view import LayerView, Prompt
-
-BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
 

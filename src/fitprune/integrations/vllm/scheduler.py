@@ -43,20 +43,20 @@ REASONS = {
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
 
 
+def schedules_images(scheduler: type) -> bool:
+    """Whether a scheduler's class schedules images as vLLM's own does, so that `pruning` can be made of it."""
+    return hasattr(scheduler, "_try_schedule_encoder_inputs")
+
+
 def pruning(base: type) -> type:
     """Make the scheduler class that holds prompts back where `base` would split them.
 
     Args:
-        base: what vLLM has chosen: its own, also the asynchronous one, or the user's.
-
-    Raises:
-        ValueError: it does not schedule images as vLLM's own does.
+        base: what vLLM has chosen: its own, also the asynchronous one, or the user's. One that does not schedule images
+            as vLLM's own does stays as it is: `rules` refuses it where there is a recipe.
     """
-    if not hasattr(base, "_try_schedule_encoder_inputs"):
-        raise ValueError(
-            f"fitprune: scheduler {base.__qualname__} of {base.__module__}: must be a child of vLLM's Scheduler; leave "
-            "out --scheduler-cls"
-        )
+    if not schedules_images(base):
+        return base
     return type(f"Pruning{base.__name__}", (WholePrompts, base), {"__module__": __name__})
 
 
