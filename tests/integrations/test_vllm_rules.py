@@ -27,6 +27,7 @@ from fitprune.integrations.vllm.ranks import TensorRanks
 from fitprune.integrations.vllm.rules import require_supported
 from fitprune.integrations.vllm.runners import PromptFacts, reader_of
 from fitprune.integrations.vllm.scheduler import MARK
+from fitprune.scoring.view import LayerView, Prompt
 from helpers.served import OPTIONS
 
 SETTLED = {**OPTIONS, "enforce_eager": True}
@@ -188,8 +189,8 @@ def test_what_is_neither_an_image_nor_frames_is_not_numbered():
     assert images_in([video], 7, of_grids).tolist() == [[-1, 0, 0, -1, 1, 1, -1]]
 
 
-def test_a_prompt_that_comes_in_part_stays_dense():
-    """The scheduler never lets it; also if it is preempted, and its whole prompt comes at once when it goes on."""
+def test_a_prompt_that_comes_in_part_is_an_error():
+    """The scheduler never lets it; one of a user's might."""
     place = SimpleNamespace(offset=1, length=4, is_embed=None)
 
     def request():
@@ -202,8 +203,8 @@ def test_a_prompt_that_comes_in_part_stays_dense():
     pruner._runner = SimpleNamespace(device=torch.device("cpu"), model_config=SimpleNamespace(hf_config=None))
     pruner._query_aware, pruner._quotas, pruner._norm = True, lambda image: image, None
     pruner._nothing = [0]
-    assert pruner._request(0, 0, 4, None) is None
-    assert pruner._request(0, 0, 6, None) is None
+    with pytest.raises(RuntimeError, match="the scheduler gave 4 of 6 tokens of a prompt that must come whole"):
+        pruner._request(0, 0, 4, None)
     assert pruner._request(1, 0, 6, None).prompt.quotas.tolist() == [[-1, 0, 0, 0, 0, -1]]
     begun = [False] * 5 + [True] + [False] * 2  # with two tokens of an answer
     assert pruner._request(1, 0, 8, None).question.tolist() == [begun]
@@ -275,3 +276,27 @@ def test_a_vllm_that_lacks_what_is_hooked_is_named(monkeypatch):
         "- vllm.forward_context.get_forward_context does not take other",
         "- vllm.v1.request.Request.other is missing",
     ]
+
+
+def test_a_request_with_nan_loses_as_many_tokens_as_any():
+    """Its equal, which takes its blocks over, counts on it."""
+    image = torch.tensor([[-1, -1, 0, 0, 0, 0, *[-1] * 14]])
+    place = SimpleNamespace(offset=2, length=4, is_embed=None)
+    feature = SimpleNamespace(modality="image", mm_position=place, **{MARK: True})
+    pruner = Pruner.__new__(Pruner)
+    pruner._reader = SimpleNamespace(
+        prompt=lambda *_: PromptFacts(20, [feature], None), name=lambda *_: "b", holds=lambda _: True
+    )
+    pruner._runner = SimpleNamespace(model_config=SimpleNamespace(hf_config=None))
+    pruner._ranks = SimpleNamespace(agreed=lambda stays: stays)
+    pruner._removing, pruner._lost = (1,), {}
+    pruner._quotas = quotas_by(SimpleNamespace(keep=(1.0, 0.5), entering=(1.0, 1.0)))
+    prompt = Prompt(None, image >= -1, None, image, None, pruner._quotas(image))
+    hidden = torch.full((1, 20, 8), torch.nan)
+    view = LayerView(1, False, image, image < -1, torch.arange(20)[None], hidden, prompt, None)
+    pruner._view = lambda *_: view
+    first = SimpleNamespace(row=0, lost=[0, 0], kept=torch.arange(20))
+    pruner._step = SimpleNamespace(pruned=[first], lengths=[20], hidden=hidden[0], states=None, rows=None)
+    pruner._leave(1, 1, None, None, (torch.zeros(20, 8), torch.zeros(20, 8)))
+    pruner._request(0, 16, 20, None)
+    assert pruner._lost["b"][1] == first.lost == [0, 2]

@@ -14,6 +14,7 @@ import torch
 from vllm.logger import init_logger
 
 from fitprune.engine.choose import choose_by, quotas_by
+from fitprune.fitting.rules import keep_highest
 from fitprune.integrations.vllm.cached_keys import CachedKeys, are_readable
 from fitprune.integrations.vllm.images import images_in
 from fitprune.integrations.vllm.layers import Layer, Request, Step
@@ -123,9 +124,10 @@ class Pruner:
         if not computed <= first < length:
             return None
         if length < facts.length:
-            setattr(facts.features[0], MARK, False)  # also if it is preempted and then prefilled whole
-            logger.warning_once("fitprune: vLLM split a prompt that was to come whole, which runs dense")
-            return None
+            raise RuntimeError(
+                f"fitprune: the scheduler gave {length} of {facts.length} tokens of a prompt that must come whole from "
+                "its first image; leave out --scheduler-cls"
+            )
         image = images_in(facts.features, length, config)
         valid = (torch.arange(length) < facts.length)[None]  # after a preemption, an answer's first part follows
         question = text_after(image >= 0, valid) if self._query_aware else torch.zeros_like(valid)
@@ -209,11 +211,11 @@ class Pruner:
         starts = [0, *itertools.accumulate(step.lengths)]
         for request in step.pruned:
             rows = slice(starts[request.row], starts[request.row + 1])
-            assert step.hidden is not None
-            if not bool(step.hidden[rows].isfinite().all()):  # it has no scores; the requests beside it go on
-                logger.warning_once("fitprune: a request whose hidden states are not finite keeps its tokens")
-                continue
-            chosen = self._choose(self._view(step, number, request, rows))
+            view = self._view(step, number, request, rows)
+            if bool(view.hidden.isfinite().all()):
+                chosen = self._choose(view)
+            else:  # it has no scores, but loses as many tokens, and the requests beside it go on
+                chosen = keep_highest(torch.zeros_like(view.image, dtype=torch.float32), view.group, view.left)
             if chosen is None:
                 continue
             stays[rows] = here = self._ranks.agreed(chosen[0])
