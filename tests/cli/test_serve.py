@@ -1,6 +1,7 @@
 """`fitprune serve` up to the moment when vLLM takes the process; tests/integrations/test_serve.py has the server."""
 
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -105,6 +106,8 @@ def test_a_recipe_by_option_by_variable_and_beside_the_model(installed, made, re
         (["--port", "8000", "digit-scenes", "--recipe", "llava-1.5-7b:60"], 1, "8000: no such folder, and no hub name"),
         (["--port", "8000", "digit-scenes", "--recipe", "llava-1.5-7b:60"], 1, "MODEL stands before vLLM's arguments"),
         (["digit-scenes:x", "--recipe", "llava-1.5-7b:60"], 1, "did you mean digit-scenes?"),
+        (["digit-scenes", "--recipe", "llava-1.5-7b:60", "--model=x"], 2, "--model: the model is the argument MODEL"),
+        (["digit-scenes", "other", "--recipe", "llava-1.5-7b:60", "-O3"], 2, "other: a second MODEL?"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_vllm_starts(installed, arguments, code, message, capsys):
@@ -113,6 +116,24 @@ def test_what_is_wrong_is_one_line_before_vllm_starts(installed, arguments, code
     said = capsys.readouterr().err.strip()
     assert message in said
     assert len(said.splitlines()) == 1
+    assert started == []
+
+
+def test_a_wrong_recipe_of_the_variable_is_said_to_be_its(installed, monkeypatch, capsys):
+    started = installed(vllm="0.32.0")
+    for name, code in (("none.json", 1), ("llava-1.5-7b:61", 2)):
+        monkeypatch.setenv("FITPRUNE_RECIPE", name)
+        assert main(["serve", "digit-scenes"]) == code
+        assert f"error: FITPRUNE_RECIPE={name}: " in capsys.readouterr().err
+    assert started == []
+
+
+def test_a_scorer_that_is_not_installed_is_refused_before_vllm_starts(installed, recipe, tmp_path, capsys):
+    started = installed(vllm="0.32.0")
+    data = json.loads(Path(recipe).read_text()) | {"scorer": {"name": "elsewhere"}}
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    assert main(["serve", "digit-scenes", "--recipe", str(tmp_path / "r.json")]) == 2
+    assert "elsewhere" in capsys.readouterr().err
     assert started == []
 
 

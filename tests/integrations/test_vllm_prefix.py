@@ -1,12 +1,14 @@
 """vLLM's prefix cache under pruning: requests with images share the text before their first image.
 
-And for the same reason, as nothing leaves there, a long text before the image may be split into steps of its own.
+And for the same reason, as nothing leaves there, a long text before the image may be split into steps of its own. What
+a whole prompt wrote, an equal one takes over once its request has ended.
 """
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("vllm", reason="vLLM is not installed: it has wheels for Linux alone")
 
@@ -43,19 +45,58 @@ def blocks_before(prompt):
     return (len(before) if files else len(before) - 1) // BLOCK * BLOCK
 
 
+def blocks_again(prompt):
+    """Tokens in the blocks that an equal prompt takes over: 0 where its images would not all be in them."""
+    text, files = prompt
+    _, processor = loaded()
+    ids = processor(text=text, images=[Image.open(file) for file in files])["input_ids"][0]
+    end = (len(ids) - 2) // BLOCK * BLOCK
+    return 0 if processor.image_token_id in ids[end:] else end
+
+
 def require_same(found, expected):
     assert differing(found, expected) == []
     assert first_apart(found, expected).max() < 1e-3
 
 
 def test_images_share_the_text_before_them(digits, engines, runner):
-    recipe, asked = digits / "60.json", mixed(24 if runner == "v1" else 12)
+    recipe, count = digits / "60.json", 24 if runner == "v1" else 12
     engine = engines(digits / "model", recipe, runner, block_size=BLOCK, **OPTIONS)
-    first, second = engine.answer(asked), engine.answer(asked)
-    require_same(first, by_transformers(asked, recipe))
+    asked = mixed(count)
+    require_same(engine.answer(asked), by_transformers(asked, recipe))
+    asked = mixed(2 * count)[count:]
+    second = engine.answer(asked)
     require_same(second, by_transformers(asked, recipe))
     assert second.cached == [blocks_before(each) for each in asked]
     assert {96, 160} <= {cached for cached, each in zip(second.cached, asked, strict=True) if each[1]}
+
+
+def test_an_equal_prompt_takes_over_what_an_ended_one_wrote(digits, engines, runner):
+    """Whatever the first answered; of several at a time, one does."""
+    recipe, asked = digits / "60.json", [ask(0, 0), ask(60, 1)]
+    for n in range(2, 8):
+        some = (ask(words, n, (1, 1, 2)[n % 3]) for words in range(0, 40, 2))
+        asked.append(next(each for each in some if blocks_again(each)))
+    expected = [blocks_again(each) for each in asked]
+    engine = engines(digits / "model", recipe, runner, block_size=BLOCK, **OPTIONS)
+    engine.answer(asked, max_tokens=24, ignore_eos=True)
+    for length in (8, 3):
+        for prompt, tokens in zip(asked, expected, strict=True):
+            second = engine.answer([prompt], max_tokens=length)
+            require_same(second, by_transformers([prompt], recipe, length))
+            assert second.cached[0] == tokens or not tokens
+    twice = engine.answer(asked + asked)
+    require_same(twice, by_transformers(asked + asked, recipe))
+    pairs = zip(twice.cached[:8], twice.cached[8:], expected, strict=True)
+    assert all(one == tokens > two for one, two, tokens in pairs if tokens)
+    for seed in range(2):
+        job = {"temperature": 1.0, "seed": seed, "max_tokens": 12, "ignore_eos": True}
+        alone = engine.answer(asked, skip_reading_prefix_cache=True, **job)
+        assert alone.cached == [0] * 8
+        again = engine.answer(asked, **job)
+        require_same(again, alone)
+        assert all(cached == tokens for cached, tokens in zip(again.cached, expected, strict=True) if tokens)
+    require_same(engine.answer(asked), by_transformers(asked, recipe))
 
 
 def test_long_text_before_an_image_comes_in_steps_of_its_own(digits, engines, runner):
@@ -72,9 +113,10 @@ def test_long_text_before_an_image_comes_in_steps_of_its_own(digits, engines, ru
 
 
 def test_a_preempted_request_reads_the_text_before_its_image(digits, engines, runner):
-    """But no block of its own that others may not read."""
+    """But no block of its own that others may not read. So it is where prompts are asked again."""
     recipe, job = digits / "60.json", {"ignore_eos": True}
     asked, tokens = [ask((0, 40)[n % 2], n) for n in range(16 if runner == "v1" else 8)], 24
+    asked += asked[::-3]
     options = {**OPTIONS, "kv_cache_memory_bytes": 8 * 2**20, "block_size": BLOCK}
     engine = engines(digits / "model", recipe, runner, max_model_len=512, **options)
     found = engine.answer(asked, max_tokens=tokens, **job)
@@ -83,22 +125,24 @@ def test_a_preempted_request_reads_the_text_before_its_image(digits, engines, ru
 
 
 def test_text_alone_is_shared_where_keys_are_quantized(digits, engines, runner):
-    asked = mixed(8)
+    asked = mixed(16)
     options = {**OPTIONS, "dtype": "bfloat16", "kv_cache_dtype": "fp8", "block_size": BLOCK}
     engine = engines(digits / "model", digits / "60.json", runner, **options)
-    engine.answer(asked)
-    assert engine.answer(asked).cached == [0 if each[1] else blocks_before(each) for each in asked]
+    engine.answer(asked[:8])
+    second = engine.answer(asked[8:])
+    assert not any(cached for cached, each in zip(second.cached, asked[8:], strict=True) if each[1])
+    assert engine.answer(asked).cached == [(blocks_again if each[1] else blocks_before)(each) for each in asked]
 
 
 def test_blocks_from_the_image_on_have_hashes_of_their_own():
     scheduler = SimpleNamespace(_shares=True, hash_block_size=4)
     image = SimpleNamespace(mm_position=SimpleNamespace(offset=10))
 
-    def hashes(scheduler):
+    def hashes(scheduler, owner=None):
         request = SimpleNamespace(mm_features=[image], num_tokens=22, block_hashes=[b"0", b"1", b"2", b"3", b"4"])
-        request._block_hasher = list
+        request._block_hasher, request.fitprune_prompt = list, (16, None)
         request.update_block_hashes = lambda: request.block_hashes.extend(request._block_hasher(request))
-        WholePrompts._hash_alone(scheduler, request)
+        WholePrompts._hash_alone(scheduler, request, owner)
         request.num_tokens += 3  # of its answer, a block is full
         request.update_block_hashes()
         return request.block_hashes
@@ -106,6 +150,9 @@ def test_blocks_from_the_image_on_have_hashes_of_their_own():
     both = hashes(scheduler) + hashes(scheduler)
     assert both[:2] == both[6:8] == [b"0", b"1"]
     assert len(set(both)) == 10
+    both = hashes(scheduler, b"owner") + hashes(scheduler, b"owner")
+    assert both[:4] == both[6:10]
+    assert len(set(both)) == 8
     scheduler._shares = False
     assert len(set(hashes(scheduler) + hashes(scheduler))) == 12
 

@@ -17,6 +17,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from fitprune import PruningRecipe
 from fitprune.baselines.table import BASELINES
+from fitprune.engine.choose import quotas_by
 from fitprune.integrations.vllm import plugin
 from fitprune.integrations.vllm.configured import configured_recipe
 from fitprune.integrations.vllm.hooks import HOOKS, Hook
@@ -84,6 +85,9 @@ def test_a_scorer_that_cannot_work_is_named_before_the_first_request(digits, sco
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connector"),
         ({"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}}, "encoder connector"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+        ({"attention_backend": "FLEX_ATTENTION"}, "attention_backend=FLEX_ATTENTION: must be one of"),
+        ({"model_impl": "transformers"}, "model_impl='transformers'"),
+        ({"scheduler_cls": "builtins.dict"}, "scheduler_cls=builtins.dict: must be a child"),
         ({"mm_encoder_only": True}, "mm_encoder_only"),
         ({"video_pruning_rate": 0.5}, "video_pruning_rate=0.5"),
         ({"runner": "pooling"}, "runner_type='pooling'"),
@@ -204,6 +208,25 @@ def test_a_prompt_that_comes_in_part_stays_dense():
     begun = [False] * 5 + [True] + [False] * 2  # with two tokens of an answer
     assert pruner._request(1, 0, 8, None).question.tolist() == [begun]
     assert pruner._request(1, 1, 6, None).kept.tolist() == [1, 2, 3, 4, 5]  # its first token is in the cache
+
+
+def test_what_a_prompt_has_lost_that_takes_blocks_over_follows_from_its_recipe():
+    """At a step behind its images; those of an answer, and of text before an image, say nothing."""
+    places = [SimpleNamespace(offset=offset, length=length, is_embed=None) for offset, length in ((2, 4), (7, 8))]
+    features = [SimpleNamespace(modality="image", mm_position=place, **{MARK: True}) for place in places]
+    pruner = Pruner.__new__(Pruner)
+    pruner._reader = SimpleNamespace(
+        prompt=lambda row, common: PromptFacts(20, features, None),
+        name=lambda row, common: "abc"[row],
+        holds=lambda name: name != "a",
+    )
+    pruner._runner = SimpleNamespace(model_config=SimpleNamespace(hf_config=None))
+    keep = (1.0, 0.5, 0.5, 0.25)
+    pruner._removing, pruner._lost = (1, 3), {}
+    pruner._quotas = quotas_by(SimpleNamespace(keep=keep, entering=(1.0, 1.0, 0.5, 0.5)))
+    for row, computed, length in ((0, 16, 20), (1, 18, 20), (2, 20, 23), (2, 0, 2)):
+        assert pruner._request(row, computed, length, None) is None
+    assert pruner._lost == {"b": (2, [0, 6, 9])}
 
 
 def test_another_attention_backend_is_named():

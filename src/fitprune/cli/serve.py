@@ -50,6 +50,10 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
 
 def run(args: options.Args) -> None:
     """Check all that needs no vLLM, and become vLLM."""
+    if any(word.partition("=")[0] == "--model" for word in args.unknown):
+        raise ValueError("--model: the model is the argument MODEL, whose recipe is checked; leave --model out")
+    if args.unknown and not args.unknown[0].startswith("-"):
+        raise ValueError(f"{args.unknown[0]}: a second MODEL? vLLM's arguments begin with -")
     package = require_vllm()
     require_plugin()
     place, recipe = _checked(args)
@@ -102,10 +106,12 @@ def _checked(args: options.Args) -> tuple[str, str | None]:
     """Find the model's place and the recipe's name, None for one beside the model; check that they fit each other."""
     variable = os.environ.get(RECIPE_VARIABLE)
     name = args.recipe or variable
-    recipe = PruningRecipe.named(name) if name else None  # before the imports, which take seconds
+    of = "" if args.recipe else f"{RECIPE_VARIABLE}={variable}: "
+    recipe = _named(name, of) if name else None  # before the imports, which take seconds
 
     from fitprune.families.checkpoint import find_checkpoint, read_config
     from fitprune.families.config import fingerprint_of
+    from fitprune.scoring.scorers import get_scorer
 
     try:
         place = find_checkpoint(args.model)
@@ -115,11 +121,22 @@ def _checked(args: options.Args) -> tuple[str, str | None]:
     revision = None if os.path.isdir(place) else args.revision
     if recipe is None:
         recipe = _beside(place, revision)
+    get_scorer(recipe.scorer)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": args.trust_remote_code, "token": None}
     fitted_to(recipe, fingerprint_of(read_config(args.model, place, source)), force=False)
     if args.recipe and variable not in (None, "", args.recipe):
         logger.warning("--recipe %s is served, not %s=%s", args.recipe, RECIPE_VARIABLE, variable)
     return place, os.path.abspath(name) if name and os.path.exists(name) else name
+
+
+def _named(name: str, of: str) -> PruningRecipe:
+    """Read a recipe; errors begin with `of`."""
+    try:
+        return PruningRecipe.named(name)
+    except ValueError as error:
+        raise ValueError(f"{of}{error}") from None
+    except OSError as error:
+        raise OSError(f"{of}{error}") from None
 
 
 def _beside(place: str, revision: str | None) -> PruningRecipe:

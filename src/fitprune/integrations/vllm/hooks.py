@@ -59,7 +59,9 @@ HOOKS = (
         ("self", "request", "num_computed_tokens", "num_new_tokens", "encoder_compute_budget"),
         "holds a prompt until a step has it whole",
     ),
-    Hook(_SCHEDULER, "Scheduler._preempt_request", ("self", "request"), "its blocks are not read when it resumes"),
+    Hook(_SCHEDULER, "Scheduler._get_local_prefix_cache_hit", ("self", "request"), "which blocks a prompt finds"),
+    Hook(_SCHEDULER, "Scheduler._free_request", ("self", "request"), "its blocks may be taken over by an equal prompt"),
+    Hook(_SCHEDULER, "Scheduler.schedule", ("self",), "workers learn which prompts are pruned"),
     Hook(_SCHEDULER, "Scheduler.make_stats", ("self",), "carries the counts of pruned and dense prompts"),
     Hook(
         "vllm.v1.metrics.loggers",

@@ -18,14 +18,13 @@ from fitprune.integrations.vllm.cached_keys import CachedKeys, are_readable
 from fitprune.integrations.vllm.images import images_in
 from fitprune.integrations.vllm.layers import Layer, Request, Step
 from fitprune.integrations.vllm.ranks import TensorRanks
+from fitprune.integrations.vllm.rules import BACKENDS
 from fitprune.integrations.vllm.runners import reader_of
 from fitprune.integrations.vllm.scheduler import MARK
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.received import Attention, text_after
 from fitprune.scoring.scorers import get_scorer
 from fitprune.scoring.view import LayerView, Prompt
-
-BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
 
@@ -101,26 +100,33 @@ class Pruner:
             # One row is no image with its question.
             if length > 1 and (request := self._request(row, computed, whole[row], common)) is not None:
                 pruned.append(request)
-                self._lost = {each: self._lost[each] for each in self._lost if self._reader.holds(each)}
-                self._lost[name] = request.first, request.lost
+                self._remember(name, request.first, request.lost)
             lost.append(self._lost[name][1] if name in self._lost else self._nothing)
         if not any(each is not self._nothing for each in lost):
             return None
         return Step(common, context, lengths, pruned, lost, len(hidden))
+
+    def _remember(self, name: str, first: int, lost: list[int]) -> None:
+        self._lost = {each: self._lost[each] for each in self._lost if self._reader.holds(each)}
+        self._lost[name] = first, lost
 
     def _request(self, row: int, computed: int, length: int, common: Any) -> Request | None:
         """Look at a request whose step ends after `length` tokens; None if none leave, as the scheduler decided."""
         facts = self._reader.prompt(row, common)
         if facts is None or not facts.features or not getattr(facts.features[0], MARK, False):
             return None
-        first = facts.features[0].mm_position.offset
+        first, config = facts.features[0].mm_position.offset, self._runner.model_config.hf_config
+        if first < computed < facts.length:  # it takes over an ended request's blocks, whose tokens have left
+            counts = self._quotas(images_in(facts.features, facts.length, config)).counts.sum((1, 2)).tolist()
+            lost = [0, *(counts[0] - counts[2 * layer + 2] for layer in self._removing)]
+            self._remember(self._reader.name(row, common), first, lost)
         if not computed <= first < length:
             return None
         if length < facts.length:
             setattr(facts.features[0], MARK, False)  # also if it is preempted and then prefilled whole
             logger.warning_once("fitprune: vLLM split a prompt that was to come whole, which runs dense")
             return None
-        image = images_in(facts.features, length, self._runner.model_config.hf_config)
+        image = images_in(facts.features, length, config)
         valid = (torch.arange(length) < facts.length)[None]  # after a preemption, an answer's first part follows
         question = text_after(image >= 0, valid) if self._query_aware else torch.zeros_like(valid)
         ids = torch.zeros_like(image)

@@ -7,8 +7,11 @@ from typing import Any
 
 from fitprune._support.host import layer_windows
 from fitprune.families.config import fingerprint_of
+from fitprune.integrations.vllm.scheduler import schedules_images
 from fitprune.recipes.recipe import PruningRecipe, short
 from fitprune.scoring.scorers import get_scorer
+
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")  # of attention
 
 
 def require_supported(vllm_config: Any, recipe: PruningRecipe) -> None:
@@ -68,11 +71,25 @@ def _engine_rules(config: Any) -> Iterator[tuple[bool, str]]:
         config.aux_output_config.enable_return_routed_experts,
         "enable_return_routed_experts=True: rows that left go to no expert; leave it out",
     )
+    backend = config.attention_config.backend
+    yield (
+        backend is not None and backend.name not in BACKENDS,
+        f"attention_backend={getattr(backend, 'name', None)}: must be one of {', '.join(BACKENDS)}",
+    )
+    scheduler = config.scheduler_config
+    yield (
+        scheduler.scheduler_cls is not None and not schedules_images(scheduler.get_scheduler_cls()),
+        f"scheduler_cls={scheduler.scheduler_cls}: must be a child of vLLM's Scheduler; leave out --scheduler-cls",
+    )
     media = model.multimodal_config
     yield media.mm_encoder_only, "mm_encoder_only=True: there is no decoder to prune in"
     yield (
         bool(media.video_pruning_rate),
         f"video_pruning_rate={media.video_pruning_rate}: takes other tokens of videos away before; leave it out",
+    )
+    yield (
+        model.using_transformers_backend(),
+        "model_impl='transformers': its layers are not of the form in which rows leave; leave out --model-impl",
     )
     yield model.runner_type != "generate", f"runner_type={model.runner_type!r}: must be 'generate'"
 

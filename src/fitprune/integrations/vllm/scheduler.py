@@ -6,8 +6,10 @@ here, once for a request, and goes to the workers with its images.
 
 Nothing leaves before a pruned prompt's first image, so blocks wholly before it are read from the prefix cache and
 shared as before. Of the others, what a later layer holds is not decided by the tokens that their hashes stand for: it
-is moved up, and the answer is written into what is left. None may be shared, so their hashes are no other request's,
-nor this one's after a preemption. Text and dense prompts share as before.
+is moved up, and the answer is written into what is left. No two requests may hold them at a time, so their hashes are
+no other request's, nor this one's after a preemption. But what a prompt wrote stays before what its answer wrote: once
+the request has ended, one with an equal prompt may take its blocks over, and write its own answer over the old one.
+Text and dense prompts share as before.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from fitprune.integrations.vllm.metrics import Counts
 from fitprune.recipes.recipe import PruningRecipe
 
 MARK = "fitprune_prunes"  # attribute of a feature of a request that is to be pruned
+ENDED = 4096  # prompts of ended requests that are known; each has a few hundred bytes
 
 # Why a prompt with images runs dense: names for the counters, sentences for the log.
 REASONS = {
@@ -40,20 +43,20 @@ REASONS = {
 logger = init_logger("vllm.fitprune")  # vLLM shows the lines of its own loggers alone
 
 
+def schedules_images(scheduler: type) -> bool:
+    """Whether a scheduler's class schedules images as vLLM's own does, so that `pruning` can be made of it."""
+    return hasattr(scheduler, "_try_schedule_encoder_inputs")
+
+
 def pruning(base: type) -> type:
     """Make the scheduler class that holds prompts back where `base` would split them.
 
     Args:
-        base: what vLLM has chosen: its own, also the asynchronous one, or the user's.
-
-    Raises:
-        ValueError: it does not schedule images as vLLM's own does.
+        base: what vLLM has chosen: its own, also the asynchronous one, or the user's. One that does not schedule images
+            as vLLM's own does stays as it is: `rules` refuses it where there is a recipe.
     """
-    if not hasattr(base, "_try_schedule_encoder_inputs"):
-        raise ValueError(
-            f"fitprune: scheduler {base.__qualname__} of {base.__module__}: must be a child of vLLM's Scheduler; leave "
-            "out --scheduler-cls"
-        )
+    if not schedules_images(base):
+        return base
     return type(f"Pruning{base.__name__}", (WholePrompts, base), {"__module__": __name__})
 
 
@@ -84,6 +87,8 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
         self._step_embeds = min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size)
         self._shares = are_readable(self.vllm_config)
         self._chunks = self._shares and config.enable_chunked_prefill
+        # By what is known of its prompt: whose blocks the last ended request with it had.
+        self._ended: dict[Any, bytes] = {}
         logger.info(
             "fitprune: prompts of at most %d tokens%s are pruned, longer ones run dense",
             self._step_tokens,
@@ -106,23 +111,67 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
             return
         places = images_in(request.mm_features, request.num_prompt_tokens, self.vllm_config.model_config.hf_config)
         self.fitprune_counts.pruned(recipe, tokens_of(places)[0])
-        self._hash_alone(request)
+        request.fitprune_prompt = self._prompt(request)
 
-    def _hash_alone(self, request: Any) -> None:
-        """Let no request find the blocks that are not wholly before the first image."""
-        if request._block_hasher is None:  # there is no prefix cache
-            return
-        size = self.hash_block_size
-        del request.block_hashes[_first(request) // size if self._shares else 0 :]
+    def _prompt(self, request: Any) -> tuple[int, Any]:
+        """Give how many tokens an equal prompt may take over, and what it is known by; 0 and None if it may not."""
+        size, places = self.hash_block_size, [feature.mm_position for feature in request.mm_features]
+        end = (request.num_prompt_tokens - 2) // size * size  # a step of one row is an answer's
+        if request._block_hasher is None or end < max(place.offset + place.length for place in places):
+            return 0, None
+        return end, (request.block_hashes[end // size - 1], *request.prompt_token_ids[end:])
+
+    def _get_local_prefix_cache_hit(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Look for a request's blocks; a pruned one's are those of its text, or all that an ended one had."""
+        if not _is_pruned(request) or request._block_hasher is None:
+            return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+        end, known = request.fitprune_prompt
+        if (owner := self._ended.get(known)) is not None:
+            first = self._hash_alone(request, owner)
+            blocks, computed, *_ = hit = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+            if computed == end and not any(block.ref_cnt for block in blocks.blocks[0][first:]):
+                return hit
+        self._hash_alone(request)
+        return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+
+    def _hash_alone(self, request: Any, owner: bytes | None = None) -> int:
+        """Let no living request find the blocks that are not wholly before the first image.
+
+        Args:
+            request: one that has no blocks.
+            owner: of which ended request it is to find those of its prompt; None for none.
+
+        Returns:
+            The first such block.
+        """
+        size, own = self.hash_block_size, secrets.token_bytes(16)
+        first = _first(request) // size if self._shares else 0
+        request.fitprune_owner = owner = owner or own
+        taken = request.fitprune_prompt[0] // size
+        del request.block_hashes[first:]
         request._block_hasher = lambda request: [
-            secrets.token_bytes(32) for _ in range(len(request.block_hashes), request.num_tokens // size)
+            (owner if block < taken else own) + block.to_bytes(16, "big")
+            for block in range(len(request.block_hashes), request.num_tokens // size)
         ]
         request.update_block_hashes()
+        return first
 
-    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        super()._preempt_request(request, *args, **kwargs)
-        if _is_pruned(request):
-            self._hash_alone(request)
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Schedule a step as vLLM does."""
+        step = super().schedule(*args, **kwargs)
+        for new in step.scheduled_new_reqs:
+            if _is_pruned(request := self.requests[new.req_id]):
+                # Of images that are not encoded vLLM has dropped the mark, and the pixels, as if none were preempted.
+                new.mm_features = request.mm_features
+        return step
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_pruned(request) and request.num_output_tokens and (known := request.fitprune_prompt[1]) is not None:
+            self._ended.pop(known, None)
+            self._ended[known] = request.fitprune_owner
+            if len(self._ended) > ENDED:
+                del self._ended[next(iter(self._ended))]
+        return super()._free_request(request, *args, **kwargs)
 
     def _why_dense(self, request: Any) -> str | None:
         features = request.mm_features
@@ -150,8 +199,8 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
         self, request: Any, num_computed_tokens: int, num_new_tokens: int, encoder_compute_budget: int, **kwargs: Any
     ) -> Any:
         """Schedule a request's images, or text before them alone where a pruned prompt would come in part."""
-        text = _first(request) - num_computed_tokens
-        whole = text >= 0 and _is_pruned(request)
+        text = max(_first(request) - num_computed_tokens, 0)
+        whole = num_computed_tokens < request.num_prompt_tokens and _is_pruned(request)
         least = request.num_prompt_tokens - num_computed_tokens if whole else 0
         if num_new_tokens >= least:
             scheduled = super()._try_schedule_encoder_inputs(
