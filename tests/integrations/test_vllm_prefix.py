@@ -115,9 +115,9 @@ def test_long_text_before_an_image_comes_in_steps_of_its_own(digits, engines, ru
 def test_a_preempted_request_reads_the_text_before_its_image(digits, engines, runner):
     """But no block of its own that others may not read. So it is where prompts are asked again."""
     recipe, job = digits / "60.json", {"ignore_eos": True}
-    asked, tokens, memory = (mixed(24), 48, 12) if runner == "v1" else (mixed(12), 24, 11)
+    asked, tokens = [ask((0, 40)[n % 2], n) for n in range(16 if runner == "v1" else 8)], 24
     asked += asked[::-3]
-    options = {**OPTIONS, "kv_cache_memory_bytes": memory * 2**20, "block_size": BLOCK}
+    options = {**OPTIONS, "kv_cache_memory_bytes": 8 * 2**20, "block_size": BLOCK}
     engine = engines(digits / "model", recipe, runner, max_model_len=512, **options)
     found = engine.answer(asked, max_tokens=tokens, **job)
     assert found.counters["num_preemptions"] > 0
