@@ -4,6 +4,10 @@ import contextlib
 import functools
 import random
 import shutil
+import socket
+import subprocess
+import time
+import urllib.request
 from types import SimpleNamespace
 
 import torch
@@ -112,3 +116,27 @@ def first_apart(found, expected):
     """Of each answer's first token, how far the log-probabilities are from each other; that of the likelier one."""
     pairs = zip(found.logprobs, expected.logprobs, strict=True)
     return torch.tensor([abs(a[0] - b[0]) for a, b in pairs])
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def listening(command, port, environment, log):
+    """A server that `command` starts, once it answers; gives its process, and ends it."""
+    with open(log, "w") as file:
+        running = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        for _ in range(600):
+            assert running.poll() is None, log.read_text()[-3000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                if answer.status == 200:
+                    break
+            time.sleep(0.5)
+        yield running
+    finally:
+        running.terminate()
+        running.wait(60)

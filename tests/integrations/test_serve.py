@@ -4,12 +4,8 @@ import base64
 import contextlib
 import json
 import math
-import os
 import signal
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 from types import SimpleNamespace
 
@@ -29,6 +25,8 @@ from fitprune import PruningRecipe, prune
 from fitprune._support import assets
 from fitprune.families.adapter import adapt
 from fitprune.integrations.vllm.checkpoint import accept_newer_names
+from helpers.served import free_port, listening
+from helpers.vllm_engines import ENVIRONMENT
 
 IMAGE = assets.folder("test") / "images" / "0000.jpg"
 QUESTION = "Which digit is blue?"
@@ -68,37 +66,19 @@ def test_one_line_serves_the_bundled_model_as_it_is(tmp_path):
     processor = AutoProcessor.from_pretrained(assets.folder("model"))
     recipe = PruningRecipe((0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05), adapt(model).fingerprint, 144)
     recipe.save(tmp_path / "recipe.json")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-m", "fitprune", "serve", "digit-scenes", "--recipe", str(tmp_path / "recipe.json"),
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
         "--kv-cache-memory-bytes", str(100 * 2**20),
     ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    log = tmp_path / "log"
-    with open(log, "w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    try:
-        for _ in range(480):
-            assert server.poll() is None, log.read_text()[-3000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
-                break
-            time.sleep(0.5)
+    with listening(command, port, ENVIRONMENT, tmp_path / "log") as server:
         answer, logprob = ask(f"http://127.0.0.1:{port}/v1/chat/completions")
         processes = psutil.Process(server.pid).children(recursive=True)
         assert processes
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0
         assert psutil.wait_procs(processes, timeout=10)[1] == []
-    finally:
-        server.kill()
     expected, likely = by_transformers(model, processor, recipe)
     assert answer == expected
     assert logprob == pytest.approx(likely, abs=5e-4)

@@ -6,11 +6,8 @@ import concurrent.futures
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -18,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 pytest.importorskip("vllm", reason="vLLM is not installed: it has wheels for Linux alone")
@@ -33,6 +29,8 @@ from fitprune import PruningRecipe, load_samples
 from fitprune._support import assets
 from fitprune.families.adapter import adapt
 from fitprune.integrations.vllm.metrics import Counts, PruningStatLogger, PruningStats, receive, summary
+from helpers.served import free_port, listening
+from helpers.vllm_engines import ENVIRONMENT
 
 IMAGE_TOKENS = 144  # of the embedded model
 STEP = 256  # tokens; two of its images are more
@@ -164,42 +162,21 @@ def check_counters(url, recipe, step=STEP):
 @contextlib.contextmanager
 def server(folder, *options):
     """A server of the embedded model with a recipe beside it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32",
         "--served-model-name", "digits", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512",
         "--max-num-batched-tokens", str(STEP), "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(50 * 2**20),
         *options,
     ]  # fmt: skip
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("FITPRUNE_")},
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOG_STATS_INTERVAL": "0.5",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }  # fmt: skip
     log = folder / "server.log"
-    with open(log, "w") as file:
-        running = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    try:
-        for _ in range(480):
-            assert running.poll() is None, log.read_text()[-3000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
-                if answer.status == 200:
-                    break
-            time.sleep(0.5)
+    with listening(command, port, {**ENVIRONMENT, "VLLM_LOG_STATS_INTERVAL": "0.5"}, log):
         yield f"http://127.0.0.1:{port}", log
-    finally:
-        running.terminate()
-        running.wait(60)
 
 
 def test_a_server_shows_them(tmp_path, recipe):
     folder = tmp_path / "model"
     shutil.copytree(assets.folder("model"), folder)
-    weights = load_file(folder / "model.safetensors")
-    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): each for name, each in weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     recipe.save_pretrained(folder)
     with server(folder) as (url, log):
         assert counters(url) == dict.fromkeys(counters(url), 0) != {}

@@ -5,10 +5,8 @@ import base64
 import contextlib
 import json
 import re
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from openai import AsyncOpenAI
 
 from fitprune import load_samples
 from fitprune._support import assets
-from helpers.served import by_transformers, chat, in_text
+from helpers.served import by_transformers, chat, free_port, in_text, listening
 from helpers.vllm_engines import ENVIRONMENT, runner_environment
 
 SAMPLES = 80  # of one image; and a quarter as many long texts
@@ -31,28 +29,14 @@ PREFACE = "Answer in one word. " * 50
 
 @contextlib.contextmanager
 def server(folder, runner):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")]
     command += ["--host", "127.0.0.1", "--port", str(port), *ROOM]
     environment = {**ENVIRONMENT, **runner_environment(runner), "FITPRUNE_RECIPE": str(folder / "60.json")}
     log = folder / f"server-{runner}.log"
-    with open(log, "w") as file:
-        running = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            assert running.poll() is None, log.read_text()[-3000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health") as answer:
-                if answer.status == 200:
-                    break
-            time.sleep(0.5)
+    with listening(command, port, environment, log):
         assert ("Using V2 Model Runner" in log.read_text()) == (runner == "v2")
-        yield url
-    finally:
-        running.terminate()
-        running.wait(60)
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")

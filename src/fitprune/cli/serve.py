@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import shlex

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+from typing import Any
 
 VERSIONS = ("0.32", "0.33")  # those that were run
 
@@ -29,12 +30,12 @@ class Hook:
         """Say what is wrong with it in the vLLM that is installed."""
         where = f"{self.module}.{self.name}"
         try:
-            function = importlib.import_module(self.module)
+            function: Any = importlib.import_module(self.module)
             for part in self.name.split("."):
                 function = getattr(function, part)
         except (ImportError, AttributeError):
             return f"{where} is missing"
-        has = inspect.signature(function).parameters  # type: ignore[arg-type]  # a module has become a function
+        has = inspect.signature(function).parameters
         if missing := [name for name in self.takes if name not in has]:
             return f"{where} does not take {', '.join(missing)}"
         return None

@@ -77,7 +77,7 @@ def receive() -> None:
     EngineCoreOutputs.__annotations__["scheduler_stats"] = PruningStats | None
 
 
-class PruningStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]
+class PruningStatLogger(AggregateStatLoggerBase):  # type: ignore[misc]  # as PruningStats
     """Adds up the counts of an API server's engines.
 
     Args:
