@@ -1,0 +1,163 @@
+"""The recipes that the app offers: of any method for a budget, or by name. Nothing is read by a path that a user names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from fitprune._support import files
+from fitprune._support.checked import number
+from fitprune._support.messages import line, short
+from fitprune.baselines.base import Sizes
+from fitprune.baselines.table import BASELINES, make_method
+from fitprune.costs.sizes import ModelFingerprint
+from fitprune.fitting.budget import checked_budget
+from fitprune.fitting.fit import Fitter
+from fitprune.recipes import published
+from fitprune.recipes.find import fitted_to
+from fitprune.recipes.recipe import PruningRecipe
+from fitprune.scoring.scorers import SCORERS, get_scorer
+
+MOST_PERCENT = 95  # of the visual FLOPs that can be asked for
+RECIPE = "recipe: "  # begins the choice of a recipe by its name
+FITTED = "fitprune"  # the method that is fitted from statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a person chooses: how much is to be saved, and how tokens leave.
+
+    Attributes:
+        percent: of the visual FLOPs to save; a recipe has its own.
+        method: one of the methods, or "recipe: " and the name of a recipe.
+        scorer: what ranks the tokens instead of the method's own scorer; "" for that.
+    """
+
+    percent: float = 60
+    method: str = FITTED
+    scorer: str = ""
+
+    @property
+    def recipe(self) -> str | None:
+        """The name of the recipe that is chosen; None for a method."""
+        return self.method.removeprefix(RECIPE) if self.method.startswith(RECIPE) else None
+
+
+class Recipes:
+    """Makes recipes for one model.
+
+    Args:
+        model: the model's type and sizes.
+        folder: of the operator's recipe files; None for none. Files of other models are left out.
+        fitter: of the model's statistics; None before they are there.
+
+    Attributes:
+        named: name -> recipe of the folder, and those that were published for this model.
+        fitter: as above.
+    """
+
+    def __init__(
+        self, model: ModelFingerprint, folder: str | os.PathLike[str] | None = None, fitter: Fitter | None = None
+    ) -> None:
+        self.model = model
+        self.named: Mapping[str, PruningRecipe] = {**_published(model), **_of_folder(model, folder)}
+        self.fitter = fitter
+        self._lock = threading.Lock()  # a fitter notes what it has tried
+        self._solved = functools.lru_cache(maxsize=1000)(self._solve)
+
+    @property
+    def methods(self) -> list[str]:
+        """All that may be chosen as a method."""
+        return [*BASELINES, *(RECIPE + name for name in self.named)]
+
+    def choice(self, percent: object, method: object, scorer: object = "") -> Choice:
+        """Check what a person chooses; a ValueError says what is wrong with it."""
+        number("budget", percent)
+        if not 0 <= percent <= MOST_PERCENT:  # type: ignore[operator]  # a number
+            raise ValueError(f"budget={short(percent)}: must be from 0 to {MOST_PERCENT}, percent of the visual FLOPs")
+        if method not in self.methods:
+            if isinstance(method, str) and method.startswith(RECIPE):
+                known = ", ".join(self.named) or "none; 'fitprune app --recipes FOLDER' offers those of a folder"
+                raise ValueError(
+                    f"recipe {short(method.removeprefix(RECIPE))}: unknown; a recipe is chosen by its name, no file is "
+                    f"read. Names: {known}"
+                )
+            raise ValueError(f"method {short(method)}: must be one of {', '.join(self.methods)}")
+        if scorer and scorer not in SCORERS:
+            raise ValueError(f"scorer {short(scorer)}: must be one of {', '.join(sorted(SCORERS))}, or empty")
+        if scorer:
+            get_scorer(str(scorer))  # some need parameters
+        return Choice(float(percent), str(method), str(scorer or ""))  # type: ignore[arg-type]  # a number
+
+    def make(self, choice: Choice, visual_tokens: int) -> PruningRecipe:
+        """Make the recipe of a choice.
+
+        Args:
+            choice: as `choice` returns it.
+            visual_tokens: of the picture; statistics are fitted for their own most common number.
+
+        Raises:
+            ValueError: the method cannot meet the budget, or needs statistics that are not there.
+        """
+        if choice.recipe is not None:
+            return self.named[choice.recipe]
+        if not choice.percent:
+            return PruningRecipe.dense(self.model, visual_tokens)
+        if self.fitter is None and BASELINES[choice.method].needs_statistics:
+            raise ValueError(
+                f"method {choice.method}: is fitted from statistics, and this model has none yet; measure them first"
+            )
+        with self._lock:
+            return self._solved(choice.percent, choice.method, 0 if self.fitter else visual_tokens)
+
+    def _solve(self, percent: float, method: str, visual_tokens: int) -> PruningRecipe:
+        target = self.fitter or Sizes(self.model, visual_tokens)
+        return make_method(method, target, checked_budget("flops_reduction", percent / 100))
+
+    def use(self, fitter: Fitter) -> None:
+        """Take new statistics."""
+        with self._lock:
+            self.fitter = fitter
+            self._solved.cache_clear()
+
+
+def _published(model: ModelFingerprint) -> dict[str, PruningRecipe]:
+    recipes = {
+        f"{name}:{percent}": PruningRecipe.published(name, percent)
+        for name, percents in published.names().items()
+        for percent in percents
+    }
+    return {name: recipe for name, recipe in recipes.items() if _fits(recipe, model)}
+
+
+def _of_folder(model: ModelFingerprint, folder: str | os.PathLike[str] | None) -> dict[str, PruningRecipe]:
+    """Read the recipes of a folder, without those of other models.
+
+    Raises:
+        OSError: there is no such folder, or a file cannot be read.
+        ValueError: no file of it is a recipe for the model.
+    """
+    if folder is None:
+        return {}
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(2, f"{folder}: no such folder; name the one that holds your recipes")
+    paths = [path for path in sorted(Path(folder).glob("*.json")) if files.kind_of(path) == files.RECIPE]
+    recipes = {path.stem: PruningRecipe.load(path) for path in paths}
+    fitting = {name: recipe for name, recipe in recipes.items() if _fits(recipe, model)}
+    if not fitting:
+        other = f"; its {len(recipes)} recipes are for other models" if recipes else ""
+        raise ValueError(f"{line(str(folder))} holds no recipe for this model{other}: fit one with 'fitprune recipe'")
+    return fitting
+
+
+def _fits(recipe: PruningRecipe, model: ModelFingerprint) -> bool:
+    try:
+        fitted_to(recipe, model, force=False)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,165 @@
+"""What one person has on the screen: a picture, a question, what is left of the picture, and the answers. No web page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fitprune.app.limits import Picture
+from fitprune.app.recipes import Choice
+from fitprune.app.served import Prompt, Pruning, ServedModel
+from fitprune.app.turns import Answer
+from fitprune.app.words import Word, marked, words_of
+from fitprune.costs.cost import Cost
+from fitprune.pictures.kept import KeptImage
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """What a person asks.
+
+    Attributes:
+        picture: about which is asked.
+        question: about the picture.
+        choice: how tokens are to leave.
+        tokens: the most of an answer.
+    """
+
+    picture: Picture
+    question: str
+    choice: Choice
+    tokens: int = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Screen:
+    """What a person sees.
+
+    Attributes:
+        request: what it answers.
+        pruning: the recipe, and the scorer.
+        cost: of the prompt, beside dense.
+        pruned: the pruned answer so far; None before it was asked for.
+        dense: the dense one.
+        words: of both answers, pruned first, once they have ended.
+        kept: what is left of the picture; None until that is known.
+    """
+
+    request: Request
+    pruning: Pruning
+    cost: Cost
+    pruned: Answer | None = None
+    dense: Answer | None = None
+    words: tuple[Sequence[Word], Sequence[Word]] = ((), ())
+    kept: KeptImage | None = None
+
+
+def read_request(
+    served: ServedModel,
+    picture: str | None,
+    question: object,
+    percent: object,
+    method: object,
+    scorer: object = "",
+    tokens: object = 64,
+) -> Request:
+    """Check all that a person sends.
+
+    Args:
+        served: the model.
+        picture: file of the picture.
+        question: about it.
+        percent: of the visual FLOPs to save.
+        method: as for `Recipes.choice`.
+        scorer: as there.
+        tokens: the most of the answer.
+
+    Raises:
+        ValueError: something is missing or out of range; the message says what, and what to do.
+    """
+    limits = served.limits
+    choice = served.recipes.choice(percent, method, scorer)
+    text, most = limits.check_question(question), limits.check_answer(tokens)
+    return Request(limits.read_picture(picture), text, choice, most)
+
+
+def look(served: ServedModel, request: Request) -> Screen:
+    """Find out what is left of a picture, without an answer."""
+    screen, prompt = _begin(served, request)
+    return _with_kept(served, screen, prompt)
+
+
+def run(served: ServedModel, request: Request) -> Iterator[Screen]:
+    """Answer pruned and dense, token by token, and then find out what is left of the picture.
+
+    Args:
+        served: the model.
+        request: of `read_request`.
+
+    Yields:
+        What is to be seen so far.
+
+    Raises:
+        ValueError: the recipe cannot be made, or the processor refuses the prompt.
+    """
+    screen, prompt = _begin(served, request)
+    for pruned, dense in served.answers(prompt, screen.pruning, request.tokens):
+        screen = dataclasses.replace(screen, pruned=dataclasses.replace(pruned), dense=dataclasses.replace(dense))
+        yield screen
+    assert screen.pruned and screen.dense
+    own, other = marked([words_of(answer.ids, served.decode) for answer in (screen.pruned, screen.dense)])
+    yield _with_kept(served, dataclasses.replace(screen, words=(own, other)), prompt)
+
+
+def attention_of(served: ServedModel, screen: Screen, number: int) -> torch.Tensor:
+    """Say what the model looked at when it wrote a word of the pruned answer, [visual tokens].
+
+    Args:
+        served: the model.
+        screen: with the answer.
+        number: of the word, from 0.
+
+    Raises:
+        ValueError: there is no such word.
+    """
+    words = screen.words[0]
+    if screen.pruned is None or not 0 <= number < len(words):
+        raise ValueError(f"word {number}: the answer has {len(words)} words, counted from 0; press one of them")
+    prompt = served.prompt(screen.request.picture, screen.request.question)
+    return served.attention_of(prompt, screen.pruning, screen.pruned.ids, words[number].tokens)
+
+
+def compare(served: ServedModel, request: Request, choices: Sequence[Choice]) -> Iterator[Screen | ValueError]:
+    """Answer by several choices, one after another.
+
+    Args:
+        served: the model.
+        request: whose choice is left out.
+        choices: what to compare.
+
+    Yields:
+        For each choice its screen, or why there is none.
+    """
+    for choice in choices:
+        try:
+            screen, prompt = _begin(served, dataclasses.replace(request, choice=choice))
+            for [answer] in served.answers(prompt, screen.pruning, request.tokens, dense=False):
+                screen = dataclasses.replace(screen, pruned=answer)
+            yield screen
+        except ValueError as error:
+            yield error
+
+
+def _begin(served: ServedModel, request: Request) -> tuple[Screen, Prompt]:
+    prompt = served.prompt(request.picture, request.question)
+    recipe = served.recipes.make(request.choice, prompt.sizes[0])
+    pruning = Pruning(recipe, request.choice.scorer or None)
+    return Screen(request, pruning, served.cost(prompt, recipe)), prompt
+
+
+def _with_kept(served: ServedModel, screen: Screen, prompt: Prompt) -> Screen:
+    [kept] = served.kept(prompt, screen.request.picture, screen.pruning)
+    return dataclasses.replace(screen, kept=kept)
