@@ -118,7 +118,7 @@ def evaluate(
     records = _answer_all(run, journal, progress)
     if records is None:
         return Results(())
-    timings = time_methods(run, timed_batches)
+    timings = time_methods(run, timed_batches, progress=progress)
     parts = list(judge(tasks, {**names, **benchmarks}, metric is None, run.labels, records))
     scores = {
         record["place"]: {label: float(of[number]) for label, of in part.scores.items()}
