@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -66,6 +67,7 @@ def chart(
     *,
     level: tuple[str, float] | None = None,
     wide: int = WIDE,
+    narrow: int = NARROW,
     height: int = 300,
     legend: bool = True,
     file: bool = False,
@@ -80,6 +82,7 @@ def chart(
         y: the axis beside, whose name is written above.
         level: name and height of a dotted line across.
         wide: width for a wide window, pixels.
+        narrow: width for a narrow one; as `wide` for one drawing that serves both.
         height: of the plot without title and legend, pixels.
         legend: whether the names of the series stand under the plot.
         file: one SVG of width `wide` alone, as a file holds it.
@@ -89,7 +92,7 @@ def chart(
     """
     whole = _Chart(kind, [_finite(each) for each in series], title, x, y, level, height, legend)
     return (
-        svg.file(whole.draw(wide)) if file else _figure([whole.draw(width) for width in dict.fromkeys((wide, NARROW))])
+        svg.file(whole.draw(wide)) if file else _figure([whole.draw(width) for width in dict.fromkeys((wide, narrow))])
     )
 
 
@@ -167,7 +170,7 @@ class _Chart:
         room = max(svg.width_of(svg.number(mark)) for mark in marks) + 12
         plot = _Plot(room, top - 4, width - room - 14, self.height, *spans)
         parts += names + self._axes(plot, marks)
-        order = sorted(range(len(self.series)), key=lambda at: self.series[at].look == 0)  # the strongest on top
+        order = sorted(range(len(self.series)), key=lambda at: self.series[at].look > 0)  # the broad line below others
         drawing = {"lines": self._line, "steps": self._stairs, "bars": self._bars}[self.kind]
         parts += [svg.painted(self.series[at].look, drawing(plot, at)) for at in order]
         below, bottom = svg.paragraph(
@@ -245,11 +248,11 @@ class _Chart:
     def _stairs(self, plot: _Plot, number: int) -> str:
         series = self.series[number]
         xs = [x for x, _ in series.points]
-        between = [(a + b) / 2 for a, b in zip(xs, xs[1:], strict=False)]
+        between = [(a + b) / 2 for a, b in itertools.pairwise(xs)]
         ends = [max(xs[0] - 0.5, plot.x[0]), *between, min(xs[-1] + 0.5, plot.x[1])] if xs else []
         stairs = [
             (plot.across(end), plot.down(y))
-            for (_, y), both in zip(series.points, zip(ends, ends[1:], strict=False), strict=True)
+            for (_, y), both in zip(series.points, itertools.pairwise(ends), strict=True)
             for end in both
         ]
         where = [(plot.across(x), plot.down(y)) for x, y in series.points]
@@ -264,7 +267,7 @@ class _Chart:
     def _bars(self, plot: _Plot, number: int) -> str:
         series = self.series[number]
         places = sorted({x for each in self.series for x, _ in each.points})
-        least = min((b - a for a, b in zip(places, places[1:], strict=False)), default=1.0)
+        least = min((b - a for a, b in itertools.pairwise(places)), default=1.0)
         width = 0.8 * plot.width * least / (plot.x[1] - plot.x[0]) / len(self.series)
         start, zero = width * (number - len(self.series) / 2), plot.down(0)
         return "".join(

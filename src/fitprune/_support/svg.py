@@ -1,6 +1,6 @@
-"""The pieces of a chart as SVG text: looks of lines and bars, text that is broken by its estimated width, round figures.
+"""The pieces of a chart as SVG text: looks of lines and bars, text broken by its estimated width, round figures.
 
-A look is a number: 0 is drawn strongest, 1 to 7 differ by colour, marker and dash, and of 8 to 14 the markers are hollow.
+A look is a number: 0 is drawn strongest, 1 to 7 differ by colour, marker and dash, and of 8 to 14 markers are hollow.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def paragraph(
     content: str, x: float, y: float, width: float, size: int = _SIZE, more: str = _MUTED, anchor: str = "start"
 ) -> tuple[list[str], float]:
     """Write text on as many lines as it needs; also gives the height of the line after it."""
-    rows = wrapped(content, width, size)
+    rows = wrapped(content, width, size) if content else []
     step = round(1.3 * size)
     more = f"font-size='{size}' {more}"
     return [text(x, y + step * at, row, anchor, more) for at, row in enumerate(rows)], y + step * len(rows)
