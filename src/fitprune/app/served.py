@@ -140,7 +140,7 @@ class ServedModel:
                 pruning.recipe,
                 prompt.inputs,
                 processor=self.processor,
-                pictures=[[picture.image()]],
+                pictures=[picture.image()],
                 scorer=pruning.scorer,
                 scores=True,
             )

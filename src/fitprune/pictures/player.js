@@ -1,9 +1,7 @@
-// One player for each figure of class "kept": its layers, the scores, and the share of a box that one draws.
+// Plays a figure of class "kept": its layers, the scores, and the share of a box that one draws. Gives its state, which
+// the figure that takes its place may go on with.
 // Coordinates are those of the picture in the page. Without this script the last layer is there to be seen.
-'use strict';
-for (const figure of document.querySelectorAll('figure.kept')) play(figure);
-
-function play(figure) {
+function play(figure, {layer, box = null, heat = false} = {}) {
   const data = JSON.parse(figure.querySelector('script').textContent);
   const one = selector => figure.querySelector(selector), all = selector => [...figure.querySelectorAll(selector)];
   const {entered, layers, views, colours} = data;
@@ -12,7 +10,9 @@ function play(figure) {
   const pictures = all('.view svg'), bars = one('.bars'), line = bars.querySelector('polyline');
   const cells = views.flatMap((grids, view) => grids.flatMap((grid, number) => cellsOf(grid, view, number)));
   const counts = Array.from({length: layers}, (_, layer) => entered.filter(n => n > layer).length);
-  let layer = layers - 1, box = null, start = null, timer = null;
+  let start = null, timer = null;
+  layer = Math.min(layer ?? layers - 1, layers - 1);
+  if (scores) scores.checked = heat;
 
   function cellsOf({rows, columns, box: [left, top, right, bottom], tokens}, view, grid) {
     const w = (right - left) / columns, h = (bottom - top) / rows, list = [];
@@ -145,4 +145,5 @@ function play(figure) {
 
   one('.controls').hidden = false;
   draw();
+  return {get layer() { return layer; }, get box() { return box; }, get heat() { return !!scores && scores.checked; }};
 }

@@ -6,6 +6,7 @@ The page is a person's own: nothing is loaded, and what a model or a stranger wr
 from __future__ import annotations
 
 import base64
+import dataclasses
 import importlib.resources
 import io
 import json
@@ -56,15 +57,44 @@ background:linear-gradient(90deg,{",".join(HEAT)})}}
 
 def script() -> str:
     """Give the JavaScript that runs all players of a page."""
+    return f"'use strict';\n{play()}for (const figure of document.querySelectorAll('figure.kept')) play(figure);\n"
+
+
+def play() -> str:
+    """Give the JavaScript function that runs one player."""
     return importlib.resources.files("fitprune.pictures").joinpath("player.js").read_text(encoding="utf-8")
 
 
-def player(example: Example, number: int = 0) -> Html:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Heat:
+    """What colours the tokens of a picture.
+
+    Attributes:
+        values: [layers, tokens], from 0 to 1; NaN for no colour.
+        name: of the switch.
+        low: what the lowest value means, after what the values are.
+        high: what the highest means.
+    """
+
+    values: torch.Tensor
+    name: str
+    low: str
+    high: str
+
+    @classmethod
+    def of_scores(cls, scores: torch.Tensor) -> Heat:
+        """Colour by the rank of each layer's scores."""
+        low = "rank of a token's score in this layer: lowest, leaves first"
+        return cls(torch.stack([ranks(row) for row in scores]), "scores", low, "highest")
+
+
+def player(example: Example, number: int = 0, *, heat: Heat | None = None) -> Html:
     """Make the player of one picture, for a page with `STYLE` and `script`.
 
     Args:
         example: what to show.
         number: of the player in its page.
+        heat: what colours the tokens; by default the scores, if there are any.
 
     Raises:
         ValueError: it is not known where in the picture the tokens lie.
@@ -72,6 +102,8 @@ def player(example: Example, number: int = 0) -> Html:
     kept, picture = example.kept, example.picture
     scale = SIDE / max(picture.size)
     width, height = (scale * side for side in picture.size)
+    if heat is None and kept.scores is not None:
+        heat = Heat.of_scores(kept.scores)
     views = views_of(kept, width, height)
     name = f"picture-{number}"
     drawn = []
@@ -90,13 +122,13 @@ def player(example: Example, number: int = 0) -> Html:
         "entered": kept.entered.tolist(),
         "size": [_short(width), _short(height)],
         "views": [[_grid(grid, box) for grid, box in view.grids] for view in views],
-        "ranks": _ranks(kept.scores),
+        "ranks": None if heat is None else _bytes(heat.values),
         "colours": HEAT,
         "hint": _HINT,
     }
     return Html(
         f"<figure class=kept><div class=views>{''.join(drawn)}</div><div>{_facts(example)}"
-        f"{_controls(kept.layers, kept.scores is not None)}{_bars(kept.counts, len(kept.entered))}"
+        f"{_controls(kept.layers, heat)}{_bars(kept.counts, len(kept.entered))}"
         f"<p class='share small' aria-live=polite></p></div>"
         f"<script type=application/json>{_json(data)}</script></figure>"
     )
@@ -115,12 +147,11 @@ def _facts(example: Example) -> str:
     return "".join(lines)
 
 
-def _controls(layers: int, scores: bool) -> str:
-    switch = "<label><input type=checkbox>scores</label>" if scores else ""
-    legend = (
-        "<p class='legend small' hidden>rank of a token's score in this layer: lowest, leaves first"
-        "<i></i>highest</p>" if scores else ""
-    )  # fmt: skip
+def _controls(layers: int, heat: Heat | None) -> str:
+    switch = legend = ""
+    if heat is not None:
+        switch = f"<label><input type=checkbox>{escape(heat.name)}</label>"
+        legend = f"<p class='legend small' hidden>{escape(heat.low)}<i></i>{escape(heat.high)}</p>"
     return (
         f"<div class=controls hidden><button class=play type=button>Play</button><label class=layer>layer"
         f"<input type=range min=0 max={layers - 1} value={layers - 1}></label>{switch}</div>{legend}"
@@ -203,12 +234,9 @@ def _grid(grid: Grid, box: Box) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _ranks(scores: torch.Tensor | None) -> str | None:
-    """Write the ranks of scores in each layer as bytes, 255 for none."""
-    if scores is None:
-        return None
-    table = torch.stack([ranks(row) for row in scores])
-    whole = (table * 254).round().nan_to_num(255).to(torch.uint8)
+def _bytes(values: torch.Tensor) -> str:
+    """Write values from 0 to 1 as bytes, 255 for none."""
+    whole = (values * 254).round().nan_to_num(255).to(torch.uint8)
     return base64.b64encode(whole.numpy().tobytes()).decode()
 
 
