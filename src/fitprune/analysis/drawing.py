@@ -14,7 +14,7 @@ import torch
 from fitprune._support.plots import canvas
 from fitprune._support.text_tables import plural
 from fitprune.analysis.analyze import FEW, Analysis
-from fitprune.analysis.spread import Spread
+from fitprune.analysis.spread import INTERVAL, Spread
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; line styles and markers say the same again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -22,6 +22,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BLUES = ("#deebf7", "#c6dbef", "#9ecae1", "#4292c6", "#08519c")  # light to dark
 _DASHES = ("-", "--", "-.", ":")
 WIDTH = 4.4  # inches
+INTERVALS = f"{100 * INTERVAL[0]:g} to {100 * INTERVAL[1]:g}%"
 LAYER = "decoder layer (the first is 0)"
 _NUMBERED = 12  # cells on a side up to which a matrix shows its figures
 _SIZE = 9  # of text, points: 11 pixels where the picture is 390 wide
@@ -114,3 +115,16 @@ def numbers(axes: Any, image: Any, matrix: torch.Tensor, form: str) -> None:
 def percent(fraction: float) -> str:
     """Write a fraction as percent: "40%"."""
     return f"{100 * fraction:g}%"
+
+
+def span_of(values: torch.Tensor, form: str) -> str:
+    """Write the least and the greatest value: "0.10 to 0.81"; nothing for none."""
+    if not values.numel():
+        return ""
+    least, most = form.format(float(values.min())), form.format(float(values.max()))
+    return least if least == most else f"{least} to {most}"
+
+
+def listed(texts: list[str]) -> str:
+    """Join texts: "a, b and c"."""
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
