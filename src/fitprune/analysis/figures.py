@@ -114,7 +114,7 @@ def _position_bias(analysis: Analysis, position: PositionBias) -> Any:
 
     rows = [values.mean(0) for values in position.by_row.values()]
     ends = [
-        f"{values[0]:.1f}x the mean token in the top row, {values[-1]:.1f}x in the bottom row" for values in rows[:2]
+        f"{values[0]:.2g}x the mean token in the top row, {values[-1]:.2g}x in the bottom row" for values in rows[:2]
     ]
     title = f"Self attention is {ends[0]}; cross attention {ends[1]}"
     note = "Pictures of one layout show that layout here too, however many they are."
