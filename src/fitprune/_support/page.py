@@ -12,16 +12,16 @@ import html
 from collections.abc import Iterable, Sequence
 
 # --c0 is the strongest line; --c1 to --c7 are the others. --good and --bad never stand without a sign or a word.
-_LIGHT = """color-scheme:light;--bg:#fff;--fg:#1a1d21;--muted:#565d66;--line:#d3d8de;--panel:#f3f5f7;--accent:#0068a3;
+LIGHT = """color-scheme:light;--bg:#fff;--fg:#1a1d21;--muted:#565d66;--line:#d3d8de;--panel:#f3f5f7;--accent:#0068a3;
 --good:#00694b;--bad:#a84300;--warn:#fff4d6;--c0:#1a1d21;--c1:#0072b2;--c2:#d55e00;--c3:#008f68;--c4:#b8578f;
 --c5:#a97200;--c6:#2a8fca;--c7:#6b737d"""
-_DARK = """color-scheme:dark;--bg:#14171a;--fg:#e8eaec;--muted:#a7b0ba;--line:#3a424b;--panel:#1e2328;--accent:#6dbdf2;
+DARK = """color-scheme:dark;--bg:#14171a;--fg:#e8eaec;--muted:#a7b0ba;--line:#3a424b;--panel:#1e2328;--accent:#6dbdf2;
 --good:#54d1a6;--bad:#ff9d5c;--warn:#3a3115;--c0:#fff;--c1:#4aa8e8;--c2:#ff8a3d;--c3:#2ec79b;--c4:#e39ac6;
 --c5:#f0b429;--c6:#a5d8f7;--c7:#a7b0ba"""
 
 CSS = f"""
-:root{{{_LIGHT};--small:.8125rem;--large:1.25rem;--larger:1.5625rem;--largest:1.953rem;--gap:1rem}}
-@media (prefers-color-scheme:dark){{:root{{{_DARK}}}}}
+:root{{{LIGHT};--small:.8125rem;--large:1.25rem;--larger:1.5625rem;--largest:1.953rem;--gap:1rem}}
+@media (prefers-color-scheme:dark){{:root{{{DARK}}}}}
 *{{box-sizing:border-box}}
 body{{font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;margin:0;color:var(--fg);background:var(--bg);
 overflow-wrap:anywhere}}
@@ -56,6 +56,8 @@ figure{{margin:var(--gap) 0}}img,svg{{max-width:100%;height:auto;display:block}}
 .chart .narrow{{display:none}}
 @media (max-width:799px){{.chart .wide{{display:none}}.chart .narrow{{display:block}}}}
 """
+# The rules of elements alone: the app, whose page is Gradio's, has them inside of what is its own.
+ELEMENTS = CSS[CSS.index("*{") :]
 
 _SORT = """
 for (const table of document.querySelectorAll('table.sortable')) {
