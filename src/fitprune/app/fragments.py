@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from fitprune._support.page import Html, escape, table
 from fitprune._support.text_tables import scaled
+from fitprune.app.recipes import Choice
 from fitprune.app.screen import Screen
 from fitprune.app.turns import Answer
 from fitprune.app.words import Word
@@ -13,37 +14,54 @@ from fitprune.app.words import Word
 NONE = "-"  # where there is no figure
 
 
-def answer(name: str, text: str, words: Sequence[Word] = (), *, done: bool = False, pressed: bool = False) -> Html:
-    """Show an answer.
+def answers(screen: Screen | None, decode: Callable[[Sequence[int]], str]) -> tuple[Html, Html]:
+    """Show the pruned answer, whose words can be pressed, and the dense one.
 
     Args:
-        name: whose it is.
-        text: the answer so far; while it grows it is one text.
-        words: the answer's words once it has ended.
-        done: whether it has ended.
-        pressed: whether a word can be pressed, to see what the model looked at.
+        screen: with the answers so far; None before anything was asked.
+        decode: gives the text of tokens.
     """
-    if words:
-        body = " ".join(_word(number, word, pressed) for number, word in enumerate(words))
-    elif done:
-        body = "<span class=muted>(an empty answer)</span>"
-    else:
-        body = escape(text)
-    growing = "" if done else " aria-busy=true"
-    return Html(f"<section class=answer{growing} aria-live=polite><h3>{escape(name)}</h3><p>{body}</p></section>")
+    if screen is None or screen.answered is None:
+        return _answer("Pruned", "<p class=small>Press Run.</p>"), _answer("Dense", "<p class=small>Press Run.</p>")
+    done = bool(screen.pruned and screen.pruned.done and screen.dense and screen.dense.done)
+    bodies = []
+    for number, (answer, words) in enumerate(zip((screen.pruned, screen.dense), screen.words, strict=True)):
+        pressed = screen.word if number == 0 and screen.current else -1
+        if words:
+            text = " ".join(_word(place, word, pressed) for place, word in enumerate(words))
+        else:
+            text = escape(decode(answer.ids if answer else [])) or ("(an empty answer)" if done else "")
+        bodies.append(f"<p>{text}</p>")
+    old = "" if screen.current or not done else f" at {_name(screen.answered)}: press Run for a new one"
+    return _answer(f"Pruned{old}", bodies[0], done), _answer("Dense", bodies[1], done)
 
 
-def _word(number: int, word: Word, pressed: bool) -> str:
-    text, title = escape(word.text), " title='differs from the other answer'" if word.differs else ""
-    body = f"<mark{title}>{text}</mark>" if word.differs else text
-    return f"<button type=button data-word={number}>{body}</button>" if pressed else f"<span>{body}</span>"
+def _answer(name: str, body: str, done: bool = True) -> Html:
+    busy = "" if done else " aria-busy=true"
+    return Html(f"<section class=answer{busy} aria-live=polite><h3>{escape(name)}</h3>{body}</section>")
+
+
+def _word(number: int, word: Word, pressed: int | None) -> str:
+    """Show a word; `pressed` is the number of the one that is looked at, None for none, -1 where none can be."""
+    text = escape(word.text)
+    body = f"<mark title='differs from the other answer'>{text}</mark>" if word.differs else text
+    if pressed == -1:
+        return f"<span>{body}</span>"
+    return f"<button type=button data-word={number} aria-pressed={str(number == pressed).lower()}>{body}</button>"
+
+
+def _name(choice: Choice) -> str:
+    """Name a choice in a few words."""
+    return choice.recipe or f"{choice.percent:g}%, {choice.method}"
 
 
 def costs(screen: Screen | None) -> Html:
     """Show time, memory and work of both answers."""
     if screen is None:
         return Html("")
-    cost, pruned, dense = screen.cost, screen.pruned or Answer(), screen.dense or Answer()
+    cost = screen.cost
+    current = screen.answered == screen.request.choice
+    pruned, dense = (answer if answer and current else Answer() for answer in (screen.pruned, screen.dense))
     rows = [
         _row("time to first token", dense.first_seconds, pruned.first_seconds, lambda s: f"{1000 * s:,.0f} ms"),
         _row("tokens per second", dense.tokens_per_second, pruned.tokens_per_second, lambda n: f"{n:,.1f}"),

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -45,7 +47,9 @@ class Screen:
         pruned: the pruned answer so far; None before it was asked for.
         dense: the dense one.
         words: of both answers, pruned first, once they have ended.
+        answered: the choice that the answers were made with; None before there are some.
         kept: what is left of the picture; None until that is known.
+        word: number of the pruned answer's word that is looked at; None for none.
     """
 
     request: Request
@@ -54,7 +58,14 @@ class Screen:
     pruned: Answer | None = None
     dense: Answer | None = None
     words: tuple[Sequence[Word], Sequence[Word]] = ((), ())
+    answered: Choice | None = None
     kept: KeptImage | None = None
+    word: int | None = None
+
+    @property
+    def current(self) -> bool:
+        """Whether the answers are whole, and of the choice on the screen."""
+        return self.answered == self.request.choice and self.pruned is not None and self.pruned.done
 
 
 def read_request(
@@ -86,9 +97,19 @@ def read_request(
     return Request(limits.read_picture(picture), text, choice, most)
 
 
-def look(served: ServedModel, request: Request) -> Screen:
-    """Find out what is left of a picture, without an answer."""
+def look(served: ServedModel, request: Request, before: Screen | None = None) -> Screen:
+    """Find out what is left of a picture, without an answer.
+
+    Args:
+        served: the model.
+        request: of `read_request`.
+        before: what was on the screen; answers to the same question stay, as those of another choice.
+    """
     screen, prompt = _begin(served, request)
+    old = before.request if before else None
+    if before and old and (old.question, old.picture.data) == (request.question, request.picture.data):
+        answers = {name: getattr(before, name) for name in ("pruned", "dense", "words", "answered")}
+        screen = dataclasses.replace(screen, **answers)
     return _with_kept(served, screen, prompt)
 
 
@@ -107,7 +128,7 @@ def run(served: ServedModel, request: Request) -> Iterator[Screen]:
     """
     screen, prompt = _begin(served, request)
     for pruned, dense in served.answers(prompt, screen.pruning, request.tokens):
-        screen = dataclasses.replace(screen, pruned=dataclasses.replace(pruned), dense=dataclasses.replace(dense))
+        screen = dataclasses.replace(screen, pruned=pruned, dense=dense, answered=request.choice)
         yield screen
     assert screen.pruned and screen.dense
     own, other = marked([words_of(answer.ids, served.decode) for answer in (screen.pruned, screen.dense)])
@@ -125,9 +146,11 @@ def attention_of(served: ServedModel, screen: Screen, number: int) -> torch.Tens
     Raises:
         ValueError: there is no such word.
     """
+    if not screen.current or screen.pruned is None:
+        raise ValueError("the answer is of another budget or method: press Run, and then a word")
     words = screen.words[0]
-    if screen.pruned is None or not 0 <= number < len(words):
-        raise ValueError(f"word {number}: the answer has {len(words)} words, counted from 0; press one of them")
+    if type(number) is not int or not 0 <= number < len(words):
+        raise ValueError(f"word={number!r}: the answer has {len(words)} words, counted from 0; press one of them")
     prompt = served.prompt(screen.request.picture, screen.request.question)
     return served.attention_of(prompt, screen.pruning, screen.pruned.ids, words[number].tokens)
 
@@ -163,3 +186,25 @@ def _begin(served: ServedModel, request: Request) -> tuple[Screen, Prompt]:
 def _with_kept(served: ServedModel, screen: Screen, prompt: Prompt) -> Screen:
     [kept] = served.kept(prompt, screen.request.picture, screen.pruning)
     return dataclasses.replace(screen, kept=kept)
+
+
+def facts(served: ServedModel, screen: Screen) -> dict[str, Any]:
+    """Say what is on the screen as plain data, for programs."""
+
+    def of(answer: Answer | None) -> dict[str, Any] | None:
+        return answer and {
+            "text": served.decode(answer.ids).strip(),
+            "tokens": len(answer.ids),
+            "seconds_to_first_token": answer.first_seconds,
+            "tokens_per_second": answer.tokens_per_second,
+        }
+
+    cost = dataclasses.asdict(screen.cost)
+    return {
+        "pruned": of(screen.pruned),
+        "dense": of(screen.dense),
+        "words_that_differ": [word.text for word in screen.words[0] if word.differs],
+        "enter_layer": screen.kept.counts if screen.kept else None,
+        "cost": {name: list(value) if isinstance(value, tuple) else value for name, value in cost.items()},
+        "recipe": json.loads(screen.pruning.recipe.to_json()),
+    }

@@ -7,7 +7,61 @@ import gradio as gr
 from fitprune._support import page
 from fitprune.pictures import player
 
-STYLE = f"""
-.fp{{{page.LIGHT}}}.dark .fp{{{page.DARK}}}
-.fp{{color:var(--fg);background:none}}
-"""
+_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+
+# What is the app's own has the class "fp"; the rest is Gradio's, by the theme.
+HEAD = f"""<style>
+:root{{{page.LIGHT};--small:.8125rem;--large:1.25rem;--larger:1.5625rem;--largest:1.953rem;--gap:1rem}}
+.dark{{{page.DARK}}}
+.fp{{{page.ELEMENTS}{player.STYLE}
+color:var(--fg);font-size:1rem;line-height:1.5;
+h1{{font-size:var(--large);margin:0}}h3{{margin:0;font-size:var(--small);color:var(--muted);font-weight:600}}
+.answer{{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:.6rem .8rem;min-height:5.5rem}}
+.answer p{{margin:.3rem 0 0;font-size:var(--large);line-height:1.6;max-width:none}}
+.answer p.small{{font-size:var(--small)}}
+.answer button{{border:1px dotted var(--muted);background:none;min-height:0;padding:0 .3rem;margin:.1rem;
+cursor:pointer}}
+.answer button[aria-pressed=true]{{border:2px solid var(--accent);background:var(--bg)}}
+mark{{background:none;color:var(--bad);text-decoration:underline wavy 2px;text-underline-offset:.2em;font-weight:700}}
+td.answer{{text-align:left;background:none;border-radius:0;min-height:0;border-width:0 0 1px;overflow-wrap:anywhere}}
+table{{width:100%}}
+}}
+.gradio-container{{max-width:80rem!important}}
+</style>"""
+
+
+def theme() -> gr.themes.Base:
+    """Make Gradio's theme of the page's colours."""
+    colours = {
+        "body_background_fill": "var(--bg)",
+        "body_text_color": "var(--fg)",
+        "body_text_color_subdued": "var(--muted)",
+        "background_fill_primary": "var(--bg)",
+        "background_fill_secondary": "var(--panel)",
+        "block_background_fill": "var(--bg)",
+        "block_label_background_fill": "var(--bg)",
+        "block_label_text_color": "var(--fg)",
+        "block_title_text_color": "var(--fg)",
+        "block_info_text_color": "var(--muted)",
+        "block_border_color": "var(--line)",
+        "border_color_primary": "var(--line)",
+        "border_color_accent": "var(--accent)",
+        "color_accent": "var(--accent)",
+        "input_background_fill": "var(--panel)",
+        "input_border_color": "var(--muted)",
+        "input_placeholder_color": "var(--muted)",
+        "slider_color": "var(--accent)",
+        "link_text_color": "var(--accent)",
+        "button_primary_background_fill": "var(--accent)",
+        "button_primary_background_fill_hover": "var(--fg)",
+        "button_primary_text_color": "var(--bg)",
+        "button_secondary_background_fill": "var(--panel)",
+        "button_secondary_background_fill_hover": "var(--line)",
+        "button_secondary_text_color": "var(--fg)",
+        "table_border_color": "var(--line)",
+        "table_even_background_fill": "var(--bg)",
+        "table_odd_background_fill": "var(--panel)",
+    }
+    base = gr.themes.Base(font=_FONTS, font_mono=("ui-monospace", "monospace"))
+    dark = {f"{name}_dark": value for name, value in colours.items() if hasattr(base, f"{name}_dark")}
+    return base.set(**colours, **dark)

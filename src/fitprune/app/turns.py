@@ -123,4 +123,4 @@ def in_turn(generates: Sequence[Generate], threads: Executor) -> Iterator[list[A
             for turn, answer in zip(turns, answers, strict=True):
                 if not answer.done:
                     turn.step(answer)
-                    yield answers
+                    yield [dataclasses.replace(each, ids=[*each.ids], seconds=[*each.seconds]) for each in answers]

@@ -1,7 +1,7 @@
 // Plays a figure of class "kept": its layers, the scores, and the share of a box that one draws. Gives its state, which
 // the figure that takes its place may go on with.
 // Coordinates are those of the picture in the page. Without this script the last layer is there to be seen.
-function play(figure, {layer, box = null, heat = false} = {}) {
+function play(figure, {layer, box = null, heat} = {}) {
   const data = JSON.parse(figure.querySelector('script').textContent);
   const one = selector => figure.querySelector(selector), all = selector => [...figure.querySelectorAll(selector)];
   const {entered, layers, views, colours} = data;
@@ -12,7 +12,7 @@ function play(figure, {layer, box = null, heat = false} = {}) {
   const counts = Array.from({length: layers}, (_, layer) => entered.filter(n => n > layer).length);
   let start = null, timer = null;
   layer = Math.min(layer ?? layers - 1, layers - 1);
-  if (scores) scores.checked = heat;
+  if (scores) scores.checked = heat ?? scores.defaultChecked;
 
   function cellsOf({rows, columns, box: [left, top, right, bottom], tokens}, view, grid) {
     const w = (right - left) / columns, h = (bottom - top) / rows, list = [];

@@ -74,12 +74,14 @@ class Heat:
         name: of the switch.
         low: what the lowest value means, after what the values are.
         high: what the highest means.
+        on: whether it is to be seen at once.
     """
 
     values: torch.Tensor
     name: str
     low: str
     high: str
+    on: bool = False
 
     @classmethod
     def of_scores(cls, scores: torch.Tensor) -> Heat:
@@ -150,7 +152,7 @@ def _facts(example: Example) -> str:
 def _controls(layers: int, heat: Heat | None) -> str:
     switch = legend = ""
     if heat is not None:
-        switch = f"<label><input type=checkbox>{escape(heat.name)}</label>"
+        switch = f"<label><input type=checkbox{' checked' if heat.on else ''}>{escape(heat.name)}</label>"
         legend = f"<p class='legend small' hidden>{escape(heat.low)}<i></i>{escape(heat.high)}</p>"
     return (
         f"<div class=controls hidden><button class=play type=button>Play</button><label class=layer>layer"

@@ -1,0 +1,70 @@
+"""Serve the page: warm the model up, and listen where the operator says."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from fitprune.app import screen, style
+from fitprune.app.layout import build
+from fitprune.app.python_lines import Source
+from fitprune.app.served import ServedModel
+
+MOST_WAITING = 200  # requests in the queue; the next one is refused
+MOST_SESSIONS = 100  # people whose screen is kept; the one who was away longest goes first
+
+
+def page_of(served: ServedModel, source: Source, examples: Sequence[tuple[Path, str]], title: str) -> gr.Blocks:
+    """Make the page, with the first example answered: so the first visitor meets a warm model.
+
+    Args:
+        served: the model.
+        source: where it comes from.
+        examples: pictures with a question each.
+        title: what is served.
+    """
+    # A player's data lie in a script element that is not to run.
+    warnings.filterwarnings("ignore", "A `<script>` tag was found", UserWarning)
+    first = None
+    if examples and served.recipes.fitter is not None:
+        request = screen.read_request(served, str(examples[0][0]), examples[0][1], 60, "fitprune")
+        for _ in range(2):  # the first one is slow, and its times are not to be shown
+            *_, first = screen.run(served, request)
+    return build(served, source, examples, title, first)
+
+
+def launch(page: gr.Blocks, served: ServedModel, *, host: str, port: int, share: bool = False, **options: Any) -> str:
+    """Serve the page; without `prevent_thread_lock` until it is interrupted.
+
+    Args:
+        page: of `page_of`.
+        served: the model.
+        host: address to listen at.
+        port: likewise.
+        share: open a public link through Gradio's servers.
+        **options: of Gradio's `launch`.
+
+    Returns:
+        The address.
+    """
+    page.queue(max_size=MOST_WAITING)
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        max_file_size=served.limits.megabytes << 20,
+        allowed_paths=[],
+        state_session_capacity=MOST_SESSIONS,
+        theme=style.theme(),
+        head=style.HEAD,
+        footer_links=["api"],
+        run_history=False,
+        ssr_mode=False,
+        quiet=True,
+        **options,
+    )
+    return str(url)
