@@ -99,9 +99,7 @@ def _answers(example: Example) -> list[str]:
     return [f"{name}: {answer}" for name, answer in example.answers.items()]
 
 
-def _bars(
-    draw: ImageDraw.ImageDraw, counts: Sequence[int], most: int, layer: int, place: tuple[int, int, int]
-) -> None:
+def _bars(draw: ImageDraw.ImageDraw, counts: Sequence[int], most: int, layer: int, place: tuple[int, int, int]) -> None:
     left, top, width = place
     step = width / len(counts)
     for number, count in enumerate(counts):
