@@ -112,7 +112,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
                 return STATISTICS if ours else "a safetensors file"
         if head.startswith(_IMAGES) or head[8:12] == b"WEBP" or head[4:8] == b"ftyp":
             return PICTURE if PICTURE_MARK.encode() in head else IMAGE
-        if head.lower().startswith((b"<!doctype html>", b"<svg")) and PICTURE_MARK.encode() in head:
+        if head.lower().startswith((b"<!doctype html>", b"<svg")) and PICTURE_MARK.encode() in head[:400]:
             return PICTURE
         if head.lower().startswith(b"<!doctype html>") and b"fitprune" in head:
             return REPORT

@@ -100,7 +100,7 @@ def escape(text: object) -> Html:
     return text if isinstance(text, Html) else Html(html.escape(str(text)))
 
 
-def page(title: str, body: str, *, style: str = "", script: str = "") -> str:
+def page(title: str, body: str, *, style: str = "", script: str = "", maker: str = "fitprune") -> str:
     """Make a page that loads nothing, and runs no script but the ones of its maker.
 
     Args:
@@ -108,6 +108,7 @@ def page(title: str, body: str, *, style: str = "", script: str = "") -> str:
         body: HTML, without a main element and without `h1`.
         style: CSS of this page, after the design's.
         script: JavaScript of this page, run when all of it is there.
+        maker: what made it, by which `files.kind_of` knows the page again.
     """
     scripts = [text for text in (_SORT if "class=sortable" in body else "", script) if text]
     hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts]
@@ -116,7 +117,7 @@ def page(title: str, body: str, *, style: str = "", script: str = "") -> str:
         f"script-src {' '.join(hashes) or repr('none')}; base-uri 'none'; form-action 'none'"
     )
     return (
-        f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=generator content=fitprune>\n"
+        f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=generator content='{maker}'>\n"
         f'<meta http-equiv=Content-Security-Policy content="{policy}">\n'
         f"<meta name=viewport content='width=device-width,initial-scale=1'>\n<title>{escape(title)}</title>\n"
         f"<style>{CSS}{style}</style></head>\n<body><main>\n<h1>{escape(title)}</h1>\n{body}\n</main>"

@@ -1,4 +1,4 @@
-"""`fitprune demo`: from calibration images to a page to look at, on the bundled model and its real handwritten digits."""
+"""`fitprune demo`: from calibration images to a page to look at, on the bundled model and real handwritten digits."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ QUICK = _Size((0.6, 0.8), "digit-details", 16, 64)  # details are what pruning l
 def add(commands: options.Commands) -> argparse.ArgumentParser:
     """Declare the command."""
     command = options.command(
-        commands, "demo", run, "measure, fit and evaluate the bundled model: the whole way in one command, which ends in "
-        "a page to look at",
+        commands, "demo", run, "measure, fit and evaluate the bundled model: the whole way in one command, to a "
+        "page to look at",
         "fitprune demo --quick",
     )  # fmt: skip
     command.add_argument("--quick", action="store_true", help="fewer samples and budgets: under a minute")

@@ -64,8 +64,8 @@ def _summary(results: Results) -> str:
     times = results.times().get((row.method, row.budget))
     prefill = f", and reads picture and question in {times['prefill_ratio']:.2f} of the time" if times else ""
     return (
-        f"The small LLaVA that ships in the package answered {results.tasks[0].questions:,} questions about handwritten digits "
-        f"that its training never saw. With {percent(row.flops_reduction)} of the visual tokens' FLOPs removed it says what the "
-        f"dense model says to {percent(row.agreement)} of them ({percent(row.accuracy)} are right, "
-        f"{percent(dense.accuracy)} without pruning){prefill}. Nothing was trained for that."
+        f"The small LLaVA that ships in the package answered {results.tasks[0].questions:,} questions about "
+        f"handwritten digits that its training never saw. With {percent(row.flops_reduction)} of the visual tokens' "
+        f"FLOPs removed it answers {percent(row.agreement)} of them as the dense model does "
+        f"({percent(row.accuracy)} are right, {percent(dense.accuracy)} without pruning){prefill}. Nothing was trained."
     )

@@ -58,6 +58,7 @@ def run(args: options.Args) -> None:
 def _show_recipe(args: options.Args) -> None:
     recipe = PruningRecipe.named(args.what)
     priced = cost.price(recipe, args)
+    drawn = None if args.output is None else _curve(recipe, priced, args)
     decoder, n = recipe.model.decoder, priced.visual_tokens
     print(f"model               {_text(recipe.model.model_type)}, {decoder.layers} layers of width {decoder.hidden}")
     print(f"budget              {_budget(recipe.provenance)}")
@@ -79,20 +80,19 @@ def _show_recipe(args: options.Args) -> None:
     print("\norigin")
     for name, value in _flat(recipe.provenance):
         print(f"  {name:<32}  {value}")
-    if args.output is not None:
-        replaced = _draw(recipe, priced, args)
+    if drawn is not None:
+        text, replaced = drawn
+        files.write_text(args.output, text)
         print(f"\n{args.output}{replaced}")
 
 
-def _draw(recipe: PruningRecipe, priced: Cost, args: options.Args) -> str:
-    """Draw the curve; returns what `files.claim` does."""
+def _curve(recipe: PruningRecipe, priced: Cost, args: options.Args) -> tuple[str, str]:
+    """Draw the curve as the text of a file, and give what `files.claim` does of that file."""
     from fitprune.pictures.curve import curve_file
 
     title = f"{_text(recipe.model.model_type)}: {_budget(recipe.provenance)}"
     text = curve_file(args.output, recipe, priced.visual_tokens, title)
-    replaced = files.claim(args.output, files.PICTURE, overwrite=args.overwrite)
-    files.write_text(args.output, text)
-    return replaced
+    return text, files.claim(args.output, files.PICTURE, overwrite=args.overwrite)
 
 
 def _budget(provenance: Mapping[str, Any]) -> str:

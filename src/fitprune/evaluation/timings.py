@@ -48,6 +48,7 @@ def time_methods(run: Run, batches: int, *, progress: bool = False) -> dict[str,
             ):
                 for row, new in zip(seconds, measured, strict=True):
                     row += new
+    ratios = zip(in_turn.time_ratios(prefill), in_turn.time_ratios(decode), strict=True)
     methods = [(DENSE, None), *((entry.name, entry.budget) for entry in entries)]
     return {
         "batch_size": run.batch_size,
@@ -57,6 +58,6 @@ def time_methods(run: Run, batches: int, *, progress: bool = False) -> dict[str,
         "dense_decode_seconds_per_token": min(decode[0]),
         "rows": [
             {"method": name, "budget": budget, "prefill_ratio": round(p, 4), "decode_ratio": round(d, 4)}
-            for (name, budget), p, d in zip(methods, in_turn.time_ratios(prefill), in_turn.time_ratios(decode), strict=True)
+            for (name, budget), (p, d) in zip(methods, ratios, strict=True)
         ],
     }

@@ -48,4 +48,4 @@ def curve_file(path: str | os.PathLike[str], recipe: PruningRecipe, visual_token
     if ending == ".html":
         return page(title, curve({"": recipe}, visual_tokens, title), maker=PICTURE_MARK)
     text = curve({"": recipe}, visual_tokens, title, file=True)
-    return text.replace("</svg>", f"<metadata>{PICTURE_MARK}</metadata></svg>")
+    return text.replace("<title>", f"<metadata>{PICTURE_MARK}</metadata><title>", 1)

@@ -47,9 +47,7 @@ def draw_kept(
     present = kept.present(layer)
     values = ranks(kept.scores[layer]) if scores and kept.scores is not None else None
     drawn = [_view(picture, view, present, values) for view in views_of(kept, width, height)]
-    sheet = Image.new(
-        "RGB", (sum(v.width + GAP for v in drawn) - GAP, max(v.height for v in drawn)), (255, 255, 255)
-    )
+    sheet = Image.new("RGB", (sum(v.width + GAP for v in drawn) - GAP, max(v.height for v in drawn)), (255, 255, 255))
     left = 0
     for view in drawn:
         sheet.paste(view, (left, 0))

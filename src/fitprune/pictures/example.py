@@ -1,10 +1,9 @@
-"""One question about one picture, with what stays of the picture and what was answered: what all pictures are made of."""
+"""One question about one picture, with what stays of it and what was answered: what is drawn."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -30,7 +29,7 @@ class Example:
     picture: Image.Image
     kept: KeptImage
     question: str = ""
-    answers: Mapping[str, str] = MappingProxyType({})
+    answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def example_of(
@@ -59,7 +58,5 @@ def example_of(
     """
     inputs = to_model(next(make_batches([sample], processor, prompt_template=prompt_template, model=model)), model)
     picture = sample.load_image()
-    ((kept,),) = kept_tokens(
-        model, recipe, inputs, processor=processor, pictures=[picture], scores=True, force=force
-    )
+    ((kept,),) = kept_tokens(model, recipe, inputs, processor=processor, pictures=[picture], scores=True, force=force)
     return Example(picture, kept, sample.text, answers)

@@ -86,16 +86,17 @@ class KeptImage:
         if not (left < right and top < bottom):
             raise ValueError(f"box={box}: must be left, top, right, bottom, with left < right and top < bottom")
         middle = (left + right) / 2, (top + bottom) / 2
-        cells = [(grid, *_middles(grid)) for grid in self.grids]
-        for in_box in (
-            lambda x, y, *_: (left <= x) & (x <= right) & (top <= y) & (y <= bottom),
-            lambda x, y, w, h: ((x - middle[0]).abs() <= w / 2) & ((y - middle[1]).abs() <= h / 2),
-        ):
-            inside = torch.zeros(len(self.entered), dtype=torch.bool)
-            for grid, *places in cells:
-                inside[grid.tokens[in_box(*places) & (grid.tokens >= 0)]] = True
-            if bool(inside.any()):
-                return inside
+        inside, around = (torch.zeros(len(self.entered), dtype=torch.bool) for _ in range(2))
+        for grid in self.grids:
+            x, y, width, height = _middles(grid)
+            has_token = grid.tokens >= 0
+            inside[grid.tokens[(left <= x) & (x <= right) & (top <= y) & (y <= bottom) & has_token]] = True
+            is_near = ((x - middle[0]).abs() <= width / 2) & ((y - middle[1]).abs() <= height / 2)
+            around[grid.tokens[is_near & has_token]] = True
+        if bool(inside.any()):
+            return inside
+        if bool(around.any()):
+            return around
         raise ValueError(f"box={box}: no visual token lies in it; draw it inside of what the model sees")
 
     def share(self, box: Box, layer: int) -> float:

@@ -34,7 +34,7 @@ STYLE = f"""
 .kept{{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:var(--gap);align-items:start;
 margin:var(--gap) 0 2rem}}
 .kept .views{{display:flex;flex-wrap:wrap;gap:.5rem}}.kept .view{{flex:1 1 40%;min-width:9rem}}
-.kept .view svg{{width:100%;height:auto;max-height:30rem;touch-action:pan-y;cursor:crosshair;background:var(--panel)}}
+.kept .view svg{{width:100%;height:auto;max-height:30rem;touch-action:pan-y;cursor:crosshair}}
 .kept .left{{fill:#0b0d0f;fill-opacity:.82}}.kept .outside{{fill:#eceef0;fill-opacity:.7;fill-rule:evenodd}}
 .kept .edge{{fill:none;stroke:rgb{OUTLINE};stroke-width:4}}.kept .heat path{{fill-opacity:.7}}
 .kept .frame{{fill:none;stroke:#fff;stroke-width:7;stroke-dasharray:18 10;paint-order:stroke;
@@ -122,7 +122,7 @@ def player(example: Example, number: int = 0, *, heat: Heat | None = None) -> Ht
     data = {
         "layers": kept.layers,
         "entered": kept.entered.tolist(),
-        "size": [_short(width), _short(height)],
+        "size": [round(width, 2), round(height, 2)],
         "views": [[_grid(grid, box) for grid, box in view.grids] for view in views],
         "ranks": None if heat is None else _bytes(heat.values),
         "colours": HEAT,
@@ -184,7 +184,7 @@ def _svg(view: View, image: str, kept: KeptImage) -> str:
     x, y, right, bottom = view.extent
     what = f"{view.name}: {kept.counts[-1]} of {len(kept.entered)} visual tokens enter layer {kept.layers - 1}"
     return (
-        f"<svg viewBox='{_short(x)} {_short(y)} {_short(right - x)} {_short(bottom - y)}' role=application tabindex=0 "
+        f"<svg viewBox='{_short(x)} {_short(y)} {_short(right - x)} {_short(bottom - y)}' preserveAspectRatio=xMinYMin role=application tabindex=0 "
         f'aria-label="{escape(what)}; the arrow keys draw a box">{image}'
         f"<path class=outside d='{outside(view)}' /><g class=heat></g><path class=left d='{left}' />"
         f"<path class=edge d='{edge}' /><rect class=frame /></svg>"
@@ -232,7 +232,7 @@ def _grid(grid: Grid, box: Box) -> dict[str, Any]:
     numbers = grid.tokens.flatten().tolist()
     usual = numbers == list(range(rows * columns))
     return {
-        "rows": rows, "columns": columns, "box": [_short(side) for side in box], "tokens": None if usual else numbers
+        "rows": rows, "columns": columns, "box": [round(side, 2) for side in box], "tokens": None if usual else numbers
     }  # fmt: skip
 
 

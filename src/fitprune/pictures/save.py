@@ -69,16 +69,14 @@ def _frames(example: Example) -> list[Image.Image]:
 
 def _write_gif(example: Example, file: IO[bytes]) -> None:
     frames = _frames(example)
-    colours = frames[0].quantize(255, dither=Image.Dither.NONE)  # of the picture with all tokens, and ...
-    both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))
+    both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))  # the first and the last frame have all colours
     both.paste(frames[0], (0, 0))
-    both.paste(frames[-1], (0, frames[0].height))  # ... with the last
+    both.paste(frames[-1], (0, frames[0].height))
     colours = both.quantize(255, dither=Image.Dither.NONE)
     first, *others = (each.quantize(palette=colours, dither=Image.Dither.NONE) for each in frames)
     durations = [LAYER] * (len(frames) - 1) + [LAST]
-    first.save(
-        file, format="gif", save_all=True, append_images=others, duration=durations, loop=0, comment=files.PICTURE_MARK.encode()
-    )
+    facts = {"duration": durations, "loop": 0, "comment": files.PICTURE_MARK.encode()}
+    first.save(file, format="gif", save_all=True, append_images=others, **facts)
 
 
 def _write_mp4(example: Example, file: IO[bytes]) -> None:

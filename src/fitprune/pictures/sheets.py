@@ -39,7 +39,7 @@ def frame(example: Example, layer: int) -> Image.Image:
         y += 26
     sheet.paste(picture, (_MARGIN + (width - picture.width) // 2, y))
     y += picture.height + 8
-    draw.text((_MARGIN, y), f"layer {layer}", NOW, _font(18))
+    draw.text((_MARGIN, y), f"layer {layer}", INK, _font(18))
     right = f"{kept.counts[layer]} of {len(kept.entered)} visual tokens"
     draw.text((_MARGIN + width, y), right, INK, _font(18), anchor="ra")
     y += 26
@@ -99,9 +99,7 @@ def _answers(example: Example) -> list[str]:
     return [f"{name}: {answer}" for name, answer in example.answers.items()]
 
 
-def _bars(
-    draw: ImageDraw.ImageDraw, counts: Sequence[int], most: int, layer: int, place: tuple[int, int, int]
-) -> None:
+def _bars(draw: ImageDraw.ImageDraw, counts: Sequence[int], most: int, layer: int, place: tuple[int, int, int]) -> None:
     left, top, width = place
     step = width / len(counts)
     for number, count in enumerate(counts):

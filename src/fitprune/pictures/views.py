@@ -84,9 +84,17 @@ def ranks(scores: torch.Tensor) -> torch.Tensor:
     return ((below + upto - 1) / 2 / max(len(values) - 1, 1)).masked_fill(scores.isnan(), torch.nan)
 
 
-def chosen_layers(kept: KeptImage, count: int) -> list[int]:
-    """Choose layers that tell how tokens leave: the first, the last, and where steps of what leaves are reached."""
-    counts = kept.counts
-    steps = [counts[0] - (counts[0] - counts[-1]) * k / (count - 1) for k in range(count - 1)]
-    layers = [next(layer for layer, n in enumerate(counts) if n <= step) for step in steps]
-    return sorted({*layers, kept.layers - 1})
+def chosen_layers(kept: KeptImage, most: int) -> list[int]:
+    """Choose layers that show how tokens leave: the first, the last, and others whose counts differ most from theirs.
+
+    Args:
+        kept: the image.
+        most: layers to choose, at least 2; fewer where fewer differ.
+    """
+    counts, layers = kept.counts, {0, kept.layers - 1}
+    while len(layers) < most:
+        away = [min(abs(count - counts[other]) for other in layers) for count in counts]
+        if not max(away):
+            break
+        layers.add(away.index(max(away)))
+    return sorted(layers)
