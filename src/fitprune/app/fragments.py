@@ -32,6 +32,8 @@ def answers(screen: Screen | None, decode: Callable[[Sequence[int]], str]) -> tu
         else:
             text = escape(decode(answer.ids if answer else [])) or ("(an empty answer)" if done else "")
         bodies.append(f"<p>{text}</p>")
+    if bodies[0] and screen.current and screen.words[0]:
+        bodies[0] += "<p class=small>Press a word to see what the model looked at when it wrote it.</p>"
     old = "" if screen.current or not done else f" at {_name(screen.answered)}: press Run for a new one"
     return _answer(f"Pruned{old}", bodies[0], done), _answer("Dense", bodies[1], done)
 
@@ -69,7 +71,7 @@ def costs(screen: Screen | None) -> Html:
         _row("prefill", cost.dense_prefill_flops, cost.prefill_flops, lambda n: scaled(n, "FLOPs")),
         _row("visual tokens a layer", cost.visual_tokens, cost.mean_visual_tokens, lambda n: f"{n:,.0f}"),
     ]
-    return table(["", "dense", "pruned", "pruned / dense"], rows, label="what both cost")
+    return table(["", "dense", "pruned", "ratio"], rows, label="what both cost")
 
 
 def _row(name: str, dense: float | None, pruned: float | None, write: Callable[[float], str]) -> list[str]:

@@ -63,16 +63,16 @@ def build(
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
                 picture = gr.Image(
-                    str(examples[0][0]) if examples else None, type="filepath", image_mode=None, height=260,
+                    str(examples[0][0]) if examples else None, type="filepath", image_mode=None, height=220,
                     sources=["upload", "clipboard", "webcam"], label="Picture", elem_id="picture",
+                )  # fmt: skip
+                chosen = gr.Dataset(
+                    label="Examples", components=[gr.Image(visible=False)], samples=[[str(path)] for path, _ in examples],
+                    type="index", layout="gallery", visible=bool(examples), elem_id="examples",
                 )  # fmt: skip
                 question = gr.Textbox(
                     examples[0][1] if examples else "", label="Question", max_length=limits.question, lines=1,
                     elem_id="question",
-                )  # fmt: skip
-                chosen = gr.Examples(
-                    [[str(path), text] for path, text in examples], [picture, question], label="Examples",
-                    api_visibility="private",
                 )  # fmt: skip
                 budget = gr.Slider(
                     0, MOST_PERCENT, 60, step=1, label="Budget: percent of the visual FLOPs to save", elem_id="budget"
@@ -86,28 +86,28 @@ def build(
                     )
                     tokens = gr.Slider(1, limits.answer, 64, step=1, label="Most tokens of an answer")
                 with gr.Row():
-                    run = gr.Button("Run", variant="primary", elem_id="run")
-                    stop = gr.Button("Stop", elem_id="stop")
+                    run = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
+                    stop = gr.Button("Stop", elem_id="stop", min_width=120)
             with gr.Column(scale=3, min_width=320):
                 pruned, dense = fragments.answers(first, served.decode)
                 with gr.Row(equal_height=True):
                     pruned_answer = _html(pruned, js_on_load=_PRESS, elem_id="pruned", min_width=150)
                     dense_answer = _html(dense, elem_id="dense", min_width=150)
                 costs = _html(fragments.costs(first), elem_id="costs")
-        with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Layers"):
-                layers = _html(_layers(first), js_on_load=_PLAY, elem_id="layers")
-            with gr.Tab("Budgets"):
-                by_budget = gr.Button(f"Answer at {', '.join(f'{n}%' for n in BUDGETS)}", elem_id="by-budget")
-                budgets = _html("", elem_id="budgets")
-            with gr.Tab("Methods"):
-                by_method = gr.Button("Answer by every method, at this budget", elem_id="by-method")
-                methods = _html("", elem_id="methods")
-            with gr.Tab("Python"):
-                code = gr.Code(
-                    python_lines(first, source) if first else "", language="python", label="Copy as Python",
-                    interactive=False, elem_id="python",
-                )  # fmt: skip
+                with gr.Tabs(elem_id="tabs"):
+                    with gr.Tab("Layers"):
+                        layers = _html(_layers(first), js_on_load=_PLAY, elem_id="layers")
+                    with gr.Tab("Budgets"):
+                        by_budget = gr.Button(f"Answer at {', '.join(f'{n}%' for n in BUDGETS)}", elem_id="by-budget")
+                        budgets = _html("", elem_id="budgets")
+                    with gr.Tab("Methods"):
+                        by_method = gr.Button("Answer by every method, at this budget", elem_id="by-method")
+                        methods = _html("", elem_id="methods")
+                    with gr.Tab("Python"):
+                        code = gr.Code(
+                            python_lines(first, source) if first else "", language="python", label="Copy as Python",
+                            interactive=False, elem_id="python",
+                        )  # fmt: skip
         asked = [picture, question, budget, method, scorer, tokens]
         seen = [state, pruned_answer, dense_answer, costs, layers, code]
         events = _Events(served, source)
@@ -123,8 +123,10 @@ def build(
         stop.click(None, cancels=running, api_visibility="private")
         moved = [budget.input, picture.input, method.input, scorer.input]
         gr.on(moved, events.look, [state, *asked], seen, **quiet)
-        if examples:
-            chosen.load_input_event.then(events.run, asked, seen, **loud)
+        chosen.click(
+            lambda number: (str(examples[number][0]), examples[number][1]), chosen, [picture, question],
+            show_progress="hidden", api_visibility="private",
+        ).then(events.run, asked, seen, **loud)  # fmt: skip
         pruned_answer.word(events.word, state, [state, pruned_answer, layers], **quiet)
         _api(events, asked, device)
     return page

@@ -24,8 +24,10 @@ cursor:pointer}}
 .answer button[aria-pressed=true]{{border:2px solid var(--accent);background:var(--bg)}}
 mark{{background:none;color:var(--bad);text-decoration:underline wavy 2px;text-underline-offset:.2em;font-weight:700}}
 td.answer{{text-align:left;background:none;border-radius:0;min-height:0;border-width:0 0 1px;overflow-wrap:anywhere}}
-table{{width:100%}}
+table{{width:100%}}td{{white-space:nowrap}}td.answer{{white-space:normal}}
 }}
+@media (max-width:799px){{.fp td,.fp th{{padding:.35em .3em}}footer{{display:none!important}}
+#tabs .tab-container button{{padding:0 .6rem}}}}
 .gradio-container{{max-width:80rem!important}}
 </style>"""
 
