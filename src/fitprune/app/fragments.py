@@ -79,7 +79,9 @@ def _row(name: str, dense: float | None, pruned: float | None, write: Callable[[
     return [name, *(NONE if value is None else write(value) for value in (dense, pruned)), ratio]
 
 
-def comparison(first: str, rows: Iterable[tuple[str, Screen | ValueError]], decode: Callable[[Sequence[int]], str]) -> Html:
+def comparison(
+    first: str, rows: Iterable[tuple[str, Screen | ValueError]], decode: Callable[[Sequence[int]], str]
+) -> Html:
     """Show answers and costs of several choices, one a line.
 
     Args:

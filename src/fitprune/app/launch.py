@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
 from fitprune.app import screen, style
 from fitprune.app.layout import build
 from fitprune.app.python_lines import Source
+from fitprune.app.recipes import FITTED
 from fitprune.app.served import ServedModel
 
 MOST_WAITING = 200  # requests in the queue; the next one is refused
@@ -29,9 +29,9 @@ def page_of(served: ServedModel, source: Source, examples: Sequence[tuple[Path, 
     """
     # A player's data lie in a script element that is not to run.
     warnings.filterwarnings("ignore", "A `<script>` tag was found", UserWarning)
-    first = None
+    first, limits = None, served.limits
     if examples and served.recipes.fitter is not None:
-        request = screen.read_request(served, str(examples[0][0]), examples[0][1], 60, "fitprune")
+        request = screen.read_request(served, str(examples[0][0]), examples[0][1], 60, FITTED, "", limits.usual_answer)
         first = min((list(screen.run(served, request))[-1] for _ in range(3)), key=_seconds)
     return build(served, source, examples, title, first)
 
@@ -41,8 +41,8 @@ def _seconds(answered: screen.Screen) -> float:
     return sum(answer.seconds[0] for answer in (answered.pruned, answered.dense) if answer)
 
 
-def launch(page: gr.Blocks, served: ServedModel, *, host: str, port: int, share: bool = False, **options: Any) -> str:
-    """Serve the page; without `prevent_thread_lock` until it is interrupted.
+def launch(page: gr.Blocks, served: ServedModel, host: str, port: int, *, share: bool = False) -> str:
+    """Serve the page, in threads of its own.
 
     Args:
         page: of `page_of`.
@@ -50,25 +50,30 @@ def launch(page: gr.Blocks, served: ServedModel, *, host: str, port: int, share:
         host: address to listen at.
         port: likewise.
         share: open a public link through Gradio's servers.
-        **options: of Gradio's `launch`.
 
     Returns:
         The address.
+
+    Raises:
+        OSError: the port is taken.
     """
     page.queue(max_size=MOST_WAITING)
-    _, url, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        max_file_size=served.limits.megabytes << 20,
-        allowed_paths=[],
-        state_session_capacity=MOST_SESSIONS,
-        theme=style.theme(),
-        head=style.HEAD,
-        footer_links=["api"],
-        run_history=False,
-        ssr_mode=False,
-        quiet=True,
-        **options,
-    )
-    return str(url)
+    try:
+        _, url, public = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            max_file_size=served.limits.megabytes << 20,
+            allowed_paths=[],
+            state_session_capacity=MOST_SESSIONS,
+            theme=style.theme(),
+            head=style.HEAD,
+            footer_links=["api"],
+            run_history=False,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise OSError(error.errno, f"port {port} of {host} cannot be used ({error}); pass another --port") from error
+    return str(public or url)

@@ -13,23 +13,29 @@ import gradio as gr
 
 from fitprune._support.messages import line
 from fitprune._support.page import Html, escape
+from fitprune._support.text_tables import plural
 from fitprune.app import fragments, screen
 from fitprune.app.python_lines import Source, python_lines
 from fitprune.app.recipes import FITTED, MOST_PERCENT, Choice
 from fitprune.app.screen import Screen
 from fitprune.app.served import ServedModel
 from fitprune.baselines.table import BASELINES
+from fitprune.calibration.samples import load_samples
 from fitprune.pictures.example import Example
 from fitprune.pictures.player import Heat, play, player
 from fitprune.scoring.scorers import SCORERS, get_scorer
 
+MEASURED = "digit-scenes/calibration"  # what is measured where the operator names no data
+REFUSED = "That does not work"
 BUDGETS = (0, 40, 60, 80, 90)  # that the page compares
 _PLAY = f"""{play()}
 let state = {{}};
 const start = () => {{
   const figure = element.querySelector('figure.kept');
-  const word = figure && figure.querySelector('[type=checkbox]:checked');
-  if (figure) state = play(figure, {{layer: state.layer, box: state.box, heat: state.heat || !!word}});
+  if (!figure) return;
+  if (state.stop) state.stop();  // the elements may be the same ones, with other data
+  const heat = figure.querySelector('[type=checkbox]');
+  state = play(figure, {{layer: state.layer, box: state.box, heat: state.heat || !!heat && heat.defaultChecked}});
 }};
 start();
 watch('value', start);"""
@@ -59,10 +65,14 @@ def build(
     limits, recipes = served.limits, served.recipes
     with gr.Blocks(title="fitprune", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         state = gr.State(first, time_to_live=3600)
-        _html(f"<h1>fitprune: move the budget, see what leaves</h1><p class=small>{escape(title)}</p>")
+        with gr.Row():
+            about = _html(_about(served, title), elem_id="about")
+            measure = gr.Button(
+                "Measure statistics", visible=recipes.fitter is None, elem_id="measure", min_width=120, scale=0
+            )
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
-                picture = gr.Image(
+                picture = _Picture(
                     str(examples[0][0]) if examples else None, type="filepath", image_mode=None, height=220,
                     sources=["upload", "clipboard", "webcam"], label="Picture", elem_id="picture",
                 )  # fmt: skip
@@ -84,7 +94,7 @@ def build(
                     scorer = gr.Dropdown(
                         [("the method's own", ""), *_scorers()], value="", label="Scorer", elem_id="scorer"
                     )
-                    tokens = gr.Slider(1, limits.answer, 64, step=1, label="Most tokens of an answer")
+                    tokens = gr.Slider(1, limits.answer, limits.usual_answer, step=1, label="Most tokens of an answer")
                 with gr.Row():
                     run = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
                     stop = gr.Button("Stop", elem_id="stop", min_width=120)
@@ -105,21 +115,28 @@ def build(
                         methods = _html("", elem_id="methods")
                     with gr.Tab("Python"):
                         code = gr.Code(
-                            python_lines(first, source) if first else "", language="python", label="Copy as Python",
+                            python_lines(first, source, recipes.statistics) if first else "", language="python", label="Copy as Python",
                             interactive=False, elem_id="python",
                         )  # fmt: skip
         asked = [picture, question, budget, method, scorer, tokens]
         seen = [state, pruned_answer, dense_answer, costs, layers, code]
-        events = _Events(served, source)
+        events = _Events(served, source, title)
         # One pass at a time: all that runs the model waits in one queue, which says how long it is.
         device: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
         quiet = {"show_progress": "hidden", "trigger_mode": "always_last", **device}
         loud = {"show_progress": "minimal", "show_progress_on": [costs], **device}
         running = [
             gr.on([run.click, question.submit, budget.release], events.run, asked, seen, **loud),
-            by_budget.click(events.budgets, asked, budgets, show_progress_on=[budgets], **_but(loud, "show_progress_on")),
-            by_method.click(events.methods, asked, methods, show_progress_on=[methods], **_but(loud, "show_progress_on")),
+            by_budget.click(
+                events.budgets, asked, budgets, show_progress_on=[budgets], **_but(loud, "show_progress_on")
+            ),
+            by_method.click(
+                events.methods, asked, methods, show_progress_on=[methods], **_but(loud, "show_progress_on")
+            ),
         ]
+        measure.click(
+            events.measure, None, [about, measure, method], show_progress_on=[about], trigger_mode="once", **device
+        )
         stop.click(None, cancels=running, api_visibility="private")
         moved = [budget.input, picture.input, method.input, scorer.input]
         gr.on(moved, events.look, [state, *asked], seen, **quiet)
@@ -132,12 +149,23 @@ def build(
     return page
 
 
+class _Picture(gr.Image):
+    """Gradio's picture, whose file is left to `Limits.read_picture` as it was sent."""
+
+    is_template = True  # to the browser it is Gradio's own
+
+    def preprocess(self, payload: Any) -> str | None:
+        if payload is not None and payload.path is None:
+            raise gr.Error("the picture is no file: upload it", title=REFUSED, print_exception=False)
+        return None if payload is None else str(payload.path)
+
+
 class _Events:
     """What the controls do. Each gives the values of what changes."""
 
-    def __init__(self, served: ServedModel, source: Source) -> None:
-        self.served, self.source = served, source
-        for name in ("run", "look", "word", "budgets", "methods", "answer"):
+    def __init__(self, served: ServedModel, source: Source, title: str) -> None:
+        self.served, self.source, self.title = served, source, title
+        for name in ("run", "look", "word", "budgets", "methods", "measure", "answer"):
             setattr(self, name, _refusing(getattr(self, name)))
 
     def run(self, *asked: Any) -> Iterator[tuple[Any, ...]]:
@@ -174,13 +202,25 @@ class _Events:
             rows.append((name, answer))
             yield fragments.comparison(first, rows, self.served.decode)
 
+    def measure(self, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008  # how Gradio passes it
+        if self.served.recipes.fitter is None:
+            samples = load_samples(MEASURED)
+            lines = f"samples = fitprune.load_samples({MEASURED!r})\nstats = fitprune.measure(model, "
+            lines += "fitprune.make_batches(samples, processor))"
+            self.served.measure(samples, lambda done: progress((done, len(samples)), unit="samples"), lines)
+        return _about(self.served, self.title), gr.Button(visible=False), gr.Dropdown(value=FITTED)
+
     def answer(self, *asked: Any) -> dict[str, Any]:
         *_, last = screen.run(self.served, screen.read_request(self.served, *asked))
         return screen.facts(self.served, last)
 
     def _seen(self, now: Screen) -> tuple[Any, ...]:
         whole = now.kept is not None
-        layers, code = (_layers(now), python_lines(now, self.source)) if whole else (gr.skip(), gr.skip())
+        layers, code = (
+            (_layers(now), python_lines(now, self.source, self.served.recipes.statistics))
+            if whole
+            else (gr.skip(), gr.skip())
+        )
         return now, *fragments.answers(now, self.served.decode), fragments.costs(now), layers, code
 
 
@@ -189,7 +229,7 @@ def _api(events: _Events, asked: Sequence[gr.components.Component], device: dict
     number, text = functools.partial(gr.Number, visible=False), functools.partial(gr.Textbox, visible=False)
     inputs = [
         asked[0], text(label="question"), number(60, label="budget"), text(FITTED, label="method"),
-        text("", label="scorer"), number(64, label="tokens"),
+        text("", label="scorer"), number(events.served.limits.usual_answer, label="tokens"),
     ]  # fmt: skip
     ask = gr.Button(visible=False)
     ask.click(
@@ -202,7 +242,7 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
     """Show what is wrong with what a person sends in a line, and nothing else of an error."""
 
     def refusal(error: Exception) -> gr.Error:
-        return gr.Error(escape(line(error, 400)), title="Not so", print_exception=False)
+        return gr.Error(escape(line(error, 400)), title=REFUSED, print_exception=False)
 
     if inspect.isgeneratorfunction(function):
 
@@ -238,6 +278,19 @@ def _layers(now: Screen | None, attention: Any = None) -> Html:
         name = f"what the model looked at for the word {word}"
         heat = Heat(values, name, "attention, mean over heads and layers: none", "most", on=True)
     return player(Example(now.request.picture.image(), now.kept), heat=heat)
+
+
+def _about(served: ServedModel, title: str) -> Html:
+    """Say what is served, and what its recipes are fitted from."""
+    fitter = served.recipes.fitter
+    if fitter is not None:
+        text = f"{title}, {served.layers} layers; recipes are fitted from {plural(len(fitter.stats), 'sample')}"
+    else:
+        text = (
+            f"{title}, {served.layers} layers, without statistics: FitPrune's recipes need some. Measuring runs the "
+            f"bundled {MEASURED}; pictures like yours are better: fitprune app {title} --data ..."
+        )
+    return Html(f"<h1>fitprune: move the budget, see what leaves</h1><p class=small>{escape(text)}</p>")
 
 
 def _html(value: str, **options: Any) -> gr.HTML:

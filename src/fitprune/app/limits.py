@@ -47,6 +47,11 @@ class Limits:
     question: int = 1000
     answer: int = 256
 
+    @property
+    def usual_answer(self) -> int:
+        """Tokens of an answer where nothing else is chosen."""
+        return min(64, self.answer)
+
     def read_picture(self, path: str | os.PathLike[str] | None) -> Picture:
         """Read a picture's file, and decode it once, so that a bad one is refused now.
 
@@ -63,7 +68,9 @@ class Limits:
         picture = Picture(data, Path(path).name)
         if len(data) > self.megabytes << 20:
             size = os.path.getsize(path) / 2**20
-            raise ValueError(f"{picture.name} has {size:.1f} MB: must have at most {self.megabytes} MB; save it smaller")
+            raise ValueError(
+                f"{picture.name} has {size:.1f} MB: must have at most {self.megabytes} MB; save it smaller"
+            )
         try:
             with Image.open(io.BytesIO(data)) as opened:  # its header alone
                 width, height = opened.size

@@ -77,6 +77,8 @@ def _continued(inputs: Mapping[str, Any], answer: Sequence[int]) -> dict[str, An
     call = dict(inputs)
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.shape == ids.shape:
-            more = functools.partial(torch.ones_like if name == "attention_mask" else torch.zeros_like, dtype=value.dtype)
+            more = functools.partial(
+                torch.ones_like if name == "attention_mask" else torch.zeros_like, dtype=value.dtype
+            )
             call[name] = torch.cat([value, tail if name == "input_ids" else more(tail)], 1)
     return call

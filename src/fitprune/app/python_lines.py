@@ -19,13 +19,11 @@ class Source:
 
     Attributes:
         loading: arguments of `load_model`.
-        statistics: lines that make `stats`; "" where there are none.
         prompt_template: as for `make_batches`.
         pictures: digest of a picture that comes with the data -> the expression that gives it.
     """
 
     loading: str
-    statistics: str = ""
     prompt_template: str | None = None
     pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -35,23 +33,25 @@ def digest_of(picture: Picture) -> str:
     return hashlib.sha256(picture.data).hexdigest()
 
 
-def python_lines(screen: Screen, source: Source) -> str:
+def python_lines(screen: Screen, source: Source, statistics: str) -> str:
     """Write the lines.
 
     Args:
         screen: what is to be done.
-        source: where model, statistics and pictures come from.
+        source: where model and pictures come from.
+        statistics: lines that make `stats`; "" where there are none.
     """
     request, recipe = screen.request, screen.pruning.recipe
     picture = source.pictures.get(digest_of(request.picture), f"{_text(request.picture.name)}")
     scorer = f", {_text(screen.pruning.scorer)}" if screen.pruning.scorer else ""
+    recipe_lines = _recipe(screen, statistics)
     template = f", prompt_template={source.prompt_template!r}" if source.prompt_template else ""
+    adapting = "from fitprune.families.adapter import adapt\n" if "adapt(" in recipe_lines else ""
     return f"""import fitprune
-from fitprune.families.adapter import adapt
-from fitprune.families.inputs import to_model
+{adapting}from fitprune.families.inputs import to_model
 
 model, processor = fitprune.load_model({source.loading})
-{_recipe(screen, source)}
+{recipe_lines}
 sample = fitprune.Sample("0", {_text(request.question)}, {picture})
 [batch] = fitprune.make_batches([sample], processor, model=model{template})
 inputs = to_model(batch, model)
@@ -65,13 +65,13 @@ for name, ids in (("pruned", pruned), ("dense", dense)):
 
 picture = sample.load_image()
 [[kept]] = fitprune.kept_tokens(
-    model, recipe, inputs, processor=processor, pictures=[[picture]]{", scorer=" + scorer[2:] if scorer else ""}
+    model, recipe, inputs, processor=processor, pictures=[picture]{", scorer=" + scorer[2:] if scorer else ""}
 )
 fitprune.draw_kept(picture, kept, layer={len(recipe.keep) - 1}).save("kept.png")
 """
 
 
-def _recipe(screen: Screen, source: Source) -> str:
+def _recipe(screen: Screen, statistics: str) -> str:
     choice, recipe = screen.request.choice, screen.pruning.recipe
     share = round(choice.percent / 100, 6)
     if choice.recipe is not None:
@@ -81,11 +81,11 @@ def _recipe(screen: Screen, source: Source) -> str:
     if not choice.percent:
         return f"recipe = fitprune.PruningRecipe.dense(adapt(model).fingerprint, {recipe.visual_tokens})"
     if choice.method == FITTED:
-        return f"{source.statistics}\nrecipe = fitprune.fit(stats, flops_reduction={share})"
-    target = "fitprune.Fitter(stats)" if source.statistics else _sizes(recipe.visual_tokens)
+        return f"{statistics}\nrecipe = fitprune.fit(stats, flops_reduction={share})"
+    target = "fitprune.Fitter(stats)" if statistics else _sizes(recipe.visual_tokens)
     budget = f'fitprune.checked_budget("flops_reduction", {share})'
     made = f"recipe = fitprune.make_method({_text(choice.method)}, {target}, {budget})"
-    return f"{source.statistics}\n{made}".lstrip()
+    return f"{statistics}\n{made}".lstrip()
 
 
 def _sizes(visual_tokens: int) -> str:

@@ -1,5 +1,4 @@
-"""The recipes that the app offers: of any method for a budget, or by name. Nothing is read by a path that a user names.
-"""
+"""The recipes that the app offers: of any method for a budget, or by name. No file is read by a path of a visitor's."""
 
 from __future__ import annotations
 
@@ -54,19 +53,18 @@ class Recipes:
     Args:
         model: the model's type and sizes.
         folder: of the operator's recipe files; None for none. Files of other models are left out.
-        fitter: of the model's statistics; None before they are there.
 
     Attributes:
         named: name -> recipe of the folder, and those that were published for this model.
-        fitter: as above.
+        fitter: of the model's statistics; None before they are there.
+        statistics: Python lines that make the statistics as `stats`; "" before they are there.
     """
 
-    def __init__(
-        self, model: ModelFingerprint, folder: str | os.PathLike[str] | None = None, fitter: Fitter | None = None
-    ) -> None:
+    def __init__(self, model: ModelFingerprint, folder: str | os.PathLike[str] | None = None) -> None:
         self.model = model
         self.named: Mapping[str, PruningRecipe] = {**_published(model), **_of_folder(model, folder)}
-        self.fitter = fitter
+        self.fitter: Fitter | None = None
+        self.statistics = ""
         self._lock = threading.Lock()  # a fitter notes what it has tried
         self._solved = functools.lru_cache(maxsize=1000)(self._solve)
 
@@ -119,10 +117,10 @@ class Recipes:
         target = self.fitter or Sizes(self.model, visual_tokens)
         return make_method(method, target, checked_budget("flops_reduction", percent / 100))
 
-    def use(self, fitter: Fitter) -> None:
-        """Take new statistics."""
+    def use(self, fitter: Fitter, statistics: str) -> None:
+        """Take new statistics, and the Python lines that make them."""
         with self._lock:
-            self.fitter = fitter
+            self.fitter, self.statistics = fitter, statistics
             self._solved.cache_clear()
 
 

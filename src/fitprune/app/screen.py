@@ -1,5 +1,4 @@
-"""What one person has on the screen: a picture, a question, what is left of the picture, and the answers. No web page.
-"""
+"""What one person has on the screen: picture, question, what is left of the picture, answers. Knows no web page."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ class Request:
     picture: Picture
     question: str
     choice: Choice
-    tokens: int = 64
+    tokens: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,8 +73,8 @@ def read_request(
     question: object,
     percent: object,
     method: object,
-    scorer: object = "",
-    tokens: object = 64,
+    scorer: object,
+    tokens: object,
 ) -> Request:
     """Check all that a person sends.
 
@@ -130,8 +129,7 @@ def run(served: ServedModel, request: Request) -> Iterator[Screen]:
     for pruned, dense in served.answers(prompt, screen.pruning, request.tokens):
         screen = dataclasses.replace(screen, pruned=pruned, dense=dense, answered=request.choice)
         yield screen
-    assert screen.pruned and screen.dense
-    own, other = marked([words_of(answer.ids, served.decode) for answer in (screen.pruned, screen.dense)])
+    own, other = marked([words_of(answer.ids, served.decode) for answer in (screen.pruned, screen.dense) if answer])
     yield _with_kept(served, dataclasses.replace(screen, words=(own, other)), prompt)
 
 

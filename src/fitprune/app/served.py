@@ -30,7 +30,6 @@ from fitprune.evaluation.answers import prompt_sizes
 from fitprune.families.adapter import adapt
 from fitprune.families.inputs import to_model
 from fitprune.fitting.fit import Fitter
-from fitprune.fitting.stats import AttentionStats
 from fitprune.pictures.kept import KeptImage, kept_tokens
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.scorers import get_scorer
@@ -91,9 +90,7 @@ class ServedModel:
     def prompt(self, picture: Picture, question: str) -> Prompt:
         """Make a prompt; a ValueError says what the processor refuses."""
         sample = Sample("0", question, picture.image(), where=picture.name)
-        [batch] = make_batches(
-            [sample], self.processor, prompt_template=self.prompt_template, model=self.model
-        )
+        [batch] = make_batches([sample], self.processor, prompt_template=self.prompt_template, model=self.model)
         inputs = to_model(batch, self.model)
         [sizes] = prompt_sizes(self.adapted, inputs)
         return Prompt(inputs, tuple(sizes))  # type: ignore[arg-type]  # four of them
@@ -102,9 +99,7 @@ class ServedModel:
         """Price a recipe for a prompt."""
         visual, before, text, crops = prompt.sizes
         size = self.model.dtype.itemsize
-        return recipe.cost(
-            visual_tokens=visual, text_before=before, text_tokens=text, crops=crops, value_bytes=size
-        )
+        return recipe.cost(visual_tokens=visual, text_before=before, text_tokens=text, crops=crops, value_bytes=size)
 
     def answers(self, prompt: Prompt, pruning: Pruning, tokens: int, *, dense: bool = True) -> Iterator[list[Answer]]:
         """Answer pruned and dense, in turn, a token each; the device is taken until the last token, or `close`.
@@ -159,12 +154,15 @@ class ServedModel:
         text: str = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def measure(self, samples: Sequence[Sample], progress: Callable[[int, int], None], *, batch_size: int = 1) -> AttentionStats:
+    def measure(
+        self, samples: Sequence[Sample], progress: Callable[[int], Any], lines: str, *, batch_size: int = 1
+    ) -> None:
         """Measure statistics, and offer the recipes that are fitted from them.
 
         Args:
             samples: images and questions.
-            progress: gets the number of samples so far, and of all.
+            progress: gets the number of samples so far.
+            lines: Python lines that do the same.
             batch_size: samples in a pass.
 
         Raises:
@@ -176,10 +174,9 @@ class ServedModel:
 
         def watched() -> Iterator[Any]:
             for number, batch in enumerate(batches):
-                progress(number * batch_size, len(samples))
                 yield batch
+                progress(min((number + 1) * batch_size, len(samples)))
 
         with self._device:
             stats = measure(self.model, watched())
-        self.recipes.use(Fitter(stats))
-        return stats
+        self.recipes.use(Fitter(stats), lines)

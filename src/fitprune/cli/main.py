@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from fitprune._version import __version__
 from fitprune.cli import (
     analyze,
+    app,
     benchmarks,
     convert_llava_hr,
     cost,
@@ -43,7 +44,7 @@ from fitprune.cli.parser import HelpFormatter, Parser, shortened
 GROUPS = {
     "from a model to a recipe": (recipe, measure, fit, search),
     "look at a recipe and share it": (show, cost, push),
-    "use a recipe and judge it": (generate, serve, evaluate, report),
+    "use a recipe and judge it": (app, generate, serve, evaluate, report),
     "benchmarks and anybody's answers": (benchmarks, score),
     "time it on this device": (profile, time),
     "more": (analyze, families, env, convert_llava_hr, demo),

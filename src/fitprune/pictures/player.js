@@ -145,5 +145,7 @@ function play(figure, {layer, box = null, heat} = {}) {
 
   one('.controls').hidden = false;
   draw();
-  return {get layer() { return layer; }, get box() { return box; }, get heat() { return !!scores && scores.checked; }};
+  return {
+    stop, get layer() { return layer; }, get box() { return box; }, get heat() { return !!scores && scores.checked; },
+  };
 }
