@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from fitprune._support.page import Html, escape, table
 from fitprune._support.text_tables import scaled
@@ -10,8 +11,24 @@ from fitprune.app.recipes import Choice
 from fitprune.app.screen import Screen
 from fitprune.app.turns import Answer
 from fitprune.app.words import Word
+from fitprune.calibration.pictures import load_picture
+from fitprune.pictures.player import data_url
 
 NONE = "-"  # where there is no figure
+
+
+def examples(pictures: Sequence[tuple[Path, str]]) -> Html:
+    """Show pictures that can be chosen, each with its question."""
+
+    def button(number: int, path: Path, question: str) -> str:
+        picture = load_picture(path)
+        picture.thumbnail((192, 192))
+        return (
+            f"<button type=button data-example={number} title='{escape(question)}' aria-label='{escape(question)}'>"
+            f"<img src={data_url(picture)} alt=''></button>"
+        )
+
+    return Html("".join(button(number, *each) for number, each in enumerate(pictures)))
 
 
 def answers(screen: Screen | None, decode: Callable[[Sequence[int]], str]) -> tuple[Html, Html]:
@@ -40,7 +57,7 @@ def answers(screen: Screen | None, decode: Callable[[Sequence[int]], str]) -> tu
 
 def _answer(name: str, body: str, done: bool = True) -> Html:
     busy = "" if done else " aria-busy=true"
-    return Html(f"<section class=answer{busy} aria-live=polite><h3>{escape(name)}</h3>{body}</section>")
+    return Html(f"<section class=answer{busy} aria-live=polite><h2>{escape(name)}</h2>{body}</section>")
 
 
 def _word(number: int, word: Word, pressed: int | None) -> str:
@@ -71,7 +88,7 @@ def costs(screen: Screen | None) -> Html:
         _row("prefill", cost.dense_prefill_flops, cost.prefill_flops, lambda n: scaled(n, "FLOPs")),
         _row("visual tokens a layer", cost.visual_tokens, cost.mean_visual_tokens, lambda n: f"{n:,.0f}"),
     ]
-    return table(["", "dense", "pruned", "ratio"], rows, label="what both cost")
+    return table(["this prompt", "dense", "pruned", "ratio"], rows, label="what both cost")
 
 
 def _row(name: str, dense: float | None, pruned: float | None, write: Callable[[float], str]) -> list[str]:

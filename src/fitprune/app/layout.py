@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from fitprune._support.messages import line
+from fitprune._support.messages import line, short
 from fitprune._support.page import Html, escape
 from fitprune._support.text_tables import plural
 from fitprune.app import fragments, screen
@@ -42,6 +42,10 @@ watch('value', start);"""
 _PRESS = """element.addEventListener('click', event => {
   const word = event.target.closest('[data-word]');
   if (word) trigger('word', {number: +word.dataset.word});
+});"""
+_CHOOSE = """element.addEventListener('click', event => {
+  const example = event.target.closest('[data-example]');
+  if (example) trigger('example', {number: +example.dataset.example});
 });"""
 _EMPTY = Html("<p class=small>Choose a picture, ask, and press Run: here the tokens that are left are shown.</p>")
 
@@ -76,10 +80,7 @@ def build(
                     str(examples[0][0]) if examples else None, type="filepath", image_mode=None, height=220,
                     sources=["upload", "clipboard", "webcam"], label="Picture", elem_id="picture",
                 )  # fmt: skip
-                chosen = gr.Dataset(
-                    label="Examples", components=[gr.Image(visible=False)], samples=[[str(path)] for path, _ in examples],
-                    type="index", layout="gallery", visible=bool(examples), elem_id="examples",
-                )  # fmt: skip
+                chosen = _html(fragments.examples(examples), js_on_load=_CHOOSE, elem_id="examples")
                 question = gr.Textbox(
                     examples[0][1] if examples else "", label="Question", max_length=limits.question, lines=1,
                     elem_id="question",
@@ -114,13 +115,14 @@ def build(
                         by_method = gr.Button("Answer by every method, at this budget", elem_id="by-method")
                         methods = _html("", elem_id="methods")
                     with gr.Tab("Python"):
-                        code = gr.Code(
-                            python_lines(first, source, recipes.statistics) if first else "", language="python", label="Copy as Python",
-                            interactive=False, elem_id="python",
+                        lines = python_lines(first, source, recipes.statistics) if first else ""
+                        code = gr.Textbox(
+                            lines, label="Copy as Python", lines=12, max_lines=40, buttons=["copy"], interactive=False,
+                            elem_id="python",
                         )  # fmt: skip
         asked = [picture, question, budget, method, scorer, tokens]
         seen = [state, pruned_answer, dense_answer, costs, layers, code]
-        events = _Events(served, source, title)
+        events = _Events(served, source, examples, title)
         # One pass at a time: all that runs the model waits in one queue, which says how long it is.
         device: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
         quiet = {"show_progress": "hidden", "trigger_mode": "always_last", **device}
@@ -140,8 +142,8 @@ def build(
         stop.click(None, cancels=running, api_visibility="private")
         moved = [budget.input, picture.input, method.input, scorer.input]
         gr.on(moved, events.look, [state, *asked], seen, **quiet)
-        chosen.click(
-            lambda number: (str(examples[number][0]), examples[number][1]), chosen, [picture, question],
+        chosen.example(
+            events.example, None, [picture, question],
             show_progress="hidden", api_visibility="private",
         ).then(events.run, asked, seen, **loud)  # fmt: skip
         pruned_answer.word(events.word, state, [state, pruned_answer, layers], **quiet)
@@ -163,10 +165,16 @@ class _Picture(gr.Image):
 class _Events:
     """What the controls do. Each gives the values of what changes."""
 
-    def __init__(self, served: ServedModel, source: Source, title: str) -> None:
+    def __init__(self, served: ServedModel, source: Source, examples: Sequence[tuple[Path, str]], title: str) -> None:
         self.served, self.source, self.title = served, source, title
-        for name in ("run", "look", "word", "budgets", "methods", "measure", "answer"):
+        self.examples = {number: (str(path), question) for number, (path, question) in enumerate(examples)}
+        for name in ("example", "run", "look", "word", "budgets", "methods", "measure", "answer"):
             setattr(self, name, _refusing(getattr(self, name)))
+
+    def example(self, event: gr.EventData) -> tuple[str, str]:
+        if event.number not in self.examples:
+            raise ValueError(f"example {short(event.number)}: must be from 0 to {len(self.examples) - 1}; press one")
+        return self.examples[event.number]
 
     def run(self, *asked: Any) -> Iterator[tuple[Any, ...]]:
         for now in screen.run(self.served, screen.read_request(self.served, *asked)):

@@ -45,7 +45,6 @@ _PRESS = """element.addEventListener('click', event => {
 });"""
 _EMPTY = Html("<p class=small>Choose a picture, ask, and press Run: here the tokens that are left are shown.</p>")
 
-
 def build(
     served: ServedModel,
     source: Source,
@@ -165,7 +164,6 @@ class _Picture(gr.Image):
         from gradio.components import Timer
         from gradio.components.base import Component
 
-
 class _Events:
     """What the controls do. Each gives the values of what changes."""
 
@@ -229,7 +227,6 @@ class _Events:
         )
         return now, *fragments.answers(now, self.served.decode), fragments.costs(now), layers, code
 
-
 def _api(events: _Events, asked: Sequence[gr.components.Component], device: dict[str, Any]) -> None:
     """Offer the answer to programs: by components of its own, so that what is out of range is refused in our words."""
     number, text = functools.partial(gr.Number, visible=False), functools.partial(gr.Textbox, visible=False)
@@ -243,7 +240,6 @@ def _api(events: _Events, asked: Sequence[gr.components.Component], device: dict
         api_description="Answer a question about a picture, pruned and dense: texts, times, costs, tokens by layer.",
     )  # fmt: skip
 
-
 def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
     """Show what is wrong with what a person sends in a line, and nothing else of an error."""
 
@@ -251,7 +247,6 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
         return gr.Error(escape(line(error, 400)), title=REFUSED, print_exception=False)
 
     if inspect.isgeneratorfunction(function):
-
         @functools.wraps(function)
         def each(*args: Any) -> Iterator[Any]:
             try:
@@ -270,7 +265,6 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
 
     return once
 
-
 def _layers(now: Screen | None, attention: Any = None) -> Html:
     """Make the player of what is left; with the attention of a word, that is what it colours."""
     if now is None or now.kept is None:
@@ -285,7 +279,6 @@ def _layers(now: Screen | None, attention: Any = None) -> Html:
         heat = Heat(values, name, "attention, mean over heads and layers: none", "most", on=True)
     return player(Example(now.request.picture.image(), now.kept), heat=heat)
 
-
 def _about(served: ServedModel, title: str) -> Html:
     """Say what is served, and what its recipes are fitted from."""
     fitter = served.recipes.fitter
@@ -298,18 +291,15 @@ def _about(served: ServedModel, title: str) -> Html:
         )
     return Html(f"<h1>fitprune: move the budget, see what leaves</h1><p class=small>{escape(text)}</p>")
 
-
 def _html(value: str, **options: Any) -> gr.HTML:
     options = {"js_on_load": None, "apply_default_css": False, **options}
     return gr.HTML(value, elem_classes=["fp"], **options)
-
 
 def _default_method(served: ServedModel) -> str:
     """FitPrune's own where there are statistics, else a recipe of the operator's, else a method that needs none."""
     if served.recipes.fitter is not None:
         return FITTED
     return next((name for name in served.recipes.methods if name not in BASELINES), "uniform")
-
 
 def _scorers() -> list[tuple[str, str]]:
     """List the scorers that need no parameter."""
@@ -321,7 +311,6 @@ def _scorers() -> list[tuple[str, str]]:
             continue
         names.append((name, name))
     return names
-
 
 def _but(options: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != name}

@@ -15,7 +15,7 @@ HEAD = f"""<style>
 .dark{{{page.DARK}}}
 .fp{{{page.ELEMENTS}{player.STYLE}
 color:var(--fg);font-size:1rem;line-height:1.5;
-h1{{font-size:var(--large);margin:0}}h3{{margin:0;font-size:var(--small);color:var(--muted);font-weight:600}}
+h1{{font-size:var(--large);margin:0}}h2{{margin:0;padding:0;border:0;font-size:var(--small);color:var(--muted);font-weight:600}}
 .answer{{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:.6rem .8rem;min-height:5.5rem}}
 .answer p{{margin:.3rem 0 0;font-size:var(--large);line-height:1.6;max-width:none}}
 .answer p.small{{font-size:var(--small)}}
@@ -23,9 +23,14 @@ h1{{font-size:var(--large);margin:0}}h3{{margin:0;font-size:var(--small);color:v
 cursor:pointer}}
 .answer button[aria-pressed=true]{{border:2px solid var(--accent);background:var(--bg)}}
 mark{{background:none;color:var(--bad);text-decoration:underline wavy 2px;text-underline-offset:.2em;font-weight:700}}
+[data-example]{{padding:0;overflow:hidden;width:4.5rem;height:4.5rem;margin-right:.5rem;cursor:pointer}}
+[data-example] img{{width:100%;height:100%;object-fit:cover}}
 td.answer{{text-align:left;background:none;border-radius:0;min-height:0;border-width:0 0 1px;overflow-wrap:anywhere}}
-table{{width:100%}}td{{white-space:nowrap}}td.answer{{white-space:normal}}
+table{{width:100%}}td{{white-space:nowrap}}[data-example]{{padding:0;overflow:hidden;width:4.5rem;height:4.5rem;margin-right:.5rem;cursor:pointer}}
+[data-example] img{{width:100%;height:100%;object-fit:cover}}
+td.answer{{white-space:normal}}
 }}
+#python textarea{{font-family:ui-monospace,monospace;font-size:.8125rem}}
 @media (max-width:799px){{.fp td,.fp th{{padding:.35em .3em}}footer{{display:none!important}}
 #tabs .tab-container button{{padding:0 .6rem}}}}
 .gradio-container{{max-width:80rem!important}}

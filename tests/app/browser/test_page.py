@@ -152,8 +152,7 @@ def test_the_python_lines_run_and_give_the_answer_on_the_screen(visit, tmp_path,
         run(page)
     shown = " ".join(words(page).split())
     page.get_by_role("tab", name="Python").click()
-    lines = page.evaluate("document.querySelector('#python .cm-content').cmTile?.view?.state.doc.toString()")
-    lines = lines or page.locator("#python .cm-content").inner_text()
+    lines = page.locator("#python textarea").input_value()
     path = tmp_path / "lines.py"
     path.write_text(lines)
     ran = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True)
