@@ -1,11 +1,12 @@
 # make demo: the whole way on the bundled model. make quick: lint, types, and of each test function one case, under a
 # minute. make test: lint, types and all tests. make test-oldest, make test-newest: the engine's tests with the oldest and
 # the newest transformers that is supported. make test-integrations: the plug-ins for lmms-eval and vLLM. The last three
-# have environments of their own. make test-integrations-next: the plug-in for vLLM with the newest vLLM. All work on a
-# fresh clone.
+# have environments of their own. make test-integrations-next: the plug-in for vLLM with the newest vLLM. make test-app:
+# the web page, in a real Chromium; its environment borrows what .venv has. All work on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := .venv-integrations/bin
+APP := .venv-app/bin
 
 # What depends on the insides of transformers.
 ENGINE := $(addprefix tests/,behaviour/test_families.py behaviour/test_full_sizes.py engine behaviour/test_refusals.py \
@@ -14,9 +15,9 @@ ENGINE := $(addprefix tests/,behaviour/test_families.py behaviour/test_full_size
 # Two test processes of one thread each: tiny models gain nothing by a second one. The tests of a file stay together, and
 # share what they build; files go out in alphabetical order, since the long ones are not those of most tests.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-quick test test-oldest test-newest test-integrations test-integrations-next: export OMP_NUM_THREADS := 1
+quick test test-oldest test-newest test-integrations test-integrations-next test-app: export OMP_NUM_THREADS := 1
 
-.PHONY: demo quick test test-oldest test-newest test-integrations test-integrations-next lint train data clean
+.PHONY: demo quick test test-oldest test-newest test-integrations test-integrations-next test-app lint train data clean
 
 demo: .venv/installed
 	$(BIN)/fitprune demo
@@ -37,6 +38,10 @@ test-integrations: .venv-integrations/installed
 test-integrations-next: .venv-integrations/next/installed
 	PYTHONPATH=$(CURDIR)/.venv-integrations/next $(INTEGRATIONS)/python $(PYTEST) --durations=10 \
 		$(wildcard tests/integrations/test_vllm*.py)
+
+test-app: .venv-app/installed
+	@command -v chromium >/dev/null || { echo "the web page is tested in Chromium: apt-get install chromium" >&2; exit 1; }
+	$(APP)/python $(PYTEST) --durations=10 tests/app tests/app/browser
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -74,6 +79,15 @@ lint: .venv/installed
 	rm $(@D)/*.whl
 	touch $@
 
+# Packages of .venv are found through a .pth file, so that there is one torch. Root gets Chromium, where it is missing.
+.venv-app/installed: .venv/installed requirements-app.txt
+	command -v chromium >/dev/null || test "$$(id -u)" != 0 || { apt-get update -qq && apt-get install -y -qq chromium; }
+	$(PYTHON) -m venv .venv-app
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$($(APP)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	$(APP)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-app.txt -e .
+	touch $@
+
 # Trains the bundled model again (about 80 minutes on two cores) and renders its data again.
 train: .venv/installed
 	$(BIN)/python training/train.py --out training/run
@@ -81,4 +95,4 @@ data: .venv/installed
 	$(BIN)/python training/render.py --out src/fitprune/data
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-integrations build dist demo-output src/*.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-integrations .venv-app build dist demo-output src/*.egg-info

@@ -19,9 +19,9 @@ def test_an_empty_answer_has_no_word():
 
 
 def test_a_letter_of_several_tokens_belongs_to_its_word():
-    texts = {0: "", 1: "a", 2: "a\ufffd", 3: "a\u00e9", 4: "a\u00e9 b"}
+    texts = ["", "a", "a\ufffd", "a\u00e9", "a\u00e9 b"]  # the second and the third token are one letter
     words = words_of(range(4), lambda ids: texts[len(ids)])
-    assert [(word.text, word.tokens) for word in words] == [("a\u00e9", (0, 1)), ("b", (3,))] or words[0].tokens[:2] == (0, 1)
+    assert [(word.text, word.tokens) for word in words] == [("a\u00e9", (0, 1, 2)), ("b", (3,))]
 
 
 def test_words_that_differ_are_marked_on_both_sides():

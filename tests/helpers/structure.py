@@ -27,7 +27,8 @@ LADDER = [
     ["baselines", "output_search", "speed", "analysis", "benchmarks"],
     ["pictures"],
     ["evaluation"],
-    ["integrations", "cli"],
+    ["integrations", "app"],
+    ["cli"],
     ["__init__", "__main__"],
 ]
 

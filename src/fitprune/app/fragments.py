@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
+
 from fitprune._support.page import Html, escape, table
-from fitprune._support.text_tables import scaled
+from fitprune._support.text_tables import plural, scaled
 from fitprune.app.recipes import Choice
 from fitprune.app.screen import Screen
+from fitprune.app.served import ServedModel
 from fitprune.app.turns import Answer
 from fitprune.app.words import Word
 from fitprune.calibration.pictures import load_picture
-from fitprune.pictures.player import data_url
+from fitprune.pictures.example import Example
+from fitprune.pictures.player import Heat, data_url, player
 
 NONE = "-"  # where there is no figure
 
@@ -49,8 +53,6 @@ def answers(screen: Screen | None, decode: Callable[[Sequence[int]], str]) -> tu
         else:
             text = escape(decode(answer.ids if answer else [])) or ("(an empty answer)" if done else "")
         bodies.append(f"<p>{text}</p>")
-    if bodies[0] and screen.current and screen.words[0]:
-        bodies[0] += "<p class=small>Press a word to see what the model looked at when it wrote it.</p>"
     old = "" if screen.current or not done else f" at {_name(screen.answered)}: press Run for a new one"
     return _answer(f"Pruned{old}", bodies[0], done), _answer("Dense", bodies[1], done)
 
@@ -88,7 +90,8 @@ def costs(screen: Screen | None) -> Html:
         _row("prefill", cost.dense_prefill_flops, cost.prefill_flops, lambda n: scaled(n, "FLOPs")),
         _row("visual tokens a layer", cost.visual_tokens, cost.mean_visual_tokens, lambda n: f"{n:,.0f}"),
     ]
-    return table(["this prompt", "dense", "pruned", "ratio"], rows, label="what both cost")
+    hint = "<p class=small>Press a word of the pruned answer to see what the model looked at when it wrote it.</p>"
+    return Html(hint + table(["this prompt", "dense", "pruned", "ratio"], rows, label="what both cost"))
 
 
 def _row(name: str, dense: float | None, pruned: float | None, write: Callable[[float], str]) -> list[str]:
@@ -106,11 +109,11 @@ def comparison(
         rows: name of each choice, and its screen or why there is none.
         decode: gives the text of tokens.
     """
-    head = [first, "answer", "first token", "tokens left", "KV cache", "prefill"]
+    head = [first, "answer", "first token", "tokens left", "KV cache", "prefill FLOPs"]
     lines, dense = [], None
     for name, screen in rows:
         if isinstance(screen, ValueError):
-            lines.append([name, Html(f"<td class=answer colspan=5>{escape(screen)}</td>")])
+            lines.append([name, Html(f"<td class=text colspan=5>{escape(screen)}</td>")])
             continue
         cost, pruned = screen.cost, screen.pruned or Answer()
         text = decode(pruned.ids).strip()
@@ -119,7 +122,7 @@ def comparison(
         lines.append(
             [
                 name,
-                Html(f"<td class=answer>{body}</td>"),
+                Html(f"<td class=text>{body}</td>"),
                 NONE if pruned.first_seconds is None else f"{1000 * pruned.first_seconds:,.0f} ms",
                 f"{cost.kept[-1]:,} of {cost.visual_tokens:,}",
                 f"{cost.kv_bytes / cost.dense_kv_bytes:.0%}",
@@ -127,3 +130,40 @@ def comparison(
             ]
         )
     return table(head, lines, label=f"answers by {first}")
+
+
+def layers(now: Screen | None, attention: torch.Tensor | None = None) -> Html:
+    """Make the player of what is left.
+
+    Args:
+        now: what is on the screen.
+        attention: of the word that is looked at, [visual tokens], to colour them by; None for the scores.
+    """
+    if now is None or now.kept is None:
+        return Html("<p class=small>Choose a picture, ask, and press Run: here is what is left of it.</p>")
+    heat = None
+    if attention is not None and now.word is not None:
+        present = torch.stack([now.kept.present(layer) for layer in range(now.kept.layers)])
+        values = torch.where(present, attention / attention.max().clamp(min=1e-9), torch.nan)
+        word = now.words[0][now.word].text
+        name = f"what the model looked at for the word {word}"
+        heat = Heat(values, name, "attention, mean over heads and layers: none", "most", on=True)
+    return player(Example(now.request.picture.image(), now.kept), heat=heat)
+
+
+def about(served: ServedModel, title: str) -> Html:
+    """Say what is served, and what its recipes are fitted from.
+
+    Args:
+        served: the model.
+        title: its name.
+    """
+    fitter = served.recipes.fitter
+    if fitter is not None:
+        text = f"{title}, {served.layers} layers; recipes are fitted from {plural(len(fitter.stats), 'sample')}"
+    else:
+        text = (
+            f"{title}, {served.layers} layers, without statistics: FitPrune's recipes need some. Measuring runs the "
+            f"bundled calibration pictures; some like yours are better: fitprune app {title} --data ..."
+        )
+    return Html(f"<h1>fitprune: move the budget, see what leaves</h1><p class=small>{escape(text)}</p>")

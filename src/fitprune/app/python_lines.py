@@ -42,8 +42,9 @@ def python_lines(screen: Screen, source: Source, statistics: str) -> str:
         statistics: lines that make `stats`; "" where there are none.
     """
     request, recipe = screen.request, screen.pruning.recipe
-    picture = source.pictures.get(digest_of(request.picture), f"{_text(request.picture.name)}")
+    picture = source.pictures.get(digest_of(request.picture), _text(request.picture.name))
     scorer = f", {_text(screen.pruning.scorer)}" if screen.pruning.scorer else ""
+    named = f", scorer={_text(screen.pruning.scorer)}" if screen.pruning.scorer else ""
     recipe_lines = _recipe(screen, statistics)
     template = f", prompt_template={source.prompt_template!r}" if source.prompt_template else ""
     adapting = "from fitprune.families.adapter import adapt\n" if "adapt(" in recipe_lines else ""
@@ -64,9 +65,7 @@ for name, ids in (("pruned", pruned), ("dense", dense)):
     print(f"{{name}}: {{processor.batch_decode(answer, skip_special_tokens=True)[0]}}")
 
 picture = sample.load_image()
-[[kept]] = fitprune.kept_tokens(
-    model, recipe, inputs, processor=processor, pictures=[picture]{", scorer=" + scorer[2:] if scorer else ""}
-)
+[[kept]] = fitprune.kept_tokens(model, recipe, inputs, processor=processor, pictures=[picture]{named})
 fitprune.draw_kept(picture, kept, layer={len(recipe.keep) - 1}).save("kept.png")
 """
 

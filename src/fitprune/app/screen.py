@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -126,9 +127,10 @@ def run(served: ServedModel, request: Request) -> Iterator[Screen]:
         ValueError: the recipe cannot be made, or the processor refuses the prompt.
     """
     screen, prompt = _begin(served, request)
-    for pruned, dense in served.answers(prompt, screen.pruning, request.tokens):
-        screen = dataclasses.replace(screen, pruned=pruned, dense=dense, answered=request.choice)
-        yield screen
+    with contextlib.closing(served.answers(prompt, screen.pruning, request.tokens)) as answers:
+        for pruned, dense in answers:
+            screen = dataclasses.replace(screen, pruned=pruned, dense=dense, answered=request.choice)
+            yield screen
     own, other = marked([words_of(answer.ids, served.decode) for answer in (screen.pruned, screen.dense) if answer])
     yield _with_kept(served, dataclasses.replace(screen, words=(own, other)), prompt)
 

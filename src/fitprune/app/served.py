@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -101,7 +101,7 @@ class ServedModel:
         size = self.model.dtype.itemsize
         return recipe.cost(visual_tokens=visual, text_before=before, text_tokens=text, crops=crops, value_bytes=size)
 
-    def answers(self, prompt: Prompt, pruning: Pruning, tokens: int, *, dense: bool = True) -> Iterator[list[Answer]]:
+    def answers(self, prompt: Prompt, pruning: Pruning, tokens: int, *, dense: bool = True) -> Generator[list[Answer]]:
         """Answer pruned and dense, in turn, a token each; the device is taken until the last token, or `close`.
 
         Args:
@@ -124,7 +124,7 @@ class ServedModel:
 
             both: list[Callable[[Any], Any]] = [lambda streamer: generate(streamer=streamer), without]
             turns = in_turn(both if dense else both[:1], self._threads)
-            with contextlib.closing(turns):  # type: ignore[type-var]  # a generator
+            with contextlib.closing(turns):
                 yield from turns
 
     def kept(self, prompt: Prompt, picture: Picture, pruning: Pruning) -> list[KeptImage]:

@@ -15,8 +15,10 @@ HEAD = f"""<style>
 .dark{{{page.DARK}}}
 .fp{{{page.ELEMENTS}{player.STYLE}
 color:var(--fg);font-size:1rem;line-height:1.5;
-h1{{font-size:var(--large);margin:0}}h2{{margin:0;padding:0;border:0;font-size:var(--small);color:var(--muted);font-weight:600}}
-.answer{{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:.6rem .8rem;min-height:5.5rem}}
+h1{{font-size:var(--large);margin:0}}
+h2{{margin:0;padding:0;border:0;font-size:var(--small);color:var(--muted);font-weight:600}}
+.answer{{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:.6rem .8rem;
+min-height:5rem;height:100%}}
 .answer p{{margin:.3rem 0 0;font-size:var(--large);line-height:1.6;max-width:none}}
 .answer p.small{{font-size:var(--small)}}
 .answer button{{border:1px dotted var(--muted);background:none;min-height:0;padding:0 .3rem;margin:.1rem;
@@ -25,11 +27,13 @@ cursor:pointer}}
 mark{{background:none;color:var(--bad);text-decoration:underline wavy 2px;text-underline-offset:.2em;font-weight:700}}
 [data-example]{{padding:0;overflow:hidden;width:4.5rem;height:4.5rem;margin-right:.5rem;cursor:pointer}}
 [data-example] img{{width:100%;height:100%;object-fit:cover}}
-td.answer{{text-align:left;background:none;border-radius:0;min-height:0;border-width:0 0 1px;overflow-wrap:anywhere}}
+td.text{{text-align:left;white-space:normal;min-width:8rem}}th:first-child{{min-width:6.5rem;overflow-wrap:normal}}
 table{{width:100%}}td{{white-space:nowrap}}[data-example]{{padding:0;overflow:hidden;width:4.5rem;height:4.5rem;margin-right:.5rem;cursor:pointer}}
 [data-example] img{{width:100%;height:100%;object-fit:cover}}
 td.answer{{white-space:normal}}
 }}
+footer .divider{{display:none}}.html-container{{padding:0!important}}
+#picture img{{width:100%;height:100%;object-fit:contain}}
 #python textarea{{font-family:ui-monospace,monospace;font-size:.8125rem}}
 @media (max-width:799px){{.fp td,.fp th{{padding:.35em .3em}}footer{{display:none!important}}
 #tabs .tab-container button{{padding:0 .6rem}}}}

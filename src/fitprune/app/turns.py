@@ -11,7 +11,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -104,7 +104,7 @@ class _Turn(BaseStreamer):  # type: ignore[misc]  # transformers is not typed
         self._running.result()
 
 
-def in_turn(generates: Sequence[Generate], threads: Executor) -> Iterator[list[Answer]]:
+def in_turn(generates: Sequence[Generate], threads: Executor) -> Generator[list[Answer]]:
     """Let answers grow in turn.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 
@@ -30,19 +31,21 @@ def words_of(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list
         ids: its tokens.
         decode: gives the text of tokens.
     """
-    ends = [len(decode(ids[: count + 1])) for count in range(len(ids))]
-    begins = [0, *ends[:-1]]
+    texts = ["", *(decode(ids[: count + 1]) for count in range(len(ids)))]
+    # Where each token changes the text: the second of a letter's two tokens changes what the first one left open.
+    spans = [(_common(before, text), len(text)) for before, text in itertools.pairwise(texts)]
     return [
         Word(
             match[0],
-            tuple(
-                token
-                for token, (begin, end) in enumerate(zip(begins, ends, strict=True))
-                if begin < match.end() and end > match.start()
-            ),
+            tuple(token for token, (begin, end) in enumerate(spans) if begin < match.end() and end > match.start()),
         )
-        for match in re.finditer(r"\S+", decode(ids))
+        for match in re.finditer(r"\S+", texts[-1])
     ]
+
+
+def _common(one: str, other: str) -> int:
+    """Count the letters that two texts begin with alike."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def marked(answers: Sequence[Sequence[Word]]) -> list[list[Word]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -32,15 +33,20 @@ class App:
     folder: Path
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="session")
 def app(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     model, processor = fitprune.load_model("digit-scenes")
     (folder / "recipes").mkdir()
-    stats = fitprune.measure(
-        model, fitprune.make_batches(fitprune.load_samples("digit-scenes/calibration", samples=16), processor, batch_size=8)
-    )
+    samples = fitprune.load_samples("digit-scenes/calibration", samples=16)
+    stats = fitprune.measure(model, fitprune.make_batches(samples, processor, batch_size=8))
     fitprune.fit(stats, flops_reduction=0.8).save(folder / "recipes" / "mine.json")
     (folder / "secret.json").write_text((folder / "recipes" / "mine.json").read_text())
     recipes = Recipes(adapt(model).fingerprint, folder / "recipes")
@@ -48,7 +54,7 @@ def app(tmp_path_factory):
     served = ServedModel(model, processor, recipes, Limits(megabytes=2, megapixels=4, answer=32))
     examples, pictures = _bundled_examples()
     page = page_of(served, Source('"digit-scenes"', pictures=pictures), examples, "digit-scenes")
-    yield App(served, launch(page, served, "127.0.0.1", 7899).rstrip("/"), folder)
+    yield App(served, launch(page, served, "127.0.0.1", free_port()).rstrip("/"), folder)
     page.close(verbose=False)
 
 

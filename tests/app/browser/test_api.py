@@ -70,7 +70,9 @@ def test_a_path_of_this_machine_is_no_picture(app, path):
     assert "event: error" in reply
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "{folder}/secret.json", "{folder}/recipes/mine.json"])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../../../../etc/passwd", "{folder}/secret.json", "{folder}/recipes/mine.json"]
+)
 def test_no_file_but_uploads_can_be_fetched(app, path):
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{app.url}/gradio_api/file={path.format(folder=app.folder)}")
@@ -89,7 +91,7 @@ def test_controls_of_the_page_refuse_it_too(app):
     picture = upload(app, SAMPLES[0].image)
     for budget, method in ((200, "fitprune"), (60, "../secret")):
         body = {"data": [picture, "What?", budget, method, "", 8], "fn_index": run["id"], "session_hash": "stranger"}
-        assert "success\": false" in joined(app, body).replace("\":false", "\": false")
+        assert 'success": false' in joined(app, body).replace('":false', '": false')
 
 
 def test_two_hundred_requests_of_eight_clients_are_answered_each_by_its_own(app):
@@ -173,9 +175,13 @@ def joined(app, body):
 def upload(app, path):
     boundary = "boundary7319"
     body = (
-        f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n'
-        "Content-Type: image/jpeg\r\n\r\n"
-    ).encode() + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
+        (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n'
+            "Content-Type: image/jpeg\r\n\r\n"
+        ).encode()
+        + path.read_bytes()
+        + f"\r\n--{boundary}--\r\n".encode()
+    )
     request = urllib.request.Request(
         f"{app.url}/gradio_api/upload", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
     )

@@ -237,3 +237,37 @@ def test_after_a_reload_in_the_middle_the_page_works(visit, app):
     app.served._device.release()
     run(page)
     assert words(page)
+
+
+def test_stop_ends_an_answer_and_frees_the_device(visit, app, monkeypatch):
+    own = app.served.model.generate
+    monkeypatch.setattr(
+        app.served.model, "generate", lambda *args, **kwargs: own(*args, min_new_tokens=30, **kwargs), raising=False
+    )
+    page = visit()
+    page.locator("#run").click()
+    page.wait_for_selector("#pruned .answer[aria-busy]")
+    page.locator("#stop").click()
+    assert app.served._device.acquire(timeout=20)
+    app.served._device.release()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_tab_is_accessible_and_fits(visit, width, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = visit(width=width, color_scheme=scheme)
+    for name in ("Layers", "Budgets", "Methods", "Python"):
+        page.get_by_role("tab", name=name).click()
+        if name == "Budgets":
+            page.locator("#by-budget").click()
+            page.wait_for_function("document.querySelectorAll('#budgets tbody tr').length == 5")
+        page.wait_for_timeout(400)  # colours fade in
+        found = [
+            (each["impact"], each["id"], [node["html"][:200] for node in each["nodes"]])
+            for each in Axe().run(page).response["violations"]
+            if each["impact"] in ("serious", "critical")
+        ]
+        assert found == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width

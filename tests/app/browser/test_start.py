@@ -1,0 +1,139 @@
+"""How the app starts: the command, where it listens, and a model without statistics."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import free_port
+
+from fitprune.app import events
+from fitprune.app.launch import launch, page_of
+from fitprune.app.python_lines import Source
+from fitprune.app.recipes import Recipes
+from fitprune.app.served import ServedModel
+from fitprune.calibration.samples import load_samples
+from fitprune.cli.app import _bundled_examples
+from fitprune.families.adapter import adapt
+
+
+def own_address():
+    """An address of this machine that is not the loopback; None where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent
+        except OSError:
+            return None
+        return probe.getsockname()[0]
+
+
+def test_the_command_serves_this_machine_alone_until_it_is_interrupted(chromium, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "fitprune", "app", "--samples", "4", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        watch = threading.Timer(120, process.kill)
+        watch.start()
+        line = process.stdout.readline()
+        assert line == f"fitprune app: digit-scenes at http://127.0.0.1:{port}/, until Ctrl-C\n"
+        page = chromium.new_page()
+        page.goto(f"http://127.0.0.1:{port}")
+        page.wait_for_selector("text=recipes are fitted from 4 samples")
+        page.close()
+        if (address := own_address()) is not None:
+            with pytest.raises(OSError), socket.create_connection((address, port), timeout=2):
+                pass
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 1)
+        watch.cancel()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_port_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "fitprune", "app", "--samples", "2", "--port", str(port)]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 1
+    assert re.search(
+        rf"fitprune: error: port {port} of 127\.0\.0\.1 cannot be used \(.*\); pass another --port\n", ran.stderr
+    )
+
+
+def test_without_statistics_the_page_measures_with_progress(app, chromium, monkeypatch):
+    monkeypatch.setattr(events, "load_samples", lambda name: load_samples(name, samples=6))
+    model, processor = app.served.model, app.served.processor
+    served = ServedModel(model, processor, Recipes(adapt(model).fingerprint))
+    page = page_of(served, Source("'digit-scenes'"), _bundled_examples()[0], "digit-scenes")
+    url = launch(page, served, "127.0.0.1", free_port())
+    try:
+        visitor = chromium.new_page()
+        visitor.goto(url)
+        visitor.wait_for_selector("text=without statistics: FitPrune's recipes need some")
+        assert visitor.locator("#method input").input_value() == "uniform"
+        visitor.locator("#measure").click()
+        visitor.wait_for_selector("text=recipes are fitted from 6 samples", timeout=60_000)
+        assert visitor.locator("#method input").input_value() == "fitprune"
+        assert not visitor.locator("#measure").is_visible()
+        visitor.locator("#run").click()
+        visitor.wait_for_selector("#pruned button[data-word]")
+        visitor.close()
+    finally:
+        page.close(verbose=False)
+    assert served.recipes.statistics.startswith("samples = fitprune.load_samples(")
+
+
+def test_the_first_pruned_token_and_a_new_overlay_come_soon(visit):
+    """Times in a browser: from the click to the first pruned token, from the slider to the new overlay."""
+    page = visit()
+    page.evaluate(
+        """() => {
+            window.changed = (selector, done) => new Promise(resolve => {
+                const began = performance.now();
+                const look = () => done(document.querySelector(selector)) ? resolve(performance.now() - began)
+                    : requestAnimationFrame(look);
+                look();
+            });
+        }"""
+    )
+    tokens, overlays, steps = [], [], []
+    for number in range(6):
+        page.evaluate(
+            "window.clicked = changed('#pruned .answer[aria-busy]', found => found && found.innerText.length > 8)"
+        )
+        page.locator("#run").click()
+        tokens.append(page.evaluate("window.clicked"))
+        page.wait_for_selector("#pruned .answer:not([aria-busy]) button[data-word]")
+        page.evaluate(
+            """percent => {
+                const before = document.querySelector('#layers .count').innerText;
+                const slider = document.querySelector('#budget input[type=range]');
+                window.moved = changed('#layers .count', found => found.innerText != before);
+                slider.value = percent;
+                slider.dispatchEvent(new Event('input', {bubbles: true}));
+            }""",
+            90 - 10 * (number % 2) - number,
+        )
+        overlays.append(page.evaluate("window.moved"))
+        time.sleep(0.3)
+        steps.append(
+            page.evaluate(
+                """number => {
+                    const slider = document.querySelector('#layers input[type=range]');
+                    slider.value = number;
+                    const began = performance.now();
+                    slider.dispatchEvent(new Event('input', {bubbles: true}));
+                    return performance.now() - began;
+                }""",
+                number,
+            )
+        )
+    for name, times in (("first pruned token", tokens), ("budget to overlay", overlays), ("layer to overlay", steps)):
+        print(f"{name}: median {sorted(times)[len(times) // 2]:.0f} ms of {[round(each) for each in times]}")
+    assert sorted(steps)[3] < 100
+    assert sorted(overlays)[3] < 3000  # the target is 300 on two quiet cores; tests may share theirs
