@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from fitprune.app.recipes import Recipes
 from fitprune.app.served import ServedModel
 from fitprune.cli.app import _bundled_examples
 from fitprune.families.adapter import adapt
+from helpers.served import free_port
 
 MEASURING = (
     'samples = fitprune.load_samples("digit-scenes/calibration", samples=16)\n'
@@ -31,12 +31,6 @@ class App:
     served: ServedModel
     url: str
     folder: Path
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-from conftest import free_port
 
 from fitprune.app import events
 from fitprune.app.launch import launch, page_of
@@ -19,6 +18,7 @@ from fitprune.app.served import ServedModel
 from fitprune.calibration.samples import load_samples
 from fitprune.cli.app import _bundled_examples
 from fitprune.families.adapter import adapt
+from helpers.served import free_port
 
 
 def own_address():
@@ -44,7 +44,7 @@ def test_the_command_serves_this_machine_alone_until_it_is_interrupted(chromium,
         page.wait_for_selector("text=recipes are fitted from 4 samples")
         page.close()
         if (address := own_address()) is not None:
-            with pytest.raises(OSError), socket.create_connection((address, port), timeout=2):
+            with pytest.raises(ConnectionRefusedError), socket.create_connection((address, port), timeout=2):
                 pass
         process.send_signal(signal.SIGINT)
         assert process.wait(20) in (0, 1)
