@@ -18,11 +18,28 @@ from fitprune.families.grids import token_grids
 from fitprune.families.images import read_images, tokens_of
 from helpers import families
 
+# Some processors turn tensors to numpy as numpy 2 dislikes.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 ROWS = {row.name: row for row in families.ROWS}
-IMAGES = [name for name in ROWS if not name.startswith("llava-") and "video" not in name]
+IMAGES = [name for name in ROWS if not name.startswith("llava-") and not name.endswith("-video")]
 SIZES = [(64, 64), (90, 60), (50, 120), (200, 77), (33, 31), (20, 16)]  # width, height
 PUTS_OUT = ("out_proj", "proj", "o_proj", "projection_layer")  # of attention in a tower
 CALLS = {"got_ocr2": {"nested": False, "num_image_tokens": 16, "crop_to_patches": True, "max_patches": 2}}
+PAD = "<|vision_start|><|video_pad|><|vision_end|>"
+VIDEOS = {
+    **dict.fromkeys(["llava_next_video", "llava_onevision-video", "video_llava", "internvl-video"], "<video>"),
+    **dict.fromkeys(["qwen2_vl-video", "qwen2_5_vl-video", "qwen3_vl-video"], PAD),
+    "glm4v-video": "<|begin_of_video|><|video|><|end_of_video|>",
+}
+
+
+def set_on(whole, **changes):
+    """Change attributes, named with two underscores for a dot, and give the whole back."""
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        setattr(functools.reduce(getattr, path, whole), last, value)
+    return whole
 
 
 @functools.cache
@@ -110,3 +127,32 @@ def test_a_mark_lights_up_its_cell(name, size):
     (images,) = token_grids(model, encode(picture), processor, [picture])
     # A token of this ResNet looks at its cell's first corner.
     check(model, encode, picture, images, part=(0, 0.7) if name == "fast_vlm" else (0.2, 0.8))
+
+
+def frame(number):
+    return np.random.default_rng(number).integers(96, 160, (48, 64, 3), dtype=np.uint8)
+
+
+def encoded_clip(name, frames):
+    row, processor = ROWS[name], parts(name)[1]
+    text = f"see {VIDEOS[name]} what?"
+    return families.process(processor, [(text, [], [np.stack([np.asarray(frame) for frame in frames])])])[0]
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_mark_in_a_frame_lights_up_its_cell(name):
+    model, processor = parts(name)
+    frames = [Image.fromarray(frame(number)) for number in range(4)]
+    inputs = encoded_clip(name, frames)
+    (images,) = token_grids(model, inputs, processor, [frames])
+    assert [grid.name for grids in images for grid in grids] == [f"frame {n}" for n in range(1, len(images) + 1)]
+    together = 4 // len(images)  # frames of one image
+    plain, begins = features(model, inputs)
+    for number, (grid,) in enumerate(images):
+        rows, columns = grid.tokens.shape
+        row, column = number % rows, (2 * number + 1) % columns
+        changed = list(frames)
+        for other in range(number * together, (number + 1) * together):
+            changed[other] = marked(frames[other], part_of_cell(grid, row, column))
+        change = (features(model, encoded_clip(name, changed))[0] - plain).norm(dim=-1)
+        assert int(change.argmax()) == int(grid.tokens[row, column]) + begins[number]

@@ -62,7 +62,7 @@ def sources_of(
         the plane, it is the place in fractions of the picture as viewers show it.
 
     Raises:
-        ValueError: the processor makes other planes of the picture.
+        ValueError: the processor makes other planes of the picture, or their pixels do not lie as the picture's.
     """
 
     def make(shown: Sequence[Image.Image]) -> list[Plane]:
@@ -143,21 +143,32 @@ def _fit(probes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
 
     Returns:
         The map, as `sources_of` says.
+
+    Raises:
+        ValueError: the pixels do not lie as the picture's.
     """
-    black, white, *ramps = probes
-    span = (white - black).sum(0)
-    shown = span.abs() > span.abs().max() / 2
-    lengths = span.shape
-    v, u = torch.meshgrid(*((torch.arange(n).double() + 0.5) / n for n in lengths), indexing="ij")
-    at = torch.stack([u[shown], v[shown], torch.ones(int(shown.sum())).double()], -1)
+    black, white, *ramps = (probe.sum(0).flatten() for probe in probes)
+    span, (_, rows, columns) = white - black, probes[0].shape
+    shown = torch.nonzero(span.abs() > span.abs().max() / 2)[:, 0]
+    shown = shown[:: len(shown) // 100_000 + 1]  # of a large plane enough
+    u, v = ((shown % columns).double() + 0.5) / columns, ((shown // columns).double() + 0.5) / rows
+    at = torch.stack([u, v, torch.ones_like(u)], -1)
     fits = []
-    for ramp, pixels in zip(ramps, size, strict=True):
-        place = ((ramp - black).sum(0)[shown] / span[shown] * (pixels - 1) + 0.5) / pixels
+    for axis, (ramp, pixels) in enumerate(zip(ramps, size, strict=True)):
+        if pixels == 1:  # no ramp
+            fits.append(torch.eye(3).double()[axis])
+            continue
+        place = ((ramp - black)[shown] / span[shown] * (pixels - 1) + 0.5) / pixels
         fit = torch.linalg.lstsq(at, place[:, None], driver="gelsd").solution
         # At the picture's edges a resize has no neighbours on one side, and its values bend.
-        edge = 2.5 * max(abs(float(fit[0])) / lengths[1], abs(float(fit[1])) / lengths[0], 1 / pixels)
+        edge = min(2.5 * max(abs(float(fit[0])) / columns, abs(float(fit[1])) / rows, 1 / pixels), 0.3)
         inner = (place > edge) & (place < 1 - edge)
-        if bool(inner.any()) and float(place[inner].max() - place[inner].min()) > 2 / pixels:
+        if len(place[inner].unique()) > 2:
             fit = torch.linalg.lstsq(at[inner], place[inner, None], driver="gelsd").solution
+        if float((at @ fit - place[:, None]).abs().median()) > 0.02 + 1 / pixels:
+            raise ValueError(
+                "the places of a picture's pixels in the inputs are not known: the processor lays them out in an "
+                "order that is not among those of fitprune.families.planes"
+            )
         fits.append(fit[:, 0])
     return torch.stack(fits)

@@ -201,6 +201,8 @@ def _packed_cells(
         raise ValueError(_no_grid(adapted, count, f"the model packs {len(places)}"))
     width = int(ends[0]) - side * side + 1  # with the newline
     tokens, places = torch.arange(side * side, count).view(-1, width)[:, :-1], places[side * side :].view(-1, width, 2)
+    if width == 1:  # so thin that only newlines are left
+        return [base]
     (left, top), (right, bottom) = places[0, 0].tolist(), places[-1, -2].tolist()
     across = (right - left) / (width - 2) / 2 if width > 2 else 0.5 / (columns * side)
     down = (bottom - top) / (len(tokens) - 1) / 2 if len(tokens) > 1 else 0.5 / (rows * side)
