@@ -168,7 +168,8 @@ class _Chart:
         names, top = svg.paragraph(self.y.name, 4, top + 2, width - 8)
         spans, marks = self._spans()
         room = max(svg.width_of(svg.number(mark)) for mark in marks) + 12
-        plot = _Plot(room, top - 4, width - room - 14, self.height, *spans)
+        beside = max(14.0, *(svg.width_of(svg.number(mark)) / 2 + 2 for mark in svg.ticks(*spans[0], 5, self.x.whole)))
+        plot = _Plot(room, top - 4, width - room - beside, self.height, *spans)
         parts += names + self._axes(plot, marks)
         order = sorted(range(len(self.series)), key=lambda at: self.series[at].look > 0)  # the broad line below others
         drawing = {"lines": self._line, "steps": self._stairs, "bars": self._bars}[self.kind]

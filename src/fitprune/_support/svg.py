@@ -150,7 +150,8 @@ def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float
     power = 10.0 ** math.floor(math.log10(raw))
     step = next((factor * power for factor in (1, 2, 2.5, 5) if factor * power >= raw * 0.999), 10 * power)
     step = max(1.0, math.ceil(step)) if whole else step
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first = math.floor(low / step + 1e-9)
+    last = max(first + 1, math.ceil(high / step - 1e-9))
     return [step * at for at in range(first, min(last, first + 3 * most + 2) + 1)]
 
 
