@@ -85,9 +85,10 @@ def test_a_box_that_is_drawn_says_what_share_of_it_is_left(page, kept):
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.up()
     share = kept.kept.share((0, 0, 0.5, 0.5), 7)
-    assert f"{round(36 * share)} of its 36 tokens enter layer 7, {round(100 * share)}%" in page.locator(
-        ".share"
-    ).inner_text()
+    assert (
+        f"{round(36 * share)} of its 36 tokens enter layer 7, {round(100 * share)}%"
+        in page.locator(".share").inner_text()
+    )
     assert page.locator(".bars polyline").get_attribute("points").count(",") == 16
 
 

@@ -17,9 +17,10 @@ from PIL import Image
 
 from fitprune._support.page import Html, escape
 from fitprune.families.grids import Grid
+from fitprune.families.planes import Box
 from fitprune.pictures.draw import HEAT, OUTLINE
 from fitprune.pictures.example import Example
-from fitprune.pictures.kept import Box, KeptImage
+from fitprune.pictures.kept import KeptImage
 from fitprune.pictures.views import View, ranks, views_of
 
 SIDE = 1000  # units of the longest side of a picture
@@ -150,8 +151,9 @@ def _svg(view: View, image: str, kept: KeptImage) -> str:
     left, edge = veil(view, present)
     x, y, right, bottom = view.extent
     what = f"{view.name}: {kept.counts[-1]} of {len(kept.entered)} visual tokens enter layer {kept.layers - 1}"
+    box = f"{_short(x)} {_short(y)} {_short(right - x)} {_short(bottom - y)}"
     return (
-        f"<svg viewBox='{_short(x)} {_short(y)} {_short(right - x)} {_short(bottom - y)}' preserveAspectRatio=xMinYMin role=application tabindex=0 "
+        f"<svg viewBox='{box}' preserveAspectRatio=xMinYMin role=application tabindex=0 "
         f'aria-label="{escape(what)}; the arrow keys draw a box">{image}'
         f"<path class=outside d='{outside(view)}' /><g class=heat></g><path class=left d='{left}' />"
         f"<path class=edge d='{edge}' /><rect class=frame /></svg>"
@@ -169,16 +171,15 @@ def veil(view: View, present: torch.Tensor) -> tuple[str, str]:
     for grid, (x, y, right, bottom) in view.grids:
         rows, columns = grid.tokens.shape
         width, height = (right - x) / columns, (bottom - y) / rows
-        stays = present[grid.tokens.clamp(min=0)] & (grid.tokens >= 0)
-        gone = ~stays & (grid.tokens >= 0)
-        for row, column in gone.nonzero().tolist():
+        stays = present[grid.tokens]
+        for row, column in (~stays).nonzero().tolist():
             left.append(
                 f"M{_short(x + column * width)} {_short(y + row * height)}h{_short(width)}v{_short(height)}"
                 f"h{_short(-width)}z"
             )
-        for row, column in (gone[:, 1:] & stays[:, :-1] | stays[:, 1:] & gone[:, :-1]).nonzero().tolist():
+        for row, column in (stays[:, 1:] != stays[:, :-1]).nonzero().tolist():
             edge.append(f"M{_short(x + (column + 1) * width)} {_short(y + row * height)}v{_short(height)}")
-        for row, column in (gone[1:] & stays[:-1] | stays[1:] & gone[:-1]).nonzero().tolist():
+        for row, column in (stays[1:] != stays[:-1]).nonzero().tolist():
             edge.append(f"M{_short(x + column * width)} {_short(y + (row + 1) * height)}h{_short(width)}")
     return "".join(left), "".join(edge)
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from fitprune._support.files import PICTURE_MARK
 from fitprune._support.page import escape
+from fitprune.families.planes import Box
 from fitprune.pictures import player
 from fitprune.pictures.draw import OUTLINE, PAPER
 from fitprune.pictures.example import Example
-from fitprune.pictures.kept import Box
 from fitprune.pictures.sheets import STRIP, caption
 from fitprune.pictures.views import chosen_layers, views_of
 
