@@ -147,6 +147,11 @@ def _examples(
     for place in [*changed[: PICTURED // 2], *range(len(records))]:
         chosen.setdefault(records[place]["kind"], place)
     return [
-        example_of(model, processor, recipes["60%"], test[place], records[place]["said"])
+        example_of(model, processor, recipes["60%"], test[place], _answers(records[place]))
         for place in [*chosen.values()][:PICTURED]
     ]
+
+
+def _answers(record: Record) -> dict[str, str]:
+    """Give all answers to a question, the accepted one first."""
+    return {"accepted": " / ".join(record["accepted"]), **record["said"]}

@@ -18,7 +18,7 @@ from PIL import Image
 from fitprune._support.page import Html, escape
 from fitprune.families.grids import Grid
 from fitprune.families.planes import Box
-from fitprune.pictures.draw import HEAT, OUTLINE
+from fitprune.pictures.draw import HEAT, OUTLINE, PAPER
 from fitprune.pictures.example import Example
 from fitprune.pictures.kept import KeptImage
 from fitprune.pictures.views import View, ranks, views_of
@@ -35,9 +35,9 @@ STYLE = f"""
 margin:var(--gap) 0 2rem}}
 .kept .views{{display:flex;flex-wrap:wrap;gap:.5rem}}.kept .view{{flex:1 1 40%;min-width:9rem}}
 .kept .view svg{{width:100%;height:auto;max-height:30rem;touch-action:pan-y;cursor:crosshair}}
-.kept .left{{fill:#0b0d0f;fill-opacity:.82}}.kept .outside{{fill:#eceef0;fill-opacity:.7;fill-rule:evenodd}}
+.kept .paper{{fill:rgb{PAPER}}}.kept .left{{fill:#0b0d0f;fill-opacity:.82}}.kept .outside{{fill:rgb{PAPER};fill-opacity:.7;fill-rule:evenodd}}
 .kept .edge{{fill:none;stroke:rgb{OUTLINE};stroke-width:4}}.kept .heat path{{fill-opacity:.7}}
-.kept .frame{{fill:none;stroke:#fff;stroke-width:7;stroke-dasharray:18 10;paint-order:stroke;
+.kept .frame{{fill:none;stroke:#fff;stroke-width:2;stroke-dasharray:6 4;vector-effect:non-scaling-stroke;
 filter:drop-shadow(0 0 2px #000)}}
 .kept .bars{{width:100%;height:6rem;cursor:pointer;background:var(--panel)}}
 .kept .bars rect{{fill:var(--c7)}}.kept .bars rect.now{{fill:var(--c2)}}
@@ -93,7 +93,7 @@ def player(example: Example, number: int = 0) -> Html:
         "views": [[_grid(grid, box) for grid, box in view.grids] for view in views],
         "ranks": _ranks(kept.scores),
         "colours": HEAT,
-        "hint": _HINT,
+        "hint": "" if number else _HINT,  # said once in a page
     }
     return Html(
         f"<figure class=kept><div class=views>{''.join(drawn)}</div><div>{_facts(example)}"
@@ -151,10 +151,12 @@ def _svg(view: View, image: str, kept: KeptImage) -> str:
     left, edge = veil(view, present)
     x, y, right, bottom = view.extent
     what = f"{view.name}: {kept.counts[-1]} of {len(kept.entered)} visual tokens enter layer {kept.layers - 1}"
-    box = f"{_short(x)} {_short(y)} {_short(right - x)} {_short(bottom - y)}"
+    box = [_short(value) for value in (x, y, right - x, bottom - y)]
+    place = " ".join(f"{name}={value}" for name, value in zip(("x", "y", "width", "height"), box, strict=True))
     return (
-        f"<svg viewBox='{box}' preserveAspectRatio=xMinYMin role=application tabindex=0 "
-        f'aria-label="{escape(what)}; the arrow keys draw a box">{image}'
+        f"<svg viewBox='{' '.join(box)}' preserveAspectRatio=xMinYMin role=application tabindex=0 "
+        f'aria-label="{escape(what)}; the arrow keys draw a box">'
+        f"<rect class=paper {place} />{image}"
         f"<path class=outside d='{outside(view)}' /><g class=heat></g><path class=left d='{left}' />"
         f"<path class=edge d='{edge}' /><rect class=frame /></svg>"
     )
