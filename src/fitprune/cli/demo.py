@@ -45,8 +45,7 @@ QUICK = _Size((0.6, 0.8), "digit-details", 16, 64)  # details are what pruning l
 def add(commands: options.Commands) -> argparse.ArgumentParser:
     """Declare the command."""
     command = options.command(
-        commands, "demo", run, "measure, fit and evaluate the bundled model: the whole way in one command, to a "
-        "page to look at",
+        commands, "demo", run, "measure, fit and evaluate the bundled model, and make a page to look at",
         "fitprune demo --quick",
     )  # fmt: skip
     command.add_argument("--quick", action="store_true", help="fewer samples and budgets: under a minute")
@@ -76,7 +75,7 @@ def demo(output: Path, *, quick: bool = False, overwrite: bool = False) -> None:
     from fitprune.calibration.batches import make_batches
     from fitprune.calibration.measure import measure
     from fitprune.calibration.samples import load_samples
-    from fitprune.cli.demo_page import demo_page
+    from fitprune.evaluation.demo_page import demo_page
     from fitprune.evaluation.evaluate import evaluate
     from fitprune.evaluation.results import kind_table, table
     from fitprune.families.adapter import adapt

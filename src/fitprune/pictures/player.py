@@ -35,7 +35,8 @@ STYLE = f"""
 margin:var(--gap) 0 2rem}}
 .kept .views{{display:flex;flex-wrap:wrap;gap:.5rem}}.kept .view{{flex:1 1 40%;min-width:9rem}}
 .kept .view svg{{width:100%;height:auto;max-height:30rem;touch-action:pan-y;cursor:crosshair}}
-.kept .paper{{fill:rgb{PAPER}}}.kept .left{{fill:#0b0d0f;fill-opacity:.82}}.kept .outside{{fill:rgb{PAPER};fill-opacity:.7;fill-rule:evenodd}}
+.kept .paper{{fill:rgb{PAPER}}}.kept .left{{fill:#0b0d0f;fill-opacity:.82}}
+.kept .outside{{fill:rgb{PAPER};fill-opacity:.7;fill-rule:evenodd}}
 .kept .edge{{fill:none;stroke:rgb{OUTLINE};stroke-width:4}}.kept .heat path{{fill-opacity:.7}}
 .kept .frame{{fill:none;stroke:#fff;stroke-width:2;stroke-dasharray:6 4;vector-effect:non-scaling-stroke;
 filter:drop-shadow(0 0 2px #000)}}

@@ -57,7 +57,8 @@ def svg_strip(example: Example) -> str:
     answers, y = _lines([f"{name}: {answer}" for name, answer in example.answers.items()], y)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{-_GAP} 0 {_WIDTH + 2 * _GAP} {y:.0f}" width="{2 * _WIDTH}" style="max-width:100%;height:auto;background:#fff" role="img"><title>Visual tokens that enter '
+        f'viewBox="{-_GAP} 0 {_WIDTH + 2 * _GAP} {y:.0f}" width="{2 * _WIDTH}" '
+        'style="max-width:100%;height:auto;background:#fff" role="img"><title>Visual tokens that enter '
         f"layers {', '.join(map(str, layers))}</title><metadata>{PICTURE_MARK}</metadata><style>{_STYLE}</style>"
         f'<defs><image id="picture" width="{width:.2f}" height="{height:.2f}" preserveAspectRatio="none" '
         f'xlink:href="{player.data_url(picture, 640)}"/></defs>{"".join([*drawn, *answers])}</svg>\n'
