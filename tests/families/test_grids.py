@@ -126,7 +126,7 @@ def frame(number):
 
 
 def encoded_clip(name, frames):
-    row, processor = ROWS[name], parts(name)[1]
+    processor = parts(name)[1]
     text = f"see {VIDEOS[name]} what?"
     return families.process(processor, [(text, [], [np.stack([np.asarray(frame) for frame in frames])])])[0]
 
@@ -202,7 +202,7 @@ def test_a_mark_lights_up_its_cell_in_pan_and_scan(size):
     assert len(names) > 1 or size == (64, 60)
     check(parts("gemma3")[0], encode, shades(size), images)
     if len(names) > 1:
-        with pytest.raises(ValueError, match="4 image parts, and the pictures make 1|3 .* 1.* a function of a picture"):
+        with pytest.raises(ValueError, match=r"\d image parts, and the pictures make 1: .* a function of a picture"):
             token_grids(parts("gemma3")[0], encode(shades(size)), processor, [shades(size)])
 
 
@@ -246,7 +246,7 @@ def test_a_batch_has_the_grids_of_each_sample_alone(name):
     processor = functools.partial(encoded, name) if name == "mistral3" else processor
     alone = [encoded(name, *pictures) for pictures in own]
     together = ROWS[name].collate(alone)
-    pictures = sum(own, [])
+    pictures = [picture for some in own for picture in some]
     grids = token_grids(model, together, processor, pictures)
     assert [len(images) for images in grids] == [2, 1, 1]
     assert [grid.picture for images in grids for grids in images for grid in grids[:1]] == [0, 1, 2, 3]
@@ -269,7 +269,7 @@ def test_a_batch_has_the_grids_of_each_sample_alone(name):
 
 
 def test_images_that_are_encoded_already_are_not_encoded_again(monkeypatch):
-    model, processor = parts("llava")
+    model, _ = parts("llava")
     inputs = encoded("llava", shades((64, 50)))
     images = read_images(adapt(model), inputs)
     monkeypatch.setattr(model.model, "vision_tower", None)

@@ -65,7 +65,6 @@ def sources_of(
     Raises:
         ValueError: the processor makes other planes of the picture, or their pixels do not lie as the picture's.
     """
-
     upright = [ImageOps.exif_transpose(frame) for frame in frames]  # as loaders do, and processors do not
     for shown, copies in itertools.product((frames, upright), (1, 2)):  # among several a picture may have no tiles
         own = _made(adapted, processor, shown, kind, copies)
@@ -85,17 +84,13 @@ def sources_of(
     return list(zip(names_of(own, [_covers_all(place) for place in places]), places, strict=True))
 
 
-def _made(
-    adapted: AdaptedModel, processor: Any, frames: Sequence[Image.Image], kind: str, copies: int
-) -> list[Plane]:
+def _made(adapted: AdaptedModel, processor: Any, frames: Sequence[Image.Image], kind: str, copies: int) -> list[Plane]:
     """Call the processor, on a picture among `copies` of it or on the frames of a video, and take the planes."""
     inputs: Mapping[str, Any]
     if not hasattr(processor, "image_processor"):
         inputs, copies = processor(frames[0] if kind == "image" else list(frames)), 1
     elif kind == "image":
-        inputs = processor(
-            text=[processor.image_token * copies], images=[[frames[0]] * copies], return_tensors="pt"
-        )
+        inputs = processor(text=[processor.image_token * copies], images=[[frames[0]] * copies], return_tensors="pt")
     else:
         video = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
         inputs, copies = processor.video_processor(videos=[video], do_sample_frames=False, return_tensors="pt"), 1
@@ -154,7 +149,7 @@ def _fit(probes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
     black, white, *ramps = (probe.sum(0).flatten() for probe in probes)
     span, (_, rows, columns) = white - black, probes[0].shape
     shown = torch.nonzero(span.abs() > span.abs().max() / 2)[:, 0]
-    shown = shown[:: len(shown) // 100_000 + 1]  # of a large plane enough
+    shown = shown[:: len(shown) // 200_000 + 1]  # enough of a large plane
     u, v = ((shown % columns).double() + 0.5) / columns, ((shown // columns).double() + 0.5) / rows
     at = torch.stack([u, v, torch.ones_like(u)], -1)
     fits = []
@@ -163,16 +158,26 @@ def _fit(probes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
             fits.append(torch.eye(3).double()[axis])
             continue
         place = ((ramp - black)[shown] / span[shown] * (pixels - 1) + 0.5) / pixels
-        fit = torch.linalg.lstsq(at, place[:, None], driver="gelsd").solution
+        fit = _least_squares(at, place)
         # At the picture's edges a resize has no neighbours on one side, and its values bend.
         edge = min(2.5 * max(abs(float(fit[0])) / columns, abs(float(fit[1])) / rows, 1 / pixels), 0.3)
         inner = (place > edge) & (place < 1 - edge)
-        if len(place[inner].unique()) > 2:
-            fit = torch.linalg.lstsq(at[inner], place[inner, None], driver="gelsd").solution
-        if float((at @ fit - place[:, None]).abs().median()) > 0.02 + 1 / pixels:
+        if bool(inner.any()) and _range(place[inner]) > _range(place) / 5:
+            fit = _least_squares(at[inner], place[inner])
+        if float((at @ fit - place).abs().median()) > 0.02 + 1 / pixels:
             raise ValueError(
                 "the places of a picture's pixels in the inputs are not known: the processor lays them out in an "
                 "order that is not among those of fitprune.families.planes"
             )
-        fits.append(fit[:, 0])
+        fits.append(fit)
     return torch.stack(fits)
+
+
+def _least_squares(at: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Solve `at` [pixels, 3] times the fit [3] = `place` [pixels]; what the pixels leave open is 0."""
+    inverse: torch.Tensor = torch.linalg.pinv(at.T @ at, hermitian=True)
+    return inverse @ (at.T @ place)
+
+
+def _range(values: torch.Tensor) -> float:
+    return float(values.max() - values.min())

@@ -76,12 +76,11 @@ def token_grids(
             own.append((sample, kind, int((row == number).sum())))
     counts = {kind: [count for _, other, count in own if other == kind] for kind in planes}
     cells = {kind: iter(tokens_on_planes(adapted, inputs, planes[kind], counts[kind])) for kind in planes}
-    measured = processor is not None and pictures is not None
-    places = _measured(adapted, planes, processor, pictures) if measured else {}
+    places = {} if processor is None or pictures is None else _measured(adapted, planes, processor, pictures)
     grids: list[list[tuple[Grid, ...]]] = [[] for _ in image]
     for sample, kind, _ in own:
         mine = next(cells[kind])
-        if measured:
+        if places:
             grids[sample].append(tuple(_placed(one, *places[kind][one.plane]) for one in mine))
         else:  # most families show the whole picture last
             names = names_of([planes[kind][one.plane] for one in mine], [one is mine[-1] for one in mine])

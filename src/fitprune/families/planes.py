@@ -10,6 +10,7 @@ Shapes: C channels (for a pair of frames those of both), H and W pixels, P patch
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,7 +73,8 @@ def planes_of(adapted: AdaptedModel, inputs: Mapping[str, Any], modality: str) -
         return [Plane(one, f"frame {number}") for video in pixels for number, one in enumerate(video, 1)]
     if (shapes := inputs.get("spatial_shapes")) is not None:
         return [
-            _from_rows(part, *shape, vision.patch_size) for part, shape in zip(pixels, shapes.tolist(), strict=True)
+            _from_rows(part, rows, columns, vision.patch_size)
+            for part, (rows, columns) in zip(pixels, shapes.tolist(), strict=True)
         ]
     sizes = inputs.get("image_sizes")
     if sizes is not None and packs_features(adapted.model.base_model):
@@ -91,7 +93,8 @@ def planes_of(adapted: AdaptedModel, inputs: Mapping[str, Any], modality: str) -
 def _from_patches(pixels: torch.Tensor, grid: Sequence[Sequence[int]], vision: Any) -> list[Plane]:
     """Put flattened patches [P, C * side * side] back in their places; squares of them become one token."""
     merge, side, planes = vision.spatial_merge_size, vision.patch_size, []
-    for part, (frames, rows, columns) in zip(pixels.split([math.prod(one) for one in grid]), grid, strict=True):
+    parts = torch.tensor_split(pixels, list(itertools.accumulate(map(math.prod, grid)))[:-1])
+    for part, (frames, rows, columns) in zip(parts, grid, strict=True):
         part = part.view(frames, rows // merge, columns // merge, merge, merge, -1, side, side)
         part = part.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(frames, -1, rows * side, columns * side)
         planes += [Plane(one, f"frame {number}" if frames > 1 else "") for number, one in enumerate(part, 1)]
