@@ -10,12 +10,15 @@ import functools
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fitprune.families.adapter import adapt
 from fitprune.families.grids import token_grids
 from fitprune.families.images import read_images, tokens_of
+from fitprune.families.planes import planes_of
 from helpers import families
 
 # Some processors turn tensors to numpy as numpy 2 dislikes.
@@ -119,6 +122,44 @@ def test_a_mark_lights_up_its_cell(name, size):
     (images,) = token_grids(model, encode(picture), processor, [picture])
     # A token of this ResNet looks at its cell's first corner.
     check(model, encode, picture, images, part=(0, 0.7) if name == "fast_vlm" else (0.2, 0.8))
+
+
+STRETCHED = ["gemma3", "paligemma", "qwen2_vl", "glm4v", "mistral3"]  # the whole picture, whatever its shape
+
+
+@seed(0)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(width=st.integers(2, 240), height=st.integers(2, 240), x=st.floats(0, 1), y=st.floats(0, 1))
+@pytest.mark.parametrize("name", [name for name in IMAGES if name not in ("paligemma2", "qwen3_vl", "qwen3_vl_moe")])
+def test_boxes_are_right_to_a_tenth_of_a_cell(name, width, height, x, y):
+    """Where a mark lies in the pixels is where the box says; a picture that is stretched fills its box to the edges."""
+    model, processor = parts(name)
+    encode = functools.partial(encoded, name)
+    plain, box = Image.new("RGB", (width, height), (90, 90, 90)), (0.8 * x, 0.8 * y, 0.8 * x + 0.2, 0.8 * y + 0.2)
+    box = tuple(round(side * size) / size for side, size in zip(box, (width, height) * 2, strict=True))
+    if box[0] == box[2] or box[1] == box[3] or max(width / height, height / width) > 50:
+        return  # no pixel; and no processor takes such a strip
+    inputs = encode(plain)
+    images = token_grids(model, inputs, encode if name in ("got_ocr2", "mistral3") else processor, [plain])[0]
+    before, after = (planes_of(adapt(model), some, "image") for some in (inputs, encode(marked(plain, box))))
+    grids = [grid for grids in images for grid in grids]
+    if len(grids) < len(before):
+        return  # packed tiles of so thin a picture that none of their tokens is left
+    for grid, one, other in zip(grids, before, after, strict=True):
+        change = (other.pixels - one.pixels).sum(0).double()
+        if grid.name == "high resolution":
+            continue  # its box is a part of the plane; the marks of the other tests find it
+        for axis, side in ((0, 1), (1, 0)):
+            near, far = grid.box[side], grid.box[side + 2]
+            tenth = 0.1 * abs(far - near) / grid.tokens.shape[axis]
+            if name in STRETCHED:
+                assert max(abs(near), abs(far - 1)) < tenth
+            inside = near + 1e-3 < box[side] and box[side + 2] < far - 1e-3
+            inside &= grid.box[1 - side] < box[1 - side] + 1e-3 and box[3 - side] < grid.box[3 - side] + 1e-3
+            if inside and float(change.abs().sum()):
+                along = change.sum(1 - axis)
+                place = float((along * (torch.arange(len(along)) + 0.5)).sum() / along.sum() / len(along))
+                assert abs(near + (far - near) * place - (box[side] + box[side + 2]) / 2) < tenth
 
 
 def frame(number):

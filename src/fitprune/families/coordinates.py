@@ -65,8 +65,9 @@ def sources_of(
     Raises:
         ValueError: the processor makes other planes of the picture, or their pixels do not lie as the picture's.
     """
-    upright = [ImageOps.exif_transpose(frame) for frame in frames]  # as loaders do, and processors do not
-    for shown, copies in itertools.product((frames, upright), (1, 2)):  # among several a picture may have no tiles
+    # Loaders turn a picture, processors do not; and among several a picture may have no tiles.
+    for turn, copies in itertools.product((False, True), (1, 2)):
+        shown = [ImageOps.exif_transpose(frame) for frame in frames] if turn else frames
         own = _made(adapted, processor, shown, kind, copies)
         if 0 < len(own) <= len(planes) and all(map(_alike, own, planes)):
             break
