@@ -11,6 +11,7 @@ Shapes: C channels, H and W pixels of a plane.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def sources_of(
     processor: Any,
     frames: Sequence[Image.Image],
     kind: str,
-    planes: Sequence[Plane | None],
+    planes: Sequence[Plane],
     where: str,
 ) -> list[tuple[str, torch.Tensor]]:
     """Measure where the planes of a picture, or of a video's frames, come from.
@@ -64,12 +65,10 @@ def sources_of(
     Raises:
         ValueError: the processor makes other planes of the picture, or their pixels do not lie as the picture's.
     """
-
-    def make(shown: Sequence[Image.Image]) -> list[Plane]:
-        return [plane for plane in _made(adapted, processor, shown, kind) if plane is not None]
-
-    for shown in (frames, [ImageOps.exif_transpose(frame) for frame in frames]):  # loaders turn, processors do not
-        own = make(shown)
+    # Loaders turn a picture, processors do not; and among several a picture may have no tiles.
+    for turn, copies in itertools.product((False, True), (1, 2)):
+        shown = [ImageOps.exif_transpose(frame) for frame in frames] if turn else frames
+        own = _made(adapted, processor, shown, kind, copies)
         if 0 < len(own) <= len(planes) and all(map(_alike, own, planes)):
             break
     else:
@@ -79,39 +78,40 @@ def sources_of(
         )
     orientation = shown[0].getexif().get(ExifTags.Base.Orientation, 1)
     width, height = shown[0].size if orientation < 5 else shown[0].size[::-1]
-    probes = [make([probe] * len(shown)) for probe in _probes(width, height, orientation)]
+    probes = [
+        _made(adapted, processor, [probe] * len(shown), kind, copies) for probe in _probes(width, height, orientation)
+    ]
     places = [_fit([plane.pixels.double() for plane in same], (width, height)) for same in zip(*probes, strict=True)]
     return list(zip(names_of(own, [_covers_all(place) for place in places]), places, strict=True))
 
 
-def _made(adapted: AdaptedModel, processor: Any, frames: Sequence[Image.Image], kind: str) -> list[Plane | None]:
-    """Call the processor, on one picture or on the frames of a video, and take the planes."""
+def _made(adapted: AdaptedModel, processor: Any, frames: Sequence[Image.Image], kind: str, copies: int) -> list[Plane]:
+    """Call the processor, on a picture among `copies` of it or on the frames of a video, and take the planes."""
     inputs: Mapping[str, Any]
     if not hasattr(processor, "image_processor"):
-        inputs = processor(frames[0] if kind == "image" else list(frames))
+        inputs, copies = processor(frames[0] if kind == "image" else list(frames)), 1
     elif kind == "image":
-        inputs = processor(text=[processor.image_token], images=[[frames[0]]], return_tensors="pt")
+        inputs = processor(text=[processor.image_token * copies], images=[[frames[0]] * copies], return_tensors="pt")
     else:
         video = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
-        inputs = processor.video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
-    return planes_of(adapted, inputs, kind) or planes_of(adapted, inputs, "image")
+        inputs, copies = processor.video_processor(videos=[video], do_sample_frames=False, return_tensors="pt"), 1
+    planes = planes_of(adapted, inputs, kind) or planes_of(adapted, inputs, "image")
+    return planes[: len(planes) // copies]
 
 
-def _alike(one: Plane, other: Plane | None) -> bool:
-    """Whether two planes show the same, but for half precision; what the inputs leave out (None) is like all."""
-    if other is None:
-        return True
+def _alike(one: Plane, other: Plane) -> bool:
+    """Whether two planes show the same, but for half precision."""
     return one.pixels.shape == other.pixels.shape and float((one.pixels - other.pixels).abs().mean()) < 0.02
 
 
-def names_of(planes: Sequence[Plane | None], whole: Sequence[bool]) -> list[str]:
+def names_of(planes: Sequence[Plane], whole: Sequence[bool]) -> list[str]:
     """Name the planes of one picture; `whole` says which of them show all of it."""
     names = []
     if len(planes) == 1 and not whole[0]:
         return ["part of the picture"]
     for number, plane in enumerate(planes):
         tile = f"tile {number + 1 - sum(whole[:number])} of {len(planes) - sum(whole)}"
-        names.append((plane.name if plane else "") or ("whole picture" if whole[number] else tile))
+        names.append(plane.name or ("whole picture" if whole[number] else tile))
     return names
 
 
@@ -150,7 +150,7 @@ def _fit(probes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
     black, white, *ramps = (probe.sum(0).flatten() for probe in probes)
     span, (_, rows, columns) = white - black, probes[0].shape
     shown = torch.nonzero(span.abs() > span.abs().max() / 2)[:, 0]
-    shown = shown[:: len(shown) // 100_000 + 1]  # of a large plane enough
+    shown = shown[:: len(shown) // 200_000 + 1]  # enough of a large plane
     u, v = ((shown % columns).double() + 0.5) / columns, ((shown // columns).double() + 0.5) / rows
     at = torch.stack([u, v, torch.ones_like(u)], -1)
     fits = []
@@ -159,16 +159,26 @@ def _fit(probes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
             fits.append(torch.eye(3).double()[axis])
             continue
         place = ((ramp - black)[shown] / span[shown] * (pixels - 1) + 0.5) / pixels
-        fit = torch.linalg.lstsq(at, place[:, None], driver="gelsd").solution
+        fit = _least_squares(at, place)
         # At the picture's edges a resize has no neighbours on one side, and its values bend.
         edge = min(2.5 * max(abs(float(fit[0])) / columns, abs(float(fit[1])) / rows, 1 / pixels), 0.3)
         inner = (place > edge) & (place < 1 - edge)
-        if len(place[inner].unique()) > 2:
-            fit = torch.linalg.lstsq(at[inner], place[inner, None], driver="gelsd").solution
-        if float((at @ fit - place[:, None]).abs().median()) > 0.02 + 1 / pixels:
+        if bool(inner.any()) and _range(place[inner]) > _range(place) / 5:
+            fit = _least_squares(at[inner], place[inner])
+        if float((at @ fit - place).abs().median()) > 0.02 + 1 / pixels:
             raise ValueError(
                 "the places of a picture's pixels in the inputs are not known: the processor lays them out in an "
                 "order that is not among those of fitprune.families.planes"
             )
-        fits.append(fit[:, 0])
+        fits.append(fit)
     return torch.stack(fits)
+
+
+def _least_squares(at: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Solve `at` [pixels, 3] times the fit [3] = `place` [pixels]; what the pixels leave open is 0."""
+    inverse: torch.Tensor = torch.linalg.pinv(at.T @ at, hermitian=True)
+    return inverse @ (at.T @ place)
+
+
+def _range(values: torch.Tensor) -> float:
+    return float(values.max() - values.min())
