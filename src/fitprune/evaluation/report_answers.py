@@ -22,7 +22,8 @@ STYLE = """
 .findings{list-style:none;padding:0}.findings li{padding:.2em 0 .2em 1.6em;text-indent:-1.6em}
 .findings span{display:inline-block;width:1.6em;text-indent:0;font-weight:700}
 td .interval{display:block;white-space:nowrap;font-size:.75rem;font-weight:400}
-.charts{gap:var(--gap) 1rem}.charts figure{margin:0}.charts .chart{flex:0 0 auto}@media (max-width:799px){.charts{gap:var(--gap) 8px}}
+.charts{gap:var(--gap) 1rem}.charts figure{margin:0}.charts .chart{flex:0 0 auto}
+@media (max-width:799px){.charts{gap:var(--gap) 8px}}
 .right{color:var(--good)}.right::before{content:"\\2713\\a0"}.wrong{color:var(--bad)}.wrong::before{content:"\\2717\\a0"}
 .changed{color:var(--muted);font-size:var(--small)}
 .changes{padding:0;list-style:none}.changes>li{border-bottom:1px solid var(--line);padding:.6em 0}
