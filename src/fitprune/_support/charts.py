@@ -17,7 +17,7 @@ from fitprune._support import svg
 from fitprune._support.page import Html
 
 WIDE, NARROW = 720, 358  # pixels; the second is what a window of 390 leaves
-_SIDE_BY_SIDE = 16  # points of a line that all get a marker
+_ROOM = 16  # pixels of a plot's width for each marker of a line; of many points only some get one
 _MOST_NAMED = 200  # points of a line that say what they are under the pointer
 _TOO_LARGE = 1e18
 
@@ -244,7 +244,7 @@ class _Chart:
         parts = [svg.polyline(where, series.look)]
         for (x, _), (low, high) in zip(where, series.spread, strict=False):
             parts.append(svg.interval(x, plot.down(high), plot.down(low)))
-        return "".join([*parts, *self._markers(series, where)])
+        return "".join([*parts, *self._markers(plot, series, where)])
 
     def _stairs(self, plot: _Plot, number: int) -> str:
         series = self.series[number]
@@ -257,10 +257,10 @@ class _Chart:
             for end in both
         ]
         where = [(plot.across(x), plot.down(y)) for x, y in series.points]
-        return "".join([svg.polyline(stairs, series.look), *self._markers(series, where)])
+        return "".join([svg.polyline(stairs, series.look), *self._markers(plot, series, where)])
 
-    def _markers(self, series: Series, where: Sequence[tuple[float, float]]) -> list[str]:
-        every = -(-len(where) // _SIDE_BY_SIDE) or 1
+    def _markers(self, plot: _Plot, series: Series, where: Sequence[tuple[float, float]]) -> list[str]:
+        every = math.ceil(len(where) * _ROOM / plot.width) or 1
         return [
             svg.marker(series.look, x, y, self._tip(series, at)) for at, (x, y) in enumerate(where) if at % every == 0
         ]

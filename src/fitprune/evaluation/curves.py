@@ -27,7 +27,7 @@ def accuracy_curves(rows: Sequence[Row], task: Task) -> Html:
     series = [_curve(rows, name, look, task) for name, look in _looks(rows).items()]
     name = task.figure if task.comparable else "agreement with dense"
     unit = f"% of {task.maximum:g}" if task.comparable and task.benchmark and task.maximum != 100 else "%"
-    title, level = f"{name} at each budget, {task.name}", (f"dense {dense:.1f}", dense)
+    title, level = f"{name[:1].upper()}{name[1:]} at each budget, {task.name}", (f"dense {dense:.1f}", dense)
     x, y = Axis("FLOPs of visual tokens removed, %", unit="%"), Axis(f"{name}, {unit}", unit="%")
     if len(series) <= TOGETHER:
         return lines(series, title, x, y, level=level)
