@@ -30,16 +30,18 @@ class _Size:
         family: of bundled data.
         calibration: samples to measure; None for all.
         test: questions; None for all.
+        batch_size: of the test.
     """
 
     budgets: tuple[float, ...]
     family: str
     calibration: int | None
     test: int | None
+    batch_size: int
 
 
-FULL = _Size((0.4, 0.6, 0.8, 0.9), "digit-scenes", None, None)
-QUICK = _Size((0.6, 0.8), "digit-details", 16, 64)  # details are what pruning loses first
+FULL = _Size((0.4, 0.6, 0.8, 0.9), "digit-scenes", None, None, 32)
+QUICK = _Size((0.6, 0.8), "digit-details", 16, 64, 8)  # details are what pruning loses first
 
 
 def add(commands: options.Commands) -> argparse.ArgumentParser:
@@ -117,7 +119,7 @@ def demo(output: Path, *, quick: bool = False, overwrite: bool = False) -> None:
         say(f"fitted {name}: removed per layer {recipes[name].counts(fitter.visual_tokens)}")
 
     test = load_samples(assets.folder("test", size.family), samples=size.test)
-    results = evaluate(model, processor, test, recipes, batch_size=32, progress=True)
+    results = evaluate(model, processor, test, recipes, batch_size=size.batch_size, progress=True)
     results.save(output / "results.json")
     say(f"evaluated {len(test)} questions on digits that training never saw -> {output / 'results.json'}")
     print()

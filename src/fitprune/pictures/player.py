@@ -49,7 +49,8 @@ filter:drop-shadow(0 0 2px #000)}}
 .kept .controls [hidden],.kept .controls[hidden]{{display:none}}
 .kept [type=range]{{flex:1;min-width:6rem;padding:0;accent-color:var(--accent)}}.kept .play{{min-width:5rem}}
 .kept [type=checkbox]{{min-height:1.3rem;width:1.3rem;accent-color:var(--accent)}}
-.kept .count{{font-weight:700;margin:.2rem 0;font-variant-numeric:tabular-nums}}.kept h3{{margin-top:0}}
+.kept .count{{font-weight:700;margin:.2rem 0;font-variant-numeric:tabular-nums}}
+.kept .question{{font-weight:700;margin-top:0}}
 .kept .legend i{{display:inline-block;width:7rem;height:.8rem;margin:0 .4rem;vertical-align:middle;
 background:linear-gradient(90deg,{",".join(HEAT)})}}
 @media (max-width:799px){{.kept{{grid-template-columns:minmax(0,1fr)}}}}
@@ -85,7 +86,7 @@ def player(example: Example, number: int = 0) -> Html:
             )
         else:
             image = f"<use href=#{name} />"
-        caption = f"<figcaption>{escape(view.name)}</figcaption>" if len(views) > 1 else ""
+        caption = f"<p class=small>{escape(view.name)}</p>" if len(views) > 1 else ""
         drawn.append(f"<div class=view>{_svg(view, image, kept)}{caption}</div>")
     data = {
         "layers": kept.layers,
@@ -110,7 +111,7 @@ def _json(data: Any) -> str:
 
 
 def _facts(example: Example) -> str:
-    lines = [f"<h3>{escape(example.question)}</h3>"] if example.question else []
+    lines = [f"<p class=question>{escape(example.question)}</p>"] if example.question else []
     if example.answers:
         pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in example.answers.items())
         lines.append(f"<dl class=facts>{pairs}</dl>")
