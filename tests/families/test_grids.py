@@ -344,3 +344,17 @@ def test_tokens_without_rows_are_refused():
     ids = torch.cat([inputs["input_ids"][:, :2], torch.full((1, 11), 4), inputs["input_ids"][:, -3:]], 1)
     with pytest.raises(ValueError, match="the places of 11 visual tokens of this llava are not known"):
         token_grids(model, {**inputs, "input_ids": ids, "mm_encoder_outputs": outputs})
+
+
+def test_pixels_in_an_unknown_layout_are_refused():
+    model, _ = parts("qwen2_vl")
+    inputs = encoded("qwen2_vl", shades((64, 50)))
+    with pytest.raises(ValueError, match=r"the places of pixels of this qwen2_vl are not known \(.*\): nothing can be"):
+        token_grids(model, {**inputs, "pixel_values": list(inputs["pixel_values"])})
+
+    def shuffled(picture):
+        made = encoded("qwen2_vl", picture)
+        return {**made, "pixel_values": made["pixel_values"].roll(5, 0)}
+
+    with pytest.raises(ValueError, match="the places of a picture's pixels in the inputs are not known"):
+        token_grids(model, shuffled(shades((64, 50))), shuffled, [shades((64, 50))])

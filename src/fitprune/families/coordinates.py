@@ -82,7 +82,11 @@ def sources_of(
         _made(adapted, processor, [probe] * len(shown), kind, copies) for probe in _probes(width, height, orientation)
     ]
     places = [_fit([plane.pixels.double() for plane in same], (width, height)) for same in zip(*probes, strict=True)]
-    return list(zip(names_of(own, [_covers_all(place) for place in places]), places, strict=True))
+    if kind == "video":
+        names = [f"frame {number}" for number in range(1, len(own) + 1)]
+    else:
+        names = names_of(own, [_covers_all(place) for place in places])
+    return list(zip(names, places, strict=True))
 
 
 def _made(adapted: AdaptedModel, processor: Any, frames: Sequence[Image.Image], kind: str, copies: int) -> list[Plane]:
