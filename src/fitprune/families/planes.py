@@ -27,7 +27,7 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 _TILES = "high resolution"  # LLaVA-NeXT's tiles, side by side
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plane:
     """Pixels that the encoder sees as one.
 
@@ -40,7 +40,7 @@ class Plane:
     name: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Cells:
     """Tokens of one image on one plane.
 
