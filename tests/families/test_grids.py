@@ -309,11 +309,11 @@ def test_a_batch_has_the_grids_of_each_sample_alone(name):
     assert first[-1].box == grids[0][0][-1].box
 
 
-def test_images_that_are_encoded_already_are_not_encoded_again(monkeypatch):
-    model, _ = parts("llava")
+def test_images_that_are_encoded_already_are_not_encoded_again():
+    model = ROWS["llava"].make_model()
     inputs = encoded("llava", shades((64, 50)))
     images = read_images(adapt(model), inputs)
-    monkeypatch.setattr(model.model, "vision_tower", None)
+    model.model.vision_tower = None
     (((grid,),),) = token_grids(model, {**inputs, "mm_encoder_outputs": images.changed["mm_encoder_outputs"]})
     assert grid.tokens.tolist() == torch.arange(16).view(4, 4).tolist()
     with pytest.raises(ValueError, match="the inputs have no pixels: pass what the processor returned"):
@@ -329,9 +329,16 @@ def test_other_pictures_are_refused():
         ([shades((64, 50), 7), shades((90, 60))], r"pictures\[0\], 64 x 50: "),
         ([shades((64, 50))], "2 image parts, and the pictures make 1: must be as many"),
         ([shades((64, 50)), shades((90, 60)), shades((90, 60))], r"pictures\[2\]"),
+        (["photo.jpg"], r"pictures\[0\] is a str of <U9 and shape \[\]: must be a PIL image"),
+        ([[]], r"pictures\[0\] is empty"),
     ]:
         with pytest.raises(ValueError, match=fault):
             token_grids(model, inputs, processor, pictures)
+    model, processor = parts("llava")
+    with pytest.raises(
+        ValueError, match=r"pictures\[0\] is a list, .* LlavaProcessor takes no video: pass pictures one"
+    ):
+        token_grids(model, encoded("llava", shades((64, 50))), processor, [[shades((64, 50))]])
 
 
 def test_tokens_without_rows_are_refused():
@@ -344,3 +351,17 @@ def test_tokens_without_rows_are_refused():
     ids = torch.cat([inputs["input_ids"][:, :2], torch.full((1, 11), 4), inputs["input_ids"][:, -3:]], 1)
     with pytest.raises(ValueError, match="the places of 11 visual tokens of this llava are not known"):
         token_grids(model, {**inputs, "input_ids": ids, "mm_encoder_outputs": outputs})
+
+
+def test_pixels_in_an_unknown_layout_are_refused():
+    model, _ = parts("qwen2_vl")
+    inputs = encoded("qwen2_vl", shades((64, 50)))
+    with pytest.raises(ValueError, match=r"the places of pixels of this qwen2_vl are not known \(.*\): nothing can be"):
+        token_grids(model, {**inputs, "pixel_values": list(inputs["pixel_values"])})
+
+    def shuffled(picture):
+        made = encoded("qwen2_vl", picture)
+        return {**made, "pixel_values": made["pixel_values"].roll(5, 0)}
+
+    with pytest.raises(ValueError, match="the places of a picture's pixels in the inputs are not known"):
+        token_grids(model, shuffled(shades((64, 50))), shuffled, [shades((64, 50))])

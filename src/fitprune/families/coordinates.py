@@ -30,13 +30,28 @@ _LYING = {
 }  # fmt: skip
 
 
-def frames_in(picture: Any) -> tuple[list[Image.Image], str]:
-    """Take a picture, or the frames of a video, and say which of these it is: "image" or "video"."""
+def frames_in(picture: Any, where: str) -> tuple[list[Image.Image], str]:
+    """Take a picture, or the frames of a video, and say which of these it is: "image" or "video".
+
+    Args:
+        picture: a PIL image or uint8 [height, width, 3]; for a video a list of these, or uint8 of four axes.
+        where: its place, for messages.
+
+    Raises:
+        ValueError: it is none of these.
+    """
     is_video = isinstance(picture, (list, tuple)) or getattr(picture, "ndim", 3) == 4
-    frames = [
-        frame if isinstance(frame, Image.Image) else Image.fromarray(np.asarray(frame))
-        for frame in (picture if is_video else [picture])
-    ]
+    frames = []
+    for frame in picture if is_video else [picture]:
+        values = None if isinstance(frame, Image.Image) else np.asarray(frame)
+        if values is not None and (values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3):
+            raise ValueError(
+                f"{where} is a {type(frame).__name__} of {values.dtype} and shape {list(values.shape)}: must be a PIL "
+                "image or uint8 [height, width, 3], and for a video a list of them"
+            )
+        frames.append(frame if values is None else Image.fromarray(values))
+    if not frames:
+        raise ValueError(f"{where} is empty: must be a picture, or a list with the frames of a video")
     return frames, "video" if is_video else "image"
 
 
@@ -65,10 +80,15 @@ def sources_of(
     Raises:
         ValueError: the processor makes other planes of the picture, or their pixels do not lie as the picture's.
     """
+    if kind == "video" and hasattr(processor, "image_processor") and not getattr(processor, "video_processor", None):
+        raise ValueError(
+            f"{where} is a list, which stands for a video's frames, and a {type(processor).__name__} takes no video: "
+            "pass pictures one after another"
+        )
     # Loaders turn a picture, processors do not; and among several a picture may have no tiles.
     for turn, copies in itertools.product((False, True), (1, 2)):
-        shown = [ImageOps.exif_transpose(frame) for frame in frames] if turn else frames
-        own = _made(adapted, processor, shown, kind, copies)
+        upright = [ImageOps.exif_transpose(frame) for frame in frames] if turn else frames
+        own = _planes_from(adapted, processor, upright, kind, copies)
         if 0 < len(own) <= len(planes) and all(map(_alike, own, planes)):
             break
     else:
@@ -76,16 +96,23 @@ def sources_of(
             f"{where}, {frames[0].width} x {frames[0].height}: the processor makes other pixels of it than the inputs "
             "have; pass what the processor got, and if it got other arguments too, a function of a picture in its place"
         )
-    orientation = shown[0].getexif().get(ExifTags.Base.Orientation, 1)
-    width, height = shown[0].size if orientation < 5 else shown[0].size[::-1]
+    orientation = upright[0].getexif().get(ExifTags.Base.Orientation, 1)
+    width, height = upright[0].size if orientation < 5 else upright[0].size[::-1]
     probes = [
-        _made(adapted, processor, [probe] * len(shown), kind, copies) for probe in _probes(width, height, orientation)
+        _planes_from(adapted, processor, [probe] * len(upright), kind, copies)
+        for probe in _probes(width, height, orientation)
     ]
     places = [_fit([plane.pixels.double() for plane in same], (width, height)) for same in zip(*probes, strict=True)]
-    return list(zip(names_of(own, [_covers_all(place) for place in places]), places, strict=True))
+    if kind == "video":
+        names = [f"frame {number}" for number in range(1, len(own) + 1)]
+    else:
+        names = names_of(own, [_covers_all(place) for place in places])
+    return list(zip(names, places, strict=True))
 
 
-def _made(adapted: AdaptedModel, processor: Any, frames: Sequence[Image.Image], kind: str, copies: int) -> list[Plane]:
+def _planes_from(
+    adapted: AdaptedModel, processor: Any, frames: Sequence[Image.Image], kind: str, copies: int
+) -> list[Plane]:
     """Call the processor, on a picture among `copies` of it or on the frames of a video, and take the planes."""
     inputs: Mapping[str, Any]
     if not hasattr(processor, "image_processor"):
@@ -124,14 +151,14 @@ def _covers_all(place: torch.Tensor) -> bool:
 def _probes(width: int, height: int, orientation: int) -> list[Image.Image]:
     """Make a black picture, a white one, and one with a ramp in each direction, as the camera would have them lie."""
     x, y = (np.rint(np.linspace(0, 255, size)).astype(np.uint8) for size in (width, height))
-    made = []
+    probes = []
     for values in (np.uint8(0), np.uint8(255), x[None, :, None], y[:, None, None]):
         probe = Image.fromarray(np.ascontiguousarray(np.broadcast_to(values, (height, width, 3))))
         if orientation in _LYING:
             probe = probe.transpose(_LYING[orientation])
             probe.getexif()[ExifTags.Base.Orientation] = orientation
-        made.append(probe)
-    return made
+        probes.append(probe)
+    return probes
 
 
 def _fit(probes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
@@ -149,16 +176,16 @@ def _fit(probes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
     """
     black, white, *ramps = (probe.sum(0).flatten() for probe in probes)
     span, (_, rows, columns) = white - black, probes[0].shape
-    shown = torch.nonzero(span.abs() > span.abs().max() / 2)[:, 0]
-    shown = shown[:: len(shown) // 200_000 + 1]  # enough of a large plane
-    u, v = ((shown % columns).double() + 0.5) / columns, ((shown // columns).double() + 0.5) / rows
+    visible = torch.nonzero(span.abs() > span.abs().max() / 2)[:, 0]
+    visible = visible[:: len(visible) // 200_000 + 1]  # enough of a large plane
+    u, v = ((visible % columns).double() + 0.5) / columns, ((visible // columns).double() + 0.5) / rows
     at = torch.stack([u, v, torch.ones_like(u)], -1)
     fits = []
     for axis, (ramp, pixels) in enumerate(zip(ramps, size, strict=True)):
         if pixels == 1:  # no ramp
             fits.append(torch.eye(3).double()[axis])
             continue
-        place = ((ramp - black)[shown] / span[shown] * (pixels - 1) + 0.5) / pixels
+        place = ((ramp - black)[visible] / span[visible] * (pixels - 1) + 0.5) / pixels
         fit = _least_squares(at, place)
         # At the picture's edges a resize has no neighbours on one side, and its values bend.
         edge = min(2.5 * max(abs(float(fit[0])) / columns, abs(float(fit[1])) / rows, 1 / pixels), 0.3)

@@ -19,7 +19,7 @@ from fitprune.families.images import modality_of, read_images
 from fitprune.families.planes import Box, Cells, Plane, planes_of, tokens_on_planes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Grid:
     """Visual tokens that lie in rows and columns over a part of a picture.
 
@@ -51,8 +51,9 @@ def token_grids(
         inputs: of one call: what the processor returned.
         processor: the model's, to measure boxes; or a function that makes inputs of one picture (of a video, the list
             of its frames), if the processor got arguments that change pixels.
-        pictures: what the processor got, in the order of the prompts; a video as a list of the frames that the model
-            sees. Without them or the processor boxes are None.
+        pictures: what the processor got, one after another in the order of the prompts: PIL images or uint8 arrays
+            [height, width, 3], a video as a list of the frames that the model sees. Without them or the processor
+            boxes are None.
 
     Returns:
         For each sample, for each of its images or frames, the grids.
@@ -104,11 +105,11 @@ def _measured(
     """
     known: dict[str, list[tuple[int, str, torch.Tensor]]] = {kind: [] for kind in planes}
     for number, picture in enumerate(pictures):
-        frames, kind = frames_in(picture)
+        frames, kind = frames_in(picture, f"pictures[{number}]")
         where = kind if planes[kind] else next(other for other in planes if other != kind)
         mine = planes[where][len(known[where]) :]
-        found = sources_of(adapted, processor, frames, kind, mine, f"pictures[{number}]")
-        known[where] += [(number, *source) for source in found]
+        sources = sources_of(adapted, processor, frames, kind, mine, f"pictures[{number}]")
+        known[where] += [(number, *source) for source in sources]
     for kind, those in planes.items():
         if len(known[kind]) != len(those):
             raise ValueError(

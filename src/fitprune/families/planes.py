@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fitprune._support.host import packed, packs_features, tiles_of_size
+from fitprune._support.messages import line
 from fitprune.families.adapter import AdaptedModel
 from fitprune.families.images import PIXELS
 
@@ -26,7 +27,7 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 _TILES = "high resolution"  # LLaVA-NeXT's tiles, side by side
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plane:
     """Pixels that the encoder sees as one.
 
@@ -39,7 +40,7 @@ class Plane:
     name: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Cells:
     """Tokens of one image on one plane.
 
@@ -61,14 +62,24 @@ def planes_of(adapted: AdaptedModel, inputs: Mapping[str, Any], modality: str) -
         adapted: the model.
         inputs: what the processor made.
         modality: "image" or "video".
+
+    Raises:
+        ValueError: the pixels are not laid out as in any supported family.
     """
+    try:
+        return _planes_of(adapted, inputs, modality)
+    except (AttributeError, RuntimeError, TypeError) as error:  # of a family that has no row
+        raise ValueError(_no_grid(adapted, "pixels", line(error, 200))) from error
+
+
+def _planes_of(adapted: AdaptedModel, inputs: Mapping[str, Any], modality: str) -> list[Plane]:
     pixels = next((inputs[name] for name in PIXELS[modality] if inputs.get(name) is not None), None)
     if pixels is None:
         return []
     pixels = pixels.detach().float().cpu()
     vision = adapted.model.config.vision_config
     if (grid := inputs.get(f"{modality}_grid_thw")) is not None:
-        return _from_patches(pixels, grid.tolist(), vision)
+        return _from_patches(pixels, grid.tolist(), vision, modality)
     if modality == "video":
         return [Plane(one, f"frame {number}") for video in pixels for number, one in enumerate(video, 1)]
     if (shapes := inputs.get("spatial_shapes")) is not None:
@@ -78,7 +89,7 @@ def planes_of(adapted: AdaptedModel, inputs: Mapping[str, Any], modality: str) -
         ]
     sizes = inputs.get("image_sizes")
     if sizes is not None and packs_features(adapted.model.base_model):
-        numbers = inputs.get("batch_num_images")  # of a sample with several images each is seen whole alone
+        numbers = inputs.get("batch_num_images")  # several images of a sample have no tiles
         alone = [True] * len(sizes) if numbers is None else [n == 1 for n in numbers.tolist() for _ in range(n)]
         parts = zip(pixels, sizes, alone, strict=True)
         return [plane for part, size, tiled in parts for plane in _base_and_tiles(adapted, part, size, tiled)]
@@ -90,14 +101,14 @@ def planes_of(adapted: AdaptedModel, inputs: Mapping[str, Any], modality: str) -
     return [Plane(one) for one in pixels]
 
 
-def _from_patches(pixels: torch.Tensor, grid: Sequence[Sequence[int]], vision: Any) -> list[Plane]:
+def _from_patches(pixels: torch.Tensor, grid: Sequence[Sequence[int]], vision: Any, modality: str) -> list[Plane]:
     """Put flattened patches [P, C * side * side] back in their places; squares of them become one token."""
     merge, side, planes = vision.spatial_merge_size, vision.patch_size, []
     parts = torch.tensor_split(pixels, list(itertools.accumulate(map(math.prod, grid)))[:-1])
     for part, (frames, rows, columns) in zip(parts, grid, strict=True):
         part = part.view(frames, rows // merge, columns // merge, merge, merge, -1, side, side)
         part = part.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(frames, -1, rows * side, columns * side)
-        planes += [Plane(one, f"frame {number}" if frames > 1 else "") for number, one in enumerate(part, 1)]
+        planes += [Plane(one, f"frame {number}" if modality == "video" else "") for number, one in enumerate(part, 1)]
     return planes
 
 
@@ -151,7 +162,7 @@ def tokens_on_planes(
             first += shares[number]
             number += 1
         if first != count:
-            raise ValueError(_no_grid(adapted, count, f"one of its tiles begins with token {first}"))
+            raise ValueError(_no_grid(adapted, f"{count} visual tokens", f"one of its tiles begins with token {first}"))
         dealt.append(cells)
     return dealt
 
@@ -165,7 +176,9 @@ def _rows_and_columns(adapted: AdaptedModel, plane: Plane, count: int, newline_l
         if cells and rows * columns == cells:
             first = 0 if newline_last else beside
             return torch.arange(first, first + cells).view(rows, columns)
-    raise ValueError(_no_grid(adapted, count, f"{width} x {height} pixels have no such grid of squares"))
+    raise ValueError(
+        _no_grid(adapted, f"{count} visual tokens", f"{width} x {height} pixels have no such grid of squares")
+    )
 
 
 def _packed_cells(
@@ -192,7 +205,7 @@ def _packed_cells(
     features, newline = torch.cat([torch.zeros(1, side * side, 2), places]), torch.full((2,), torch.nan)
     places = packed(adapted.model.base_model, [features], size[None].cpu(), newline)[0]
     if len(places) != count:
-        raise ValueError(_no_grid(adapted, count, f"the model packs {len(places)}"))
+        raise ValueError(_no_grid(adapted, f"{count} visual tokens", f"the model packs {len(places)}"))
     places = places[side * side :]
     width = places[:, 0].isnan().tolist().index(True)  # the first newline ends the first row
     if not width:  # a picture so thin that only newlines are left
@@ -204,8 +217,8 @@ def _packed_cells(
     return [base, Cells(start + 1, tokens, (left - across, top - down, right + across, bottom + down))]
 
 
-def _no_grid(adapted: AdaptedModel, count: int, why: str) -> str:
+def _no_grid(adapted: AdaptedModel, what: str, why: str) -> str:
     return (
-        f"the places of {count} visual tokens of this {adapted.model.config.model_type} are not known ({why}): "
-        "its pictures cannot be drawn"
+        f"the places of {what} of this {adapted.model.config.model_type} are not known ({why}): nothing can be drawn "
+        "on its pictures; pruning does not need them"
     )
