@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines, steps and bars, told apart by marker, dash and fill as well as by colour. Pure Python.
+"""Charts as SVG text: lines, steps and bars, which differ by marker, dash and fill as well as by colour. Pure Python.
 
 Each is drawn twice, for a wide window and for one of 390 px, and the page shows the one that fits, at its real size.
 Colours are the page's (`fitprune._support.page`), so that a chart is dark or light with it. In a file of its own, where
