@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines, steps and bars, told apart by marker, dash and fill as well as by colour. Pure Python.
+"""Charts as SVG text: lines, steps and bars, which differ by marker, dash and fill as well as by colour. Pure Python.
 
 Each is drawn twice, for a wide window and for one of 390 px, and the page shows the one that fits, at its real size.
 Colours are the page's (`fitprune._support.page`), so that a chart is dark or light with it. In a file of its own, where
@@ -209,7 +209,7 @@ class _Chart:
         up += [end for each in self.series for ends in each.spread for end in ends]
         up += [self.level[1]] if self.level is not None else []
         up += [0.0] if self.kind == "bars" else []
-        marks = svg.ticks(*_ends(up, self.y), max(2, self.height // 50), self.y.whole)
+        marks = svg.ticks(*_ends(up, self.y), max(4, self.height // 50), self.y.whole)
         low = marks[0] if self.y.low is None else self.y.low
         high = marks[-1] if self.y.high is None else self.y.high
         left, right = _ends(across, self.x)
@@ -223,7 +223,8 @@ class _Chart:
             y = plot.down(mark)
             parts.append(svg.line(plot.left, y, right, y, f"stroke='{svg.LINE}'"))
             parts.append(svg.text(plot.left - 6, y + 4, svg.number(mark), "end"))
-        for mark in svg.ticks(*plot.x, max(2, int(plot.width // 60)), self.x.whole):
+        fewest = 3 if svg.width_of(svg.number(plot.x[1])) < 30 else 2
+        for mark in svg.ticks(*plot.x, max(fewest, int(plot.width // 60)), self.x.whole):
             if plot.x[0] <= mark <= plot.x[1]:
                 x = plot.across(mark)
                 parts.append(svg.line(x, bottom, x, bottom + 4))

@@ -68,7 +68,7 @@ for (const table of document.querySelectorAll('table.sortable')) {
     button.onclick = () => {
       const value = row => {
         const text = row.cells[column].textContent.trim(), number = parseFloat(text.replace(/,/g, ''));
-        return text === '-' ? null : isNaN(number) ? text : number;
+        return text === '-' ? null : Number.isFinite(number) ? number : text;
       };
       const first = typeof value(body.rows[0]) === 'number' ? 'descending' : 'ascending';
       const other = first === 'ascending' ? 'descending' : 'ascending';

@@ -81,6 +81,9 @@ def changes(results: Results, records: Sequence[Record], journal: str | None) ->
         where = f"Keep {journal} of this run beside the results" if journal else "Evaluate with a journal"
         yield f"<p class=note>{escape(where)}, and the answers that pruning changed are listed here.</p>"
         return
+    questions = sum(task.questions for task in results.tasks)
+    if len(records) < questions:
+        yield f"<p class=note>The answers to {len(records):,} of {questions:,} questions could be read.</p>"
     every = list(changed(results, records))
     if not every:
         yield f"<p>None of {plural(len(records), 'question')} is answered otherwise than by the dense model.</p>"
@@ -96,8 +99,9 @@ def changes(results: Results, records: Sequence[Record], journal: str | None) ->
     judged = any(change.scores for change in listed)
     yield _filter(labels, judged)
     yield "<ul class=changes>"
+    numbers = {label: number for number, label in enumerate(labels)}
     for change in listed:
-        yield _change(change, {label: number for number, label in enumerate(labels)})
+        yield _change(change, numbers)
     yield "</ul>"
 
 
@@ -112,9 +116,8 @@ def _counts(every: Sequence[Change], labels: Sequence[str], questions: int) -> H
     order = sorted(labels, key=lambda label: [-counts[label][kind] for kind in kinds])
     body = [(label, sum(counts[label].values()), *(counts[label][kind] for kind in kinds[:-1])) for label in order]
     head = (f"of {plural(questions, 'question')}", "changed", *kinds[:-1])
-    return Html(
-        f"<details open><summary>How many</summary>{table(head, body, sortable=True, label='changes')}</details>"
-    )
+    counted, mark = table(head, body, sortable=True, label="how many"), " open" if len(labels) <= 20 else ""
+    return Html(f"<details{mark}><summary>How many</summary>{counted}</details>")
 
 
 def _filter(labels: Sequence[str], judged: bool) -> str:
