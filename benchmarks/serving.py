@@ -273,7 +273,7 @@ def ratios(dense: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def table(rounds: list[dict[str, Any]]) -> str:
-    """Write the rounds as the Markdown table of docs/vllm.md."""
+    """Write the rounds as the Markdown table of docs/serve.md."""
     lines = [
         "| | | chats a second | of dense | first token, median s | of dense | prompt tokens from the cache |",
         "|---|---|---|---|---|---|---|",

@@ -118,7 +118,7 @@ def test_a_file_needs_no_page():
 def test_many_points_are_drawn_without_a_marker_each():
     figure = steps([Series("a", [(at, at % 7) for at in range(5000)])], "t", Axis("layer", whole=True), Y)
     for picture in parsed(figure):
-        assert len(list(picture.iter(f"{SVG}path"))) <= 16
+        assert 0 < len(list(picture.iter(f"{SVG}path"))) < 50
     assert len(figure) < 400_000
 
 

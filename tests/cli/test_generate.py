@@ -1,6 +1,7 @@
 """`fitprune generate`."""
 
 import os
+import re
 import shlex
 
 import pytest
@@ -38,11 +39,12 @@ def test_the_dense_answer_is_printed_beside_with_what_both_took(made, tmp_path, 
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["dense", "pruned"]
     assert lines[2] in ("(the same answer)", "(the answers differ)")
-    cells = {line[:24].strip(): line[24:].split() for line in lines[5:9]}
-    tokens, cache = cells["visual tokens at the end"], cells["KV cache"]
-    assert tokens[0] == "144"
-    assert int(tokens[1]) < 30
-    assert cache[1] == cache[3] == "MB" or float(cache[0]) > float(cache[2])
+    cells = {name: rest for name, *rest in (re.split("  +", line) for line in lines[5:9])}
+    dense, pruned = cells["visual tokens at the end"]
+    assert int(pruned) < 30 < int(dense) == 144
+    bytes_of = {"kB": 1e3, "MB": 1e6}
+    dense, pruned = (float(n) * bytes_of[unit] for n, unit in map(str.split, cells["KV cache"]))
+    assert pruned < 0.5 * dense
     assert list(cells)[2:] == ["time to first token", "time for each further one"]
     assert lines[-1] == str(tmp_path / "kept.svg")
     assert "dense: " in (tmp_path / "kept.svg").read_text()

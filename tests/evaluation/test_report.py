@@ -102,6 +102,8 @@ def test_a_journal_without_end_is_read_up_to_a_bound(small, tmp_path, monkeypatc
     path = save_with_journal(small, tmp_path)
     monkeypatch.setattr("fitprune.evaluation.records.MOST_BYTES", 700)
     assert 0 < len(list(journal_of(small, path))) < 4
+    page = written(Results.load(path), tmp_path, source=path)
+    assert re.search(r"The answers to [123] of 4 questions could be read", page)
 
 
 def test_of_many_changes_those_of_fitprune_come_first(tmp_path, monkeypatch):

@@ -380,6 +380,27 @@ def test_a_preempted_requests_blocks_are_not_taken_over():
     assert step(scheduler)[0].num_scheduled_tokens == {"one": ALONE[1] + 1, "two": ALONE[1]}
 
 
+def test_blocks_of_a_step_that_was_taken_back_are_not_taken_over():
+    """By priority vLLM preempts also what already has its place in the step; its new blocks have their hashes then."""
+    scheduler = scheduler_of(blocks=70, scheduling_policy="priority", long_prefill_token_threshold=250)
+    one = request("one", [300, ("image", 144), 20], tokens=30, priority=1)
+    begin(scheduler, one)
+    finish(scheduler, step(scheduler)[0])
+    scheduler.running.remove(one)
+    scheduler._preempt_request(one, 0.0)
+    scheduler.add_request(request("long", [600], cache_salt="salt"))
+    out, _, chunks = step(scheduler)
+    assert out.num_scheduled_tokens == {"long": 250, "one": 12}  # its image has no room beside the long one
+    scheduler.add_request(request("urgent", [32], cache_salt="salt"))
+    for _ in range(2):
+        finish(scheduler, out, chunks)
+        out, _, chunks = step(scheduler)
+    finish(scheduler, out, chunks)
+    assert one.num_preemptions == 2
+    scheduler.finish_requests("one", RequestStatus.FINISHED_ABORTED)
+    assert first_steps(scheduler, again(one, "two")) == [(288, 176)]
+
+
 @pytest.mark.parametrize("place", [0, 5, 11])
 def test_blocks_are_taken_over_if_all_are_there(place):
     """The first is of text that others share, the others are the image's and the question's."""

@@ -63,11 +63,6 @@ def test_grids_that_cover_each_other_are_drawn_side_by_side_and_tiles_together()
     assert [middle(drawn, x / drawn.width, 0.5) == GREEN for x in (50, 137, 187)] == [True, False, True]
 
 
-def test_a_cell_without_a_token_is_neither():
-    kept = image_of(Grid(torch.tensor([[0, -1]]), (0.0, 0.0, 1.0, 1.0), "whole picture"), entered=[2])
-    assert min(middle(draw_kept(Image.new("RGB", (96, 96), GREEN), kept, 1), 0.75, 0.5)) > 170
-
-
 def test_scores_are_coloured_by_rank_from_blue_to_yellow():
     scores = torch.tensor([[1e-9, 5.0], [1e-9, torch.nan]])
     kept = image_of(grid(1, 2), entered=[2, 2], scores=scores)

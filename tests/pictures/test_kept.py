@@ -95,11 +95,11 @@ def test_the_share_of_a_box_counts_cells_whose_middle_lies_in_it():
     assert image.inside((0.01, 0.01, 0.02, 0.02)).nonzero().tolist() == [[0]]  # smaller than a cell
 
 
-def test_cells_without_a_token_and_tokens_without_a_cell():
-    grid = Grid(torch.tensor([[0, 1], [-1, 2]]), WHOLE, "whole picture")
-    image = KeptImage((grid,), torch.tensor([2, 2, 2, 1]), 2)  # the last is a newline
-    assert image.grid(1)[0].tolist() == [[True, True], [False, True]]
-    assert image.inside(WHOLE).tolist() == [True, True, True, False]
+def test_a_token_without_a_cell_is_in_no_box():
+    grid = Grid(torch.tensor([[0, 1], [2, 3]]), WHOLE, "whole picture")
+    image = KeptImage((grid,), torch.tensor([2, 2, 2, 1, 2]), 2)  # the last is a newline
+    assert image.inside(WHOLE).tolist() == [True, True, True, True, False]
+    assert image.share(WHOLE, 1) == 0.75
 
 
 @pytest.mark.parametrize(

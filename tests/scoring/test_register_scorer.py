@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -434,6 +435,24 @@ def test_what_a_scorer_raises_names_it(score, message, model, inputs, registry):
     recipe = recipe_of(model, {"name": "new"}, enter=(1.0, 1.0, 0.6, 0.6, 0.3))
     with pytest.raises(ValueError, match=message):
         kept(model, inputs, None, recipe)
+
+
+def test_the_end_that_a_signal_asks_for_passes_as_it_is(model, inputs):
+    """Handlers of vLLM's workers raise SystemExit, once; whoever takes it for the scorer's keeps the worker alive."""
+
+    def end(number, frame):
+        raise SystemExit
+
+    def ended(view):
+        signal.raise_signal(signal.SIGTERM)
+        return view.attention()
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(SystemExit):
+            kept(model, inputs, ended)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_want_of_memory_passes_as_it_is(model, inputs):

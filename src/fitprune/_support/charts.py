@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines, steps and bars, told apart by marker, dash and fill as well as by colour. Pure Python.
+"""Charts as SVG text: lines, steps and bars, which differ by marker, dash and fill as well as by colour. Pure Python.
 
 Each is drawn twice, for a wide window and for one of 390 px, and the page shows the one that fits, at its real size.
 Colours are the page's (`fitprune._support.page`), so that a chart is dark or light with it. In a file of its own, where
@@ -17,7 +17,7 @@ from fitprune._support import svg
 from fitprune._support.page import Html
 
 WIDE, NARROW = 720, 358  # pixels; the second is what a window of 390 leaves
-_SIDE_BY_SIDE = 16  # points of a line that all get a marker
+_ROOM = 16  # pixels of a plot's width for each marker of a line; of many points only some get one
 _MOST_NAMED = 200  # points of a line that say what they are under the pointer
 _TOO_LARGE = 1e18
 
@@ -209,7 +209,7 @@ class _Chart:
         up += [end for each in self.series for ends in each.spread for end in ends]
         up += [self.level[1]] if self.level is not None else []
         up += [0.0] if self.kind == "bars" else []
-        marks = svg.ticks(*_ends(up, self.y), max(2, self.height // 50), self.y.whole)
+        marks = svg.ticks(*_ends(up, self.y), max(4, self.height // 50), self.y.whole)
         low = marks[0] if self.y.low is None else self.y.low
         high = marks[-1] if self.y.high is None else self.y.high
         left, right = _ends(across, self.x)
@@ -223,7 +223,8 @@ class _Chart:
             y = plot.down(mark)
             parts.append(svg.line(plot.left, y, right, y, f"stroke='{svg.LINE}'"))
             parts.append(svg.text(plot.left - 6, y + 4, svg.number(mark), "end"))
-        for mark in svg.ticks(*plot.x, max(2, int(plot.width // 60)), self.x.whole):
+        fewest = 3 if svg.width_of(svg.number(plot.x[1])) < 30 else 2
+        for mark in svg.ticks(*plot.x, max(fewest, int(plot.width // 60)), self.x.whole):
             if plot.x[0] <= mark <= plot.x[1]:
                 x = plot.across(mark)
                 parts.append(svg.line(x, bottom, x, bottom + 4))
@@ -244,7 +245,7 @@ class _Chart:
         parts = [svg.polyline(where, series.look)]
         for (x, _), (low, high) in zip(where, series.spread, strict=False):
             parts.append(svg.interval(x, plot.down(high), plot.down(low)))
-        return "".join([*parts, *self._markers(series, where)])
+        return "".join([*parts, *self._markers(plot, series, where)])
 
     def _stairs(self, plot: _Plot, number: int) -> str:
         series = self.series[number]
@@ -257,10 +258,10 @@ class _Chart:
             for end in both
         ]
         where = [(plot.across(x), plot.down(y)) for x, y in series.points]
-        return "".join([svg.polyline(stairs, series.look), *self._markers(series, where)])
+        return "".join([svg.polyline(stairs, series.look), *self._markers(plot, series, where)])
 
-    def _markers(self, series: Series, where: Sequence[tuple[float, float]]) -> list[str]:
-        every = -(-len(where) // _SIDE_BY_SIDE) or 1
+    def _markers(self, plot: _Plot, series: Series, where: Sequence[tuple[float, float]]) -> list[str]:
+        every = math.ceil(len(where) * _ROOM / plot.width) or 1
         return [
             svg.marker(series.look, x, y, self._tip(series, at)) for at, (x, y) in enumerate(where) if at % every == 0
         ]

@@ -42,8 +42,9 @@ table{{border-collapse:collapse;font-size:var(--small);font-variant-numeric:tabu
 caption{{text-align:left;padding-bottom:.4em}}
 th,td{{padding:.35em .6em;text-align:right;vertical-align:top;border-bottom:1px solid var(--line);overflow-wrap:normal}}
 thead th{{border-bottom:2px solid var(--muted);vertical-align:bottom}}tbody th{{font-weight:400}}
-th:first-child,td:first-child{{text-align:left;position:sticky;left:0;background:var(--bg);max-width:11rem;
-overflow-wrap:anywhere}}
+th:first-child,td:first-child{{text-align:left;position:sticky;left:0;background:var(--bg);min-width:5.5rem;
+max-width:11rem;overflow-wrap:break-word}}
+@media (max-width:799px){{th,td{{padding:.35em .3em}}}}
 tr.ours th,.best{{font-weight:700}}.best{{background:var(--panel)}}
 button,select,input{{font:inherit;color:inherit;background:var(--panel);border:1px solid var(--muted);
 border-radius:4px;padding:.3em .6em;max-width:100%;min-height:2.2rem}}
@@ -69,7 +70,7 @@ for (const table of document.querySelectorAll('table.sortable')) {
     button.onclick = () => {
       const value = row => {
         const text = row.cells[column].textContent.trim(), number = parseFloat(text.replace(/,/g, ''));
-        return text === '-' ? null : isNaN(number) ? text : number;
+        return text === '-' ? null : Number.isFinite(number) ? number : text;
       };
       const first = typeof value(body.rows[0]) === 'number' ? 'descending' : 'ascending';
       const other = first === 'ascending' ? 'descending' : 'ascending';

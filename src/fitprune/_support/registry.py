@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import signal
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
@@ -24,7 +26,8 @@ def failures_of(what: str) -> Iterator[None]:
         what: whose the code is: "scorer 'late'".
 
     Raises:
-        ValueError: the code raised an error, or would end the process. Want of memory passes as it is.
+        ValueError: the code raised an error, or would end the process. Want of memory passes as it is, and so does the
+            end that a signal's handler asks for while the code runs.
     """
     try:
         yield
@@ -34,10 +37,16 @@ def failures_of(what: str) -> Iterator[None]:
             place = place.tb_next
         modules = type(error).__module__, place.tb_frame.f_globals.get("__name__") if place else None
         own = isinstance(error, ValueError) and any(str(module).startswith("fitprune.") for module in modules)
-        if own or "Memory" in type(error).__name__:  # Python's and torch's
+        if own or "Memory" in type(error).__name__ or _of_signal(error):  # the memory errors of Python and of torch
             raise
         kind = "" if type(error) is ValueError else f" failed: {type(error).__name__}"
         raise ValueError(f"{what}{kind}: {line(error, 300)}") from error
+
+
+def _of_signal(error: BaseException) -> bool:
+    """Say whether a signal's handler raised it, as those of vLLM's workers do; they do so once."""
+    handlers = [getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()]
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 class Registry(Mapping[str, T], Generic[T]):

@@ -1,6 +1,6 @@
 """The pieces of a chart as SVG text: looks of lines and bars, text broken by its estimated width, round figures.
 
-A look is a number: 0 is drawn strongest, 1 to 7 differ by colour, marker and dash, and of 8 to 14 markers are hollow.
+A look is a number: 0 is broad and unbroken, 1 to 7 differ by colour, marker and dash, of 8 to 14 markers are hollow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DOTTED = "stroke='currentColor' stroke-width='1.4' stroke-dasharray='1 3' stroke
 _MUTED = "fill='var(--muted,#565d66)'"
 # As in `fitprune._support.page`, where the page's style is missing.
 _COLOURS = ("#1a1d21", "#0072b2", "#d55e00", "#008f68", "#b8578f", "#a97200", "#2a8fca", "#6b737d")
-_DASHES = ("", "7 3", "2 3", "9 3 2 3")
+_DASHES = ("7 3", "2 3", "9 3 2 3", "16 3")
 _MARKERS = (
     "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
     "M-3.2-3.2h6.4v6.4h-6.4z",
@@ -75,7 +75,7 @@ def line(x: float, y: float, to_x: float, to_y: float, more: str = "stroke='curr
 
 def polyline(points: Iterable[tuple[float, float]], look: int) -> str:
     """Draw the line of a series."""
-    dash = f" stroke-dasharray='{_DASHES[(look - 1) % 7 % 4]}'" if look and (look - 1) % 7 % 4 else ""
+    dash = f" stroke-dasharray='{_DASHES[(look - 1) % 7 % 4]}'" if look else ""
     joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return (
         f"<polyline points='{joined}' fill='none' stroke='currentColor' stroke-width='{1.6 if look else 2.8}'{dash}/>"

@@ -19,7 +19,6 @@ from fitprune.analysis.spread import INTERVAL, Spread
 # Okabe and Ito's colours, which colour-blind readers tell apart too; line styles and markers say the same again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-BLUES = ("#deebf7", "#c6dbef", "#9ecae1", "#4292c6", "#08519c")  # light to dark
 _DASHES = ("-", "--", "-.", ":")
 WIDTH = 4.4  # inches
 INTERVALS = f"{100 * INTERVAL[0]:g} to {100 * INTERVAL[1]:g}%"
@@ -53,9 +52,9 @@ def headed(
     if len(stats) < FEW:
         facts.append(f"Too few samples: below {FEW}, it is of them as much as of the model.")
     figure, axes = canvas(WIDTH, height, rows, columns, squeeze=False, **options)
-    lines = textwrap.wrap(title, 48)
+    lines = textwrap.wrap(title, 44)
     figure.suptitle("\n".join(lines), x=0.02, ha="left", fontsize=11, fontweight="bold")
-    below = "\n".join(line for text in [*facts, note] for line in textwrap.wrap(text, 68))
+    below = "\n".join(line for text in [*facts, note] for line in textwrap.wrap(text, 72))
     figure.supxlabel(below.replace("$", r"\$"), x=0.02, ha="left", fontsize=8, color="#565d66")
     return figure, axes
 
@@ -93,11 +92,12 @@ def style(axes: Any, title: str, below: str, beside: str) -> None:
 
 
 def legend_above(axes: Any, title: str = "", columns: int = 2) -> None:
-    """Put the legend of one plot above all, where it covers none."""
+    """Put the legend of a plot above its title, where it covers nothing."""
     handles, names = axes.get_legend_handles_labels()
-    axes.figure.legend(
+    axes.legend(
         handles, [name.replace("$", r"\$") for name in names], title=title or None, title_fontsize=_SIZE,
-        alignment="left", frameon=False, fontsize=_SIZE, loc="outside upper left", ncols=columns,
+        alignment="left", frameon=False, fontsize=_SIZE, ncols=columns, columnspacing=1.2, borderpad=0,
+        loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=2.2,
     )  # fmt: skip
 
 

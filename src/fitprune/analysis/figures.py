@@ -113,10 +113,11 @@ def _position_bias(analysis: Analysis, position: PositionBias) -> Any:
     from matplotlib.colors import LogNorm
 
     rows = [values.mean(0) for values in position.by_row.values()]
-    ends = [
-        f"{values[0]:.2g}x the mean token in the top row, {values[-1]:.2g}x in the bottom row" for values in rows[:2]
-    ]
-    title = f"Self attention is {ends[0]}; cross attention {ends[1]}"
+    top, bottom = ([f"{float(values[at]):.2g}x" for values in rows[:2]] for at in (0, -1))
+    title = (
+        f"Self attention is {top[0]} the mean token in the top row, {bottom[0]} in the bottom row; cross attention "
+        f"{top[1]} and {bottom[1]}"
+    )
     note = "Pictures of one layout show that layout here too, however many they are."
     figure, grid = headed(analysis, title, 7.6, 3, 2, note=note)
     every = torch.stack(list(position.grid.values()))
@@ -130,14 +131,14 @@ def _position_bias(analysis: Analysis, position: PositionBias) -> Any:
         left.yaxis.get_major_locator().set_params(integer=True)
         for number, (name, values) in enumerate((("row", position.by_row[kind]), ("column", position.by_column[kind]))):
             spread = Spread(values.mean(0), values.std(0, correction=0), values.amin(0), values.amax(0))
-            band(right, range(position.side), spread, number, f"by {name}, mean of layers (band: least to most)")
+            band(right, range(position.side), spread, number, f"by {name}")
         right.axhline(1, color="black", linewidth=0.6)
-        style(right, "", "image row or column", "")
+        style(right, "mean of layers (band: all)", "image row or column", "")
         right.set_ylim(bottom=0)
-    legend_above(grid[0, 1], columns=1)
-    ticks = [2.0**power for power in range(-6, 7) if 1 / reach <= 2.0**power <= reach]
+    legend_above(grid[0, 1])
+    ticks = [4.0**power for power in range(-3, 4) if 1 / reach <= 4.0**power <= reach]
     bar = figure.colorbar(image, ax=list(grid[:, 0]), location="bottom", ticks=ticks, shrink=0.9)
-    bar.ax.set_xticklabels([f"{tick:g}" for tick in ticks], fontsize=8)
+    bar.ax.set_xticklabels([f"{tick:g}" if tick >= 1 else f"1/{1 / tick:g}" for tick in ticks], fontsize=8)
     bar.ax.minorticks_off()
     bar.set_label("times the mean token", fontsize=9)
     return figure

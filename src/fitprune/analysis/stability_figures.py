@@ -8,7 +8,6 @@ import torch
 
 from fitprune.analysis.analyze import Analysis
 from fitprune.analysis.drawing import (
-    BLUES,
     COLOURS,
     INTERVALS,
     LAYER,
@@ -30,7 +29,7 @@ def tolerance_curve(analysis: Analysis) -> Any:
     curve = analysis.tolerance
     shares = {at: float(curve.flops_reduction[curve.tolerances.index(at)]) for at in (0.2, 0.8)}
     title = "; ".join(f"a tolerance of {at:g} removes {100 * share:.0f}% of the FLOPs" for at, share in shares.items())
-    figure, grid = headed(analysis, title[0].upper() + title[1:], 4.6)
+    figure, grid = headed(analysis, title[0].upper() + title[1:], 5.0)
     axes = grid[0, 0]
     axes.fill_between(
         curve.tolerances, curve.by_sample.low.tolist(), curve.by_sample.high.tolist(),
@@ -45,7 +44,7 @@ def tolerance_curve(analysis: Analysis) -> Any:
     axes.plot(fitted, reached, "D", color="black", markersize=5, label="fitted recipes, FLOPs")
     style(axes, "removed (fraction of the visual tokens')", "tolerance (share of attention a layer may lose)", "")
     axes.set(xlim=(0, 1), ylim=(0, 1.005))
-    legend_above(axes)
+    legend_above(axes, columns=1)
     return figure
 
 
@@ -60,20 +59,20 @@ def removals(analysis: Analysis) -> Any:
     )  # fmt: skip
     most = max(max(part.recipe.counts(n)) for part in budgets)
     for number, part in enumerate(budgets):
-        name, colour = f"{percent(part.flops_reduction)} of FLOPs", COLOURS[number % len(COLOURS)]
+        name, colour = percent(part.flops_reduction), COLOURS[number % len(COLOURS)]
         removed, kept = part.recipe.counts(n), part.recipe.kept(n)
         grid[0, 0].plot(kept, color=colour, **line(number, len(kept)), label=name)
         axes = grid[1 + number, 0]
         bars = axes.bar(range(len(removed)), removed, 0.8, color=colour)
         if len(removed) <= _NUMBERED:
             axes.bar_label(bars, fontsize=8)
-        style(axes, f"removed at the layer, {name}", "", "")
+        style(axes, f"removed at the layer, {name} of FLOPs cut", "", "")
         axes.set_ylim(0, 1.25 * most)
     style(grid[0, 0], "present after the layer", "", "")
     grid[0, 0].set_ylim(0, n)
     grid[-1, 0].set_xlabel(LAYER, fontsize=9)
     grid[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-    legend_above(grid[0, 0], "cut", len(budgets))
+    legend_above(grid[0, 0], "FLOPs cut", len(budgets))
     return figure
 
 
@@ -96,7 +95,7 @@ def attention_loss(analysis: Analysis) -> Any:
     style(grid[0, 0], "share of self attention lost, mean over samples", "", "")
     style(grid[1, 0], "share of cross attention lost, mean over samples", LAYER, "")
     grid[0, 0].set_ylim(bottom=0)
-    legend_above(grid[0, 0], "cut of FLOPs", len(analysis.budgets))
+    legend_above(grid[0, 0], "FLOPs cut", len(analysis.budgets))
     return figure
 
 
@@ -136,7 +135,7 @@ def stability_over_size(analysis: Analysis) -> Any:
         axes.set_xlim(-0.5, len(sizes) - 0.5)
     grid[0, 0].set_ylim(bottom=0)
     grid[1, 0].axhline(0, color="black", linewidth=0.6)
-    legend_above(grid[0, 0], f"cut of FLOPs (bar: {INTERVALS} of {analysis.resamples} draws)", len(analysis.budgets))
+    legend_above(grid[0, 0], f"FLOPs cut (bar: {INTERVALS} of {analysis.resamples} draws)", len(analysis.budgets))
     return figure
 
 
@@ -155,12 +154,12 @@ def stability_by_layer(analysis: Analysis) -> Any:
     for axes, budget in zip(grid[:, 0], budgets, strict=True):
         parts = [part for part in analysis.sizes if part.flops_reduction == budget.flops_reduction]
         kept = torch.tensor(budget.recipe.kept(budget.recipe.visual_tokens))
-        for number, part in enumerate(parts):  # the fewest samples first: their band is the widest
-            colour = BLUES[min(number + len(BLUES) - len(parts), len(BLUES) - 1)]
-            axes.fill_between(
-                range(len(kept)), (part.kept.low - kept).tolist(), (part.kept.high - kept).tolist(),
-                color=colour, linewidth=0, label=f"{part.samples}",
-            )  # fmt: skip
+        for number, part in enumerate(parts):
+            low, high = (part.kept.low - kept).tolist(), (part.kept.high - kept).tolist()
+            looks = {"color": COLOURS[number % len(COLOURS)], **line(number, len(kept))}
+            axes.fill_between(range(len(kept)), low, high, color=looks["color"], alpha=0.15, linewidth=0)
+            axes.plot(low, **looks)
+            axes.plot(high, **looks, label=f"{part.samples}")
         axes.axhline(0, color="black", linewidth=0.8)
         style(axes, f"tokens present, beyond those of all, {percent(budget.flops_reduction)} cut", "", "")
     grid[-1, 0].set_xlabel(LAYER, fontsize=9)

@@ -30,23 +30,24 @@ class _Size:
         family: of bundled data.
         calibration: samples to measure; None for all.
         test: questions; None for all.
+        batch_size: of the test.
     """
 
     budgets: tuple[float, ...]
     family: str
     calibration: int | None
     test: int | None
+    batch_size: int
 
 
-FULL = _Size((0.4, 0.6, 0.8, 0.9), "digit-scenes", None, None)
-QUICK = _Size((0.6, 0.8), "digit-details", 16, 64)  # details are what pruning loses first
+FULL = _Size((0.4, 0.6, 0.8, 0.9), "digit-scenes", None, None, 32)
+QUICK = _Size((0.6, 0.8), "digit-details", 16, 64, 8)  # details are what pruning loses first
 
 
 def add(commands: options.Commands) -> argparse.ArgumentParser:
     """Declare the command."""
     command = options.command(
-        commands, "demo", run, "measure, fit and evaluate the bundled model: the whole way in one command, to a "
-        "page to look at",
+        commands, "demo", run, "measure, fit and evaluate the bundled model, and make a page to look at",
         "fitprune demo --quick",
     )  # fmt: skip
     command.add_argument("--quick", action="store_true", help="fewer samples and budgets: under a minute")
@@ -76,7 +77,7 @@ def demo(output: Path, *, quick: bool = False, overwrite: bool = False) -> None:
     from fitprune.calibration.batches import make_batches
     from fitprune.calibration.measure import measure
     from fitprune.calibration.samples import load_samples
-    from fitprune.cli.demo_page import demo_page
+    from fitprune.evaluation.demo_page import demo_page
     from fitprune.evaluation.evaluate import evaluate
     from fitprune.evaluation.results import kind_table, table
     from fitprune.families.adapter import adapt
@@ -118,7 +119,7 @@ def demo(output: Path, *, quick: bool = False, overwrite: bool = False) -> None:
         say(f"fitted {name}: removed per layer {recipes[name].counts(fitter.visual_tokens)}")
 
     test = load_samples(assets.folder("test", size.family), samples=size.test)
-    results = evaluate(model, processor, test, recipes, batch_size=32, progress=True)
+    results = evaluate(model, processor, test, recipes, batch_size=size.batch_size, progress=True)
     results.save(output / "results.json")
     say(f"evaluated {len(test)} questions on digits that training never saw -> {output / 'results.json'}")
     print()
@@ -147,6 +148,11 @@ def _examples(
     for place in [*changed[: PICTURED // 2], *range(len(records))]:
         chosen.setdefault(records[place]["kind"], place)
     return [
-        example_of(model, processor, recipes["60%"], test[place], records[place]["said"])
+        example_of(model, processor, recipes["60%"], test[place], _answers(records[place]))
         for place in [*chosen.values()][:PICTURED]
     ]
+
+
+def _answers(record: Record) -> dict[str, str]:
+    """Give all answers to a question, the accepted one first."""
+    return {"accepted": " / ".join(record["accepted"]), **record["said"]}

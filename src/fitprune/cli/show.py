@@ -21,8 +21,7 @@ LONGEST_VALUE = 200  # characters of one value of the origin
 def add(commands: options.Commands) -> argparse.ArgumentParser:
     """Declare the command."""
     command = options.command(
-        commands, "show", run, "show what a recipe does: counts in each layer, costs, scorer, origin; or which visual "
-        "tokens of a picture stay, layer by layer",
+        commands, "show", run, "show what a recipe does, or which visual tokens of an image stay",
         "fitprune show llava-1.5-7b:60 -o curve.svg\n"
         "  fitprune show digit-scenes/test/images/0000.jpg --question 'Which digit is blue?' \\\n"
         "    --model digit-scenes --recipe r.json -o kept.gif",

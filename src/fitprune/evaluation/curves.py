@@ -27,7 +27,7 @@ def accuracy_curves(rows: Sequence[Row], task: Task) -> Html:
     series = [_curve(rows, name, look, task) for name, look in _looks(rows).items()]
     name = task.figure if task.comparable else "agreement with dense"
     unit = f"% of {task.maximum:g}" if task.comparable and task.benchmark and task.maximum != 100 else "%"
-    title, level = f"{name} at each budget, {task.name}", (f"dense {dense:.1f}", dense)
+    title, level = f"{name[:1].upper()}{name[1:]} at each budget, {task.name}", (f"dense {dense:.1f}", dense)
     x, y = Axis("FLOPs of visual tokens removed, %", unit="%"), Axis(f"{name}, {unit}", unit="%")
     if len(series) <= TOGETHER:
         return lines(series, title, x, y, level=level)
@@ -37,7 +37,7 @@ def accuracy_curves(rows: Sequence[Row], task: Task) -> Html:
     ours = next((each for each in series if each.name == OURS), None)
     charts = [
         lines(
-            [each] if ours in (None, each) else [Series(OURS, ours.points, 0), each],  # type: ignore[union-attr]
+            [each] if ours in (None, each) else [Series(OURS, ours.points, 0), each],
             each.name, Axis("", unit="%"), shared, level=level, wide=SMALL, narrow=SMALL, height=110, legend=False,
         )
         for each in series
@@ -68,13 +68,15 @@ def keep_curves(rows: Sequence[Row], recipes: Mapping[str, Any]) -> Html:
             else:
                 charts.setdefault(method, []).append(Series(title, points, 1 + list(titles).index(at)))
     x, y = Axis("decoder layer (the first is 0)", whole=True), Axis("visual tokens that enter, %", 0, 100, "%")
-    looks = methods
-    size = {"wide": NARROW, "height": 220}
+    looks, (wide, narrow, height) = methods, (NARROW, NARROW, 220)
     if len(methods) > TOGETHER:
         x, y = Axis("", whole=True), Axis("", 0, 100, "%")
         looks = {title: 1 + at for at, title in enumerate(titles.values())}
-        size = {"wide": SMALL, "narrow": SMALL, "height": 90}
-    drawn = "".join(steps(series, title, x, y, legend=False, **size) for title, series in charts.items())
+        wide, narrow, height = SMALL, SMALL, 90
+    drawn = "".join(
+        steps(series, title, x, y, legend=False, wide=wide, narrow=narrow, height=height)
+        for title, series in charts.items()
+    )
     legend = legend_of([Series(name, (), look) for name, look in looks.items()])
     return Html(f"<div class='row charts'>{drawn}</div>{legend}")
 

@@ -69,8 +69,8 @@ def _body(results: Results, source: str | os.PathLike[str] | None) -> Iterator[s
         yield f"<h2>Visual tokens that enter each layer</h2>{keep_curves(results.rows, results.recipes)}"
     records = results.answers or list(journal_of(results, source) if source is not None else ())
     journal = None if source is None else beside(source, "samples.jsonl").name
-    yield from report_answers.changes(results, records, journal)
     yield from report_answers.examples(results)
+    yield from report_answers.changes(results, records, journal)
     if results.skipped:
         lines = [f"<li>{escape(label(s['method'], s['budget']))}: {escape(s['reason'])}</li>" for s in results.skipped]
         yield f"<h2>Left out</h2><ul>{''.join(lines)}</ul>"

@@ -21,13 +21,15 @@ LONGEST = 400  # characters of an answer in the list
 STYLE = """
 .findings{list-style:none;padding:0}.findings li{padding:.2em 0 .2em 1.6em;text-indent:-1.6em}
 .findings span{display:inline-block;width:1.6em;text-indent:0;font-weight:700}
-.interval{display:block;white-space:nowrap}.charts{gap:var(--gap) 1rem}.charts figure{margin:0}
-.charts .chart{flex:0 0 auto}@media (max-width:799px){.charts{gap:var(--gap) 8px}}
+td .interval{display:block;white-space:nowrap;font-size:.75rem;font-weight:400}
+.charts{gap:var(--gap) 1rem}.charts figure{margin:0}.charts .chart{flex:0 0 auto}
+@media (max-width:799px){.charts{gap:var(--gap) 8px}}
 .right{color:var(--good)}.right::before{content:"\\2713\\a0"}.wrong{color:var(--bad)}.wrong::before{content:"\\2717\\a0"}
 .changed{color:var(--muted);font-size:var(--small)}
 .changes{padding:0;list-style:none}.changes>li{border-bottom:1px solid var(--line);padding:.6em 0}
-.changes ul{margin:.2em 0 0;padding-left:1.2em}.filter{margin:var(--gap) 0}.filter label{display:grid;min-width:10rem}
-.example{margin-bottom:2em}.example .whole{width:min(100%,16rem)}
+.changes ul{margin:.2em 0 0;padding-left:1.2em}.filter{margin:var(--gap) 0;gap:.6rem;align-items:end}
+.filter[hidden]{display:none}.filter label{display:grid;flex:1 1 9rem;max-width:16rem}
+.whole{width:min(100%,16rem)}
 .strip{display:grid;grid-template-columns:repeat(4,minmax(0,10rem));gap:8px;margin:.4em 0 1em}
 .strip div{font-size:var(--small)}.tile{width:100%;aspect-ratio:1}
 """
@@ -36,7 +38,8 @@ SCRIPT = """
 const filter = document.querySelector('.filter');
 if (filter) {
   const [method, kind, text] = filter.elements, count = filter.querySelector('output');
-  const questions = [...document.querySelectorAll('.changes>li')];
+  const questions = [...document.querySelectorAll('.changes>li')], more = document.createElement('button');
+  let most = 50;
   const show = () => {
     let left = 0;
     for (const question of questions) {
@@ -47,11 +50,16 @@ if (filter) {
         answer.hidden = !fits;
         some ||= fits;
       }
-      question.hidden = !some || !question.textContent.toLowerCase().includes(text.value.toLowerCase());
-      left += !question.hidden;
+      const fits = some && question.textContent.toLowerCase().includes(text.value.toLowerCase());
+      left += fits;
+      question.hidden = !fits || left > most;
     }
     count.textContent = left + ' of ' + questions.length;
+    more.hidden = left <= most;
   };
+  more.textContent = 'Show more';
+  more.onclick = () => { most += 200; show(); };
+  document.querySelector('.changes').after(more);
   filter.hidden = false;
   filter.oninput = show;
   filter.onsubmit = event => event.preventDefault();
@@ -73,6 +81,9 @@ def changes(results: Results, records: Sequence[Record], journal: str | None) ->
         where = f"Keep {journal} of this run beside the results" if journal else "Evaluate with a journal"
         yield f"<p class=note>{escape(where)}, and the answers that pruning changed are listed here.</p>"
         return
+    questions = sum(task.questions for task in results.tasks)
+    if len(records) < questions:
+        yield f"<p class=note>The answers to {len(records):,} of {questions:,} questions could be read.</p>"
     every = list(changed(results, records))
     if not every:
         yield f"<p>None of {plural(len(records), 'question')} is answered otherwise than by the dense model.</p>"
@@ -88,8 +99,9 @@ def changes(results: Results, records: Sequence[Record], journal: str | None) ->
     judged = any(change.scores for change in listed)
     yield _filter(labels, judged)
     yield "<ul class=changes>"
+    numbers = {label: number for number, label in enumerate(labels)}
     for change in listed:
-        yield _change(change, {label: number for number, label in enumerate(labels)})
+        yield _change(change, numbers)
     yield "</ul>"
 
 
@@ -104,9 +116,8 @@ def _counts(every: Sequence[Change], labels: Sequence[str], questions: int) -> H
     order = sorted(labels, key=lambda label: [-counts[label][kind] for kind in kinds])
     body = [(label, sum(counts[label].values()), *(counts[label][kind] for kind in kinds[:-1])) for label in order]
     head = (f"of {plural(questions, 'question')}", "changed", *kinds[:-1])
-    return Html(
-        f"<details open><summary>How many</summary>{table(head, body, sortable=True, label='changes')}</details>"
-    )
+    counted, mark = table(head, body, sortable=True, label="how many"), " open" if len(labels) <= 20 else ""
+    return Html(f"<details{mark}><summary>How many</summary>{counted}</details>")
 
 
 def _filter(labels: Sequence[str], judged: bool) -> str:
@@ -172,13 +183,14 @@ def _example(example: Mapping[str, Any], results: Results, name: str) -> Iterato
     """Write one sample; its picture stands in the page once, and each tile uses it."""
     task = next(task for task in results.tasks if task.name == example["task"])
     facts = f"{example['task']}, {example['kind'] or 'question'}"
-    yield f"<section class=example><h3>{escape(example['question'])}</h3>"
+    yield f"<section><h3>{escape(example['question'])}</h3>"
     yield f"<p class=small>{escape(facts)}{_accepted(example)}</p>"
     yield (
         f"<svg class=whole viewBox='0 0 1 1' role=img><title>{escape(example['question'])}</title>"
         f"<image id={name} width=1 height=1 preserveAspectRatio=none href='{escape(example['picture'])}'/></svg>"
     )
-    yield f"<p><b>dense</b> {_answer(example, DENSE, task)}, all layers</p>"
+    tokens = len(next(iter(example["layers_entered"].values()), ()))
+    yield f"<p><b>dense</b> {_answer(example, DENSE, task)}{f', {tokens} tokens in all layers' if tokens else ''}</p>"
     layers = len(next(iter(results.recipes.values()))["keep"]) if results.recipes else 0
     chosen = sorted({1, layers // 4, layers // 2, layers - 1} & set(range(1, max(layers, 1))))
     for method in _pictured(example):
@@ -198,9 +210,9 @@ def _example(example: Mapping[str, Any], results: Results, name: str) -> Iterato
 def _tile(name: str, kept: Sequence[bool], side: int, layer: int) -> str:
     """Draw the picture with the tokens that have left in the dark."""
     cells = "".join(f"M{i % side} {i // side}h1v1h-1z" for i, stays in enumerate(kept) if not stays)
-    text = f"layer {layer}: {sum(kept)} of {len(kept)}"
+    text = f"layer {layer}: {sum(kept)}"
     return (
-        f"<div><svg class=tile viewBox='0 0 {side} {side}' role=img><title>{text} tokens</title>"
+        f"<div><svg class=tile viewBox='0 0 {side} {side}' role=img><title>{text} of {len(kept)} tokens</title>"
         f"<use href=#{name} transform='scale({side})'/><path d='{cells}' fill='#000' fill-opacity=.8 "
         f"shape-rendering=crispEdges /></svg>{text}</div>"
     )

@@ -11,6 +11,7 @@ Shapes: C channels, H and W pixels of a plane.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,13 +30,28 @@ _LYING = {
 }  # fmt: skip
 
 
-def frames_in(picture: Any) -> tuple[list[Image.Image], str]:
-    """Take a picture, or the frames of a video, and say which of these it is: "image" or "video"."""
+def frames_in(picture: Any, where: str) -> tuple[list[Image.Image], str]:
+    """Take a picture, or the frames of a video, and say which of these it is: "image" or "video".
+
+    Args:
+        picture: a PIL image or uint8 [height, width, 3]; for a video a list of these, or uint8 of four axes.
+        where: its place, for messages.
+
+    Raises:
+        ValueError: it is none of these.
+    """
     is_video = isinstance(picture, (list, tuple)) or getattr(picture, "ndim", 3) == 4
-    frames = [
-        frame if isinstance(frame, Image.Image) else Image.fromarray(np.asarray(frame))
-        for frame in (picture if is_video else [picture])
-    ]
+    frames = []
+    for frame in picture if is_video else [picture]:
+        values = None if isinstance(frame, Image.Image) else np.asarray(frame)
+        if values is not None and (values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3):
+            raise ValueError(
+                f"{where} is a {type(frame).__name__} of {values.dtype} and shape {list(values.shape)}: must be a PIL "
+                "image or uint8 [height, width, 3], and for a video a list of them"
+            )
+        frames.append(frame if values is None else Image.fromarray(values))
+    if not frames:
+        raise ValueError(f"{where} is empty: must be a picture, or a list with the frames of a video")
     return frames, "video" if is_video else "image"
 
 
@@ -44,7 +60,7 @@ def sources_of(
     processor: Any,
     frames: Sequence[Image.Image],
     kind: str,
-    planes: Sequence[Plane | None],
+    planes: Sequence[Plane],
     where: str,
 ) -> list[tuple[str, torch.Tensor]]:
     """Measure where the planes of a picture, or of a video's frames, come from.
@@ -62,14 +78,17 @@ def sources_of(
         the plane, it is the place in fractions of the picture as viewers show it.
 
     Raises:
-        ValueError: the processor makes other planes of the picture.
+        ValueError: the processor makes other planes of the picture, or their pixels do not lie as the picture's.
     """
-
-    def make(shown: Sequence[Image.Image]) -> list[Plane]:
-        return [plane for plane in _made(adapted, processor, shown, kind) if plane is not None]
-
-    for shown in (frames, [ImageOps.exif_transpose(frame) for frame in frames]):  # loaders turn, processors do not
-        own = make(shown)
+    if kind == "video" and hasattr(processor, "image_processor") and not getattr(processor, "video_processor", None):
+        raise ValueError(
+            f"{where} is a list, which stands for a video's frames, and a {type(processor).__name__} takes no video: "
+            "pass pictures one after another"
+        )
+    # Loaders turn a picture, processors do not; and among several a picture may have no tiles.
+    for turn, copies in itertools.product((False, True), (1, 2)):
+        upright = [ImageOps.exif_transpose(frame) for frame in frames] if turn else frames
+        own = _planes_from(adapted, processor, upright, kind, copies)
         if 0 < len(own) <= len(planes) and all(map(_alike, own, planes)):
             break
     else:
@@ -77,41 +96,49 @@ def sources_of(
             f"{where}, {frames[0].width} x {frames[0].height}: the processor makes other pixels of it than the inputs "
             "have; pass what the processor got, and if it got other arguments too, a function of a picture in its place"
         )
-    orientation = shown[0].getexif().get(ExifTags.Base.Orientation, 1)
-    width, height = shown[0].size if orientation < 5 else shown[0].size[::-1]
-    probes = [make([probe] * len(shown)) for probe in _probes(width, height, orientation)]
+    orientation = upright[0].getexif().get(ExifTags.Base.Orientation, 1)
+    width, height = upright[0].size if orientation < 5 else upright[0].size[::-1]
+    probes = [
+        _planes_from(adapted, processor, [probe] * len(upright), kind, copies)
+        for probe in _probes(width, height, orientation)
+    ]
     places = [_fit([plane.pixels.double() for plane in same], (width, height)) for same in zip(*probes, strict=True)]
-    return list(zip(names_of(own, [_covers_all(place) for place in places]), places, strict=True))
+    if kind == "video":
+        names = [f"frame {number}" for number in range(1, len(own) + 1)]
+    else:
+        names = names_of(own, [_covers_all(place) for place in places])
+    return list(zip(names, places, strict=True))
 
 
-def _made(adapted: AdaptedModel, processor: Any, frames: Sequence[Image.Image], kind: str) -> list[Plane | None]:
-    """Call the processor, on one picture or on the frames of a video, and take the planes."""
+def _planes_from(
+    adapted: AdaptedModel, processor: Any, frames: Sequence[Image.Image], kind: str, copies: int
+) -> list[Plane]:
+    """Call the processor, on a picture among `copies` of it or on the frames of a video, and take the planes."""
     inputs: Mapping[str, Any]
     if not hasattr(processor, "image_processor"):
-        inputs = processor(frames[0] if kind == "image" else list(frames))
+        inputs, copies = processor(frames[0] if kind == "image" else list(frames)), 1
     elif kind == "image":
-        inputs = processor(text=[processor.image_token], images=[[frames[0]]], return_tensors="pt")
+        inputs = processor(text=[processor.image_token * copies], images=[[frames[0]] * copies], return_tensors="pt")
     else:
         video = np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
-        inputs = processor.video_processor(videos=[video], do_sample_frames=False, return_tensors="pt")
-    return planes_of(adapted, inputs, kind) or planes_of(adapted, inputs, "image")
+        inputs, copies = processor.video_processor(videos=[video], do_sample_frames=False, return_tensors="pt"), 1
+    planes = planes_of(adapted, inputs, kind) or planes_of(adapted, inputs, "image")
+    return planes[: len(planes) // copies]
 
 
-def _alike(one: Plane, other: Plane | None) -> bool:
-    """Whether two planes show the same, but for half precision; what the inputs leave out (None) is like all."""
-    if other is None:
-        return True
+def _alike(one: Plane, other: Plane) -> bool:
+    """Whether two planes show the same, but for half precision."""
     return one.pixels.shape == other.pixels.shape and float((one.pixels - other.pixels).abs().mean()) < 0.02
 
 
-def names_of(planes: Sequence[Plane | None], whole: Sequence[bool]) -> list[str]:
+def names_of(planes: Sequence[Plane], whole: Sequence[bool]) -> list[str]:
     """Name the planes of one picture; `whole` says which of them show all of it."""
     names = []
     if len(planes) == 1 and not whole[0]:
         return ["part of the picture"]
     for number, plane in enumerate(planes):
         tile = f"tile {number + 1 - sum(whole[:number])} of {len(planes) - sum(whole)}"
-        names.append((plane.name if plane else "") or ("whole picture" if whole[number] else tile))
+        names.append(plane.name or ("whole picture" if whole[number] else tile))
     return names
 
 
@@ -124,14 +151,14 @@ def _covers_all(place: torch.Tensor) -> bool:
 def _probes(width: int, height: int, orientation: int) -> list[Image.Image]:
     """Make a black picture, a white one, and one with a ramp in each direction, as the camera would have them lie."""
     x, y = (np.rint(np.linspace(0, 255, size)).astype(np.uint8) for size in (width, height))
-    made = []
+    probes = []
     for values in (np.uint8(0), np.uint8(255), x[None, :, None], y[:, None, None]):
         probe = Image.fromarray(np.ascontiguousarray(np.broadcast_to(values, (height, width, 3))))
         if orientation in _LYING:
             probe = probe.transpose(_LYING[orientation])
             probe.getexif()[ExifTags.Base.Orientation] = orientation
-        made.append(probe)
-    return made
+        probes.append(probe)
+    return probes
 
 
 def _fit(probes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
@@ -143,21 +170,42 @@ def _fit(probes: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
 
     Returns:
         The map, as `sources_of` says.
+
+    Raises:
+        ValueError: the pixels do not lie as the picture's.
     """
-    black, white, *ramps = probes
-    span = (white - black).sum(0)
-    shown = span.abs() > span.abs().max() / 2
-    lengths = span.shape
-    v, u = torch.meshgrid(*((torch.arange(n).double() + 0.5) / n for n in lengths), indexing="ij")
-    at = torch.stack([u[shown], v[shown], torch.ones(int(shown.sum())).double()], -1)
+    black, white, *ramps = (probe.sum(0).flatten() for probe in probes)
+    span, (_, rows, columns) = white - black, probes[0].shape
+    visible = torch.nonzero(span.abs() > span.abs().max() / 2)[:, 0]
+    visible = visible[:: len(visible) // 200_000 + 1]  # enough of a large plane
+    u, v = ((visible % columns).double() + 0.5) / columns, ((visible // columns).double() + 0.5) / rows
+    at = torch.stack([u, v, torch.ones_like(u)], -1)
     fits = []
-    for ramp, pixels in zip(ramps, size, strict=True):
-        place = ((ramp - black).sum(0)[shown] / span[shown] * (pixels - 1) + 0.5) / pixels
-        fit = torch.linalg.lstsq(at, place[:, None], driver="gelsd").solution
+    for axis, (ramp, pixels) in enumerate(zip(ramps, size, strict=True)):
+        if pixels == 1:  # no ramp
+            fits.append(torch.eye(3).double()[axis])
+            continue
+        place = ((ramp - black)[visible] / span[visible] * (pixels - 1) + 0.5) / pixels
+        fit = _least_squares(at, place)
         # At the picture's edges a resize has no neighbours on one side, and its values bend.
-        edge = 2.5 * max(abs(float(fit[0])) / lengths[1], abs(float(fit[1])) / lengths[0], 1 / pixels)
+        edge = min(2.5 * max(abs(float(fit[0])) / columns, abs(float(fit[1])) / rows, 1 / pixels), 0.3)
         inner = (place > edge) & (place < 1 - edge)
-        if bool(inner.any()) and float(place[inner].max() - place[inner].min()) > 2 / pixels:
-            fit = torch.linalg.lstsq(at[inner], place[inner, None], driver="gelsd").solution
-        fits.append(fit[:, 0])
+        if bool(inner.any()) and _range(place[inner]) > _range(place) / 5:
+            fit = _least_squares(at[inner], place[inner])
+        if float((at @ fit - place).abs().median()) > 0.02 + 1 / pixels:
+            raise ValueError(
+                "the places of a picture's pixels in the inputs are not known: the processor lays them out in an "
+                "order that is not among those of fitprune.families.planes"
+            )
+        fits.append(fit)
     return torch.stack(fits)
+
+
+def _least_squares(at: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Solve `at` [pixels, 3] times the fit [3] = `place` [pixels]; what the pixels leave open is 0."""
+    inverse: torch.Tensor = torch.linalg.pinv(at.T @ at, hermitian=True)
+    return inverse @ (at.T @ place)
+
+
+def _range(values: torch.Tensor) -> float:
+    return float(values.max() - values.min())

@@ -19,7 +19,7 @@ from fitprune.families.images import modality_of, read_images
 from fitprune.families.planes import Box, Cells, Plane, planes_of, tokens_on_planes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Grid:
     """Visual tokens that lie in rows and columns over a part of a picture.
 
@@ -29,11 +29,13 @@ class Grid:
         box: left, top, right and bottom of the grid, in fractions of the picture's width and height as viewers show it
             (turned as its EXIF says). It reaches outside 0..1 where the processor fills. None where it is not measured.
         name: "whole picture", "tile 3 of 6", "high resolution", "frame 2".
+        picture: which of `pictures` it lies on; None if its box is not measured.
     """
 
     tokens: torch.Tensor
     box: Box | None
     name: str
+    picture: int | None = None
 
 
 def token_grids(
@@ -49,8 +51,9 @@ def token_grids(
         inputs: of one call: what the processor returned.
         processor: the model's, to measure boxes; or a function that makes inputs of one picture (of a video, the list
             of its frames), if the processor got arguments that change pixels.
-        pictures: what the processor got, in the order of the prompts; a video as a list of the frames that the model
-            sees. Without them or the processor boxes are None.
+        pictures: what the processor got, one after another in the order of the prompts: PIL images or uint8 arrays
+            [height, width, 3], a video as a list of the frames that the model sees. Without them or the processor
+            boxes are None.
 
     Returns:
         For each sample, for each of its images or frames, the grids.
@@ -74,12 +77,11 @@ def token_grids(
             own.append((sample, kind, int((row == number).sum())))
     counts = {kind: [count for _, other, count in own if other == kind] for kind in planes}
     cells = {kind: iter(tokens_on_planes(adapted, inputs, planes[kind], counts[kind])) for kind in planes}
-    measured = processor is not None and pictures is not None
-    places = _measured(adapted, planes, processor, pictures) if measured else {}
+    places = {} if processor is None or pictures is None else _measured(adapted, planes, processor, pictures)
     grids: list[list[tuple[Grid, ...]]] = [[] for _ in image]
     for sample, kind, _ in own:
         mine = next(cells[kind])
-        if measured:
+        if places:
             grids[sample].append(tuple(_placed(one, *places[kind][one.plane]) for one in mine))
         else:  # most families show the whole picture last
             names = names_of([planes[kind][one.plane] for one in mine], [one is mine[-1] for one in mine])
@@ -88,9 +90,9 @@ def token_grids(
 
 
 def _measured(
-    adapted: AdaptedModel, planes: Mapping[str, Sequence[Plane | None]], processor: Any, pictures: Iterable[Any]
-) -> dict[str, list[tuple[str, torch.Tensor]]]:
-    """Give each plane's name, and where it comes from.
+    adapted: AdaptedModel, planes: Mapping[str, Sequence[Plane]], processor: Any, pictures: Iterable[Any]
+) -> dict[str, list[tuple[int, str, torch.Tensor]]]:
+    """Give of each plane the number of its picture, its name, and the map that `sources_of` measures.
 
     Args:
         adapted: the model.
@@ -101,22 +103,24 @@ def _measured(
     Raises:
         ValueError: the processor makes other planes of the pictures.
     """
-    known: dict[str, list[tuple[str, torch.Tensor]]] = {kind: [] for kind in planes}
+    known: dict[str, list[tuple[int, str, torch.Tensor]]] = {kind: [] for kind in planes}
     for number, picture in enumerate(pictures):
-        frames, kind = frames_in(picture)
+        frames, kind = frames_in(picture, f"pictures[{number}]")
         where = kind if planes[kind] else next(other for other in planes if other != kind)
         mine = planes[where][len(known[where]) :]
-        known[where] += sources_of(adapted, processor, frames, kind, mine, f"pictures[{number}]")
+        sources = sources_of(adapted, processor, frames, kind, mine, f"pictures[{number}]")
+        known[where] += [(number, *source) for source in sources]
     for kind, those in planes.items():
         if len(known[kind]) != len(those):
             raise ValueError(
                 f"the inputs have {len(those)} {kind} parts, and the pictures make {len(known[kind])}: must be as "
-                "many; pass every picture of the batch, in the order of the prompts"
+                "many; pass every picture of the batch, in the order of the prompts, and if the processor got "
+                "arguments that change pixels, a function of a picture in its place"
             )
     return known
 
 
-def _placed(cells: Cells, name: str, place: torch.Tensor) -> Grid:
+def _placed(cells: Cells, picture: int, name: str, place: torch.Tensor) -> Grid:
     """Lay a plane's cells as the picture lies; `place` as `sources_of` measures it."""
     tokens, (left, top, right, bottom) = cells.tokens, cells.part
     (left, right), (top, bottom) = (place @ torch.tensor([[left, right], [top, bottom], [1, 1]]).double()).tolist()
@@ -126,4 +130,4 @@ def _placed(cells: Cells, name: str, place: torch.Tensor) -> Grid:
         left, right, tokens = right, left, tokens.flip(1)
     if top > bottom:
         top, bottom, tokens = bottom, top, tokens.flip(0)
-    return Grid(tokens.contiguous(), (left, top, right, bottom), name)
+    return Grid(tokens.contiguous(), (left, top, right, bottom), name, picture)

@@ -1,1 +1,1 @@
-"""What a recipe does to a picture, to be looked at: which visual tokens stay, drawn, animated and as a page."""
+"""Which visual tokens of a picture stay, layer by layer: drawn, animated, and as a page to play with."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from fitprune.pictures.kept import Box, KeptImage
+from fitprune.families.planes import Box
+from fitprune.pictures.kept import KeptImage
 from fitprune.pictures.views import View, ranks, views_of
 
 Pixels = np.ndarray[Any, Any]
@@ -41,6 +42,7 @@ def draw_kept(
     """
     if scores and kept.scores is None:
         raise ValueError("scores=True: there are none; pass scores=True to kept_tokens too")
+    picture = ImageOps.exif_transpose(picture)
     scale = size / max(picture.size)
     width, height = (max(1, round(scale * side)) for side in picture.size)
     picture = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
@@ -63,12 +65,11 @@ def _view(picture: Image.Image, view: View, present: torch.Tensor, values: torch
     state = np.full(pixels.shape[:2], _OUTSIDE, dtype=np.int8)
     grey = pixels.mean(2, keepdims=True)
     for grid, box in view.grids:
-        stays = np.where(present[grid.tokens.clamp(min=0)].numpy(), _PRESENT, _LEFT)
-        _fill(state, np.where(grid.tokens.numpy() < 0, _OUTSIDE, stays), box, (left, top))
+        _fill(state, np.where(present[grid.tokens].numpy(), _PRESENT, _LEFT), box, (left, top))
     if values is not None:
         heat = pixels.copy()
         for grid, box in view.grids:
-            _fill(heat, heat_colours(values[grid.tokens.clamp(min=0)]), box, (left, top))
+            _fill(heat, heat_colours(values[grid.tokens]), box, (left, top))
         pixels = 0.35 * grey + 0.65 * heat
     state = state[..., None]
     shaded = np.where(state == _LEFT, 0.2 * grey, pixels)

@@ -16,11 +16,10 @@ from fitprune.engine.prune import run_prefill
 from fitprune.engine.pruner import Pruner
 from fitprune.engine.running import Choose
 from fitprune.families.grids import Grid, token_grids
+from fitprune.families.planes import Box
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.scorers import Score, Scorer
 from fitprune.scoring.view import LayerView
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class KeptImage:
         return self.entered > layer
 
     def grid(self, layer: int) -> list[torch.Tensor]:
-        """Mark, for each grid, the cells whose token enters a layer: [rows, columns] bool; False where there is none.
+        """Mark, for each grid, the cells whose token enters a layer: [rows, columns] bool.
 
         Args:
             layer: its number, from 0.
@@ -68,7 +67,7 @@ class KeptImage:
             ValueError: there is no such layer.
         """
         present = self.present(layer)
-        return [present[grid.tokens.clamp(min=0)] & (grid.tokens >= 0) for grid in self.grids]
+        return [present[grid.tokens] for grid in self.grids]
 
     def inside(self, box: Box) -> torch.Tensor:
         """Mark the visual tokens that lie in a box of the picture: [tokens] bool.
@@ -89,10 +88,9 @@ class KeptImage:
         inside, around = (torch.zeros(len(self.entered), dtype=torch.bool) for _ in range(2))
         for grid in self.grids:
             x, y, width, height = _middles(grid)
-            has_token = grid.tokens >= 0
-            inside[grid.tokens[(left <= x) & (x <= right) & (top <= y) & (y <= bottom) & has_token]] = True
+            inside[grid.tokens[(left <= x) & (x <= right) & (top <= y) & (y <= bottom)]] = True
             is_near = ((x - middle[0]).abs() <= width / 2) & ((y - middle[1]).abs() <= height / 2)
-            around[grid.tokens[is_near & has_token]] = True
+            around[grid.tokens[is_near]] = True
         if bool(inside.any()):
             return inside
         if bool(around.any()):

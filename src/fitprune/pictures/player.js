@@ -18,7 +18,7 @@ function play(figure, {layer, box = null, heat} = {}) {
     const w = (right - left) / columns, h = (bottom - top) / rows, list = [];
     for (let row = 0; row < rows; row++) for (let column = 0; column < columns; column++) {
       const place = row * columns + column, token = tokens ? tokens[place] : place;
-      if (token >= 0) list.push({view, grid, row, column, token, x: left + column * w, y: top + row * h, w, h});
+      list.push({view, grid, row, column, token, x: left + column * w, y: top + row * h, w, h});
     }
     return list;
   }

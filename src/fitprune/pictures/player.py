@@ -18,9 +18,10 @@ from PIL import Image
 
 from fitprune._support.page import Html, escape
 from fitprune.families.grids import Grid
-from fitprune.pictures.draw import HEAT, OUTLINE
+from fitprune.families.planes import Box
+from fitprune.pictures.draw import HEAT, OUTLINE, PAPER
 from fitprune.pictures.example import Example
-from fitprune.pictures.kept import Box, KeptImage
+from fitprune.pictures.kept import KeptImage
 from fitprune.pictures.views import View, ranks, views_of
 
 SIDE = 1000  # units of the longest side of a picture
@@ -35,9 +36,10 @@ STYLE = f"""
 margin:var(--gap) 0 2rem}}
 .kept .views{{display:flex;flex-wrap:wrap;gap:.5rem}}.kept .view{{flex:1 1 40%;min-width:9rem}}
 .kept .view svg{{width:100%;height:auto;max-height:30rem;touch-action:pan-y;cursor:crosshair}}
-.kept .left{{fill:#0b0d0f;fill-opacity:.82}}.kept .outside{{fill:#eceef0;fill-opacity:.7;fill-rule:evenodd}}
+.kept .paper{{fill:rgb{PAPER}}}.kept .left{{fill:#0b0d0f;fill-opacity:.82}}
+.kept .outside{{fill:rgb{PAPER};fill-opacity:.7;fill-rule:evenodd}}
 .kept .edge{{fill:none;stroke:rgb{OUTLINE};stroke-width:4}}.kept .heat path{{fill-opacity:.7}}
-.kept .frame{{fill:none;stroke:#fff;stroke-width:7;stroke-dasharray:18 10;paint-order:stroke;
+.kept .frame{{fill:none;stroke:#fff;stroke-width:2;stroke-dasharray:6 4;vector-effect:non-scaling-stroke;
 filter:drop-shadow(0 0 2px #000)}}
 .kept .bars{{width:100%;height:6rem;cursor:pointer;background:var(--panel)}}
 .kept .bars rect{{fill:var(--c7)}}.kept .bars rect.now{{fill:var(--c2)}}
@@ -48,7 +50,8 @@ filter:drop-shadow(0 0 2px #000)}}
 .kept .controls [hidden],.kept .controls[hidden]{{display:none}}
 .kept [type=range]{{flex:1;min-width:6rem;padding:0;accent-color:var(--accent)}}.kept .play{{min-width:5rem}}
 .kept [type=checkbox]{{min-height:1.3rem;width:1.3rem;accent-color:var(--accent)}}
-.kept .count{{font-weight:700;margin:.2rem 0;font-variant-numeric:tabular-nums}}.kept h3{{margin-top:0}}
+.kept .count{{font-weight:700;margin:.2rem 0;font-variant-numeric:tabular-nums}}
+.kept .question{{font-weight:700;margin-top:0}}
 .kept .legend i{{display:inline-block;width:7rem;height:.8rem;margin:0 .4rem;vertical-align:middle;
 background:linear-gradient(90deg,{",".join(HEAT)})}}
 @media (max-width:799px){{.kept{{grid-template-columns:minmax(0,1fr)}}}}
@@ -117,7 +120,7 @@ def player(example: Example, number: int = 0, *, heat: Heat | None = None) -> Ht
             )
         else:
             image = f"<use href=#{name} />"
-        caption = f"<figcaption>{escape(view.name)}</figcaption>" if len(views) > 1 else ""
+        caption = f"<p class=small>{escape(view.name)}</p>" if len(views) > 1 else ""
         drawn.append(f"<div class=view>{_svg(view, image, kept)}{caption}</div>")
     data = {
         "layers": kept.layers,
@@ -126,7 +129,7 @@ def player(example: Example, number: int = 0, *, heat: Heat | None = None) -> Ht
         "views": [[_grid(grid, box) for grid, box in view.grids] for view in views],
         "ranks": None if heat is None else _bytes(heat.values),
         "colours": HEAT,
-        "hint": _HINT,
+        "hint": "" if number else _HINT,  # said once in a page
     }
     return Html(
         f"<figure class=kept><div class=views>{''.join(drawn)}</div><div>{_facts(example)}"
@@ -142,7 +145,7 @@ def _json(data: Any) -> str:
 
 
 def _facts(example: Example) -> str:
-    lines = [f"<h3>{escape(example.question)}</h3>"] if example.question else []
+    lines = [f"<p class=question>{escape(example.question)}</p>"] if example.question else []
     if example.answers:
         pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in example.answers.items())
         lines.append(f"<dl class=facts>{pairs}</dl>")
@@ -183,9 +186,12 @@ def _svg(view: View, image: str, kept: KeptImage) -> str:
     left, edge = veil(view, present)
     x, y, right, bottom = view.extent
     what = f"{view.name}: {kept.counts[-1]} of {len(kept.entered)} visual tokens enter layer {kept.layers - 1}"
+    box = [_short(value) for value in (x, y, right - x, bottom - y)]
+    place = " ".join(f"{name}={value}" for name, value in zip(("x", "y", "width", "height"), box, strict=True))
     return (
-        f"<svg viewBox='{_short(x)} {_short(y)} {_short(right - x)} {_short(bottom - y)}' preserveAspectRatio=xMinYMin role=application tabindex=0 "
-        f'aria-label="{escape(what)}; the arrow keys draw a box">{image}'
+        f"<svg viewBox='{' '.join(box)}' preserveAspectRatio=xMinYMin role=application tabindex=0 "
+        f'aria-label="{escape(what)}; the arrow keys draw a box">'
+        f"<rect class=paper {place} />{image}"
         f"<path class=outside d='{outside(view)}' /><g class=heat></g><path class=left d='{left}' />"
         f"<path class=edge d='{edge}' /><rect class=frame /></svg>"
     )
@@ -202,16 +208,15 @@ def veil(view: View, present: torch.Tensor) -> tuple[str, str]:
     for grid, (x, y, right, bottom) in view.grids:
         rows, columns = grid.tokens.shape
         width, height = (right - x) / columns, (bottom - y) / rows
-        stays = present[grid.tokens.clamp(min=0)] & (grid.tokens >= 0)
-        gone = ~stays & (grid.tokens >= 0)
-        for row, column in gone.nonzero().tolist():
+        stays = present[grid.tokens]
+        for row, column in (~stays).nonzero().tolist():
             left.append(
                 f"M{_short(x + column * width)} {_short(y + row * height)}h{_short(width)}v{_short(height)}"
                 f"h{_short(-width)}z"
             )
-        for row, column in (gone[:, 1:] & stays[:, :-1] | stays[:, 1:] & gone[:, :-1]).nonzero().tolist():
+        for row, column in (stays[:, 1:] != stays[:, :-1]).nonzero().tolist():
             edge.append(f"M{_short(x + (column + 1) * width)} {_short(y + row * height)}v{_short(height)}")
-        for row, column in (gone[1:] & stays[:-1] | stays[1:] & gone[:-1]).nonzero().tolist():
+        for row, column in (stays[1:] != stays[:-1]).nonzero().tolist():
             edge.append(f"M{_short(x + column * width)} {_short(y + (row + 1) * height)}h{_short(width)}")
     return "".join(left), "".join(edge)
 

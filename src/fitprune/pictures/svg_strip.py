@@ -1,4 +1,4 @@
-"""A strip of layers as SVG: for papers, where it scales, and for pages, where its words follow dark and light."""
+"""A strip of layers as SVG: for papers, where it scales."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections.abc import Sequence
 
 from fitprune._support.files import PICTURE_MARK
 from fitprune._support.page import escape
+from fitprune.families.planes import Box
 from fitprune.pictures import player
 from fitprune.pictures.draw import OUTLINE, PAPER
 from fitprune.pictures.example import Example
-from fitprune.pictures.kept import Box
 from fitprune.pictures.sheets import STRIP, caption
 from fitprune.pictures.views import chosen_layers, views_of
 
 _WIDTH, _GAP = 360, 12  # units of the whole strip, and between pictures
 _LETTERS = 42  # in a line of the strip's width
 
-_STYLE = f"""text{{font:15px system-ui,sans-serif;fill:#1a1d21}}.small{{font-size:13px}}
-@media (prefers-color-scheme:dark){{text{{fill:#e8eaec}}}}
+_STYLE = f"""text{{font:15px system-ui,sans-serif;fill:#1a1d21}}
 .paper{{fill:rgb{PAPER}}}.left{{fill:#0b0d0f;fill-opacity:.82}}.outside{{fill:rgb{PAPER};fill-opacity:.7}}
 .edge{{fill:none;stroke:rgb{OUTLINE};stroke-width:6}}"""
 
@@ -58,7 +57,8 @@ def svg_strip(example: Example) -> str:
     answers, y = _lines([f"{name}: {answer}" for name, answer in example.answers.items()], y)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="0 0 {_WIDTH} {y:.0f}" width="{2 * _WIDTH}" role="img"><title>Visual tokens that enter '
+        f'viewBox="{-_GAP} 0 {_WIDTH + 2 * _GAP} {y:.0f}" width="{2 * _WIDTH}" '
+        'style="max-width:100%;height:auto;background:#fff" role="img"><title>Visual tokens that enter '
         f"layers {', '.join(map(str, layers))}</title><metadata>{PICTURE_MARK}</metadata><style>{_STYLE}</style>"
         f'<defs><image id="picture" width="{width:.2f}" height="{height:.2f}" preserveAspectRatio="none" '
         f'xlink:href="{player.data_url(picture, 640)}"/></defs>{"".join([*drawn, *answers])}</svg>\n'

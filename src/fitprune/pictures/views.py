@@ -7,7 +7,8 @@ import dataclasses
 import torch
 
 from fitprune.families.grids import Grid
-from fitprune.pictures.kept import Box, KeptImage, placed
+from fitprune.families.planes import Box
+from fitprune.pictures.kept import KeptImage, placed
 
 _SLACK = 0.01  # of a picture's side, by which a grid may reach over its edge and yet count as inside
 _OVERLAP = 0.05  # of the smaller of two grids, that may lie on the other one

@@ -28,7 +28,7 @@ from fitprune.integrations.vllm.metrics import Counts
 from fitprune.recipes.recipe import PruningRecipe
 
 MARK = "fitprune_prunes"  # attribute of a feature of a request that is to be pruned
-ENDED = 4096  # prompts of ended requests that are known; each has a few hundred bytes
+ENDED = 4096  # prompts of ended requests that are known; each has a hash and the ids of less than a block and two tokens
 
 # Why a prompt with images runs dense: names for the counters, sentences for the log.
 REASONS = {
@@ -166,7 +166,9 @@ class WholePrompts(SchedulerInterface):  # type: ignore[misc]  # vLLM is not fol
         return step
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_pruned(request) and request.num_output_tokens and (known := request.fitprune_prompt[1]) is not None:
+        # Not of a preempted one: the step that was to fill its blocks may have gone on without it.
+        filled = request.num_output_tokens and request.num_computed_tokens >= request.num_prompt_tokens
+        if _is_pruned(request) and filled and (known := request.fitprune_prompt[1]) is not None:
             self._ended.pop(known, None)
             self._ended[known] = request.fitprune_owner
             if len(self._ended) > ENDED:

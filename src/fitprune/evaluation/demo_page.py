@@ -50,7 +50,7 @@ def demo_page(
         f"<h2>Next: your own model</h2><pre>{escape(_NEXT)}</pre>",
     ]
     return page(
-        "fitprune: fewer visual tokens, the same answers",
+        "fitprune demo: which visual tokens leave, and what that changes",
         Html("\n".join(parts)),
         style=player.STYLE + report_answers.STYLE,
         script=player.script() + report_answers.SCRIPT,
