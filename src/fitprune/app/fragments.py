@@ -148,7 +148,7 @@ def layers(now: Screen | None, attention: torch.Tensor | None = None) -> Html:
         word = now.words[0][now.word].text
         name = f"what the model looked at for the word {word}"
         heat = Heat(values, name, "attention, mean over heads and layers: none", "most", on=True)
-    return player(Example(now.request.picture.image(), now.kept), heat=heat)
+    return player(Example(now.request.picture.small(), now.kept), heat=heat)
 
 
 def about(served: ServedModel, title: str) -> Html:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ def launch(page: gr.Blocks, served: ServedModel, host: str, port: int, *, share:
     Raises:
         OSError: the port is taken.
     """
+    # Gradio would sum up the times of all its events after each of them.
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000")
     page.queue(max_size=MOST_WAITING)
     try:
         _, url, public = page.launch(

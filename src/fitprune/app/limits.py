@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -26,9 +28,30 @@ class Picture:
     data: bytes = dataclasses.field(repr=False)
     name: str
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """A name for the file's content."""
+        return hashlib.sha256(self.data).hexdigest()
+
     def image(self) -> Image.Image:
-        """Decode it upright, in RGB, what is transparent on white."""
-        return load_picture(self.data)
+        """Decode it upright, in RGB, what is transparent on white. Others may get the same image: do not change it."""
+        return _decoded(self.data)
+
+    def small(self) -> Image.Image:
+        """The image with sides of at most 1,024 pixels, for the page."""
+        return _small(self.data)
+
+
+@functools.lru_cache(maxsize=4)  # the last few are asked for several times each
+def _decoded(data: bytes) -> Image.Image:
+    return load_picture(data)
+
+
+@functools.lru_cache(maxsize=16)
+def _small(data: bytes) -> Image.Image:
+    image = _decoded(data).copy()
+    image.thumbnail((1024, 1024))
+    return image
 
 
 @dataclasses.dataclass(frozen=True)

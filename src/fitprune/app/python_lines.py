@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 
-from fitprune.app.limits import Picture
 from fitprune.app.recipes import FITTED
 from fitprune.app.screen import Screen
 from fitprune.recipes import published
@@ -20,17 +18,12 @@ class Source:
     Attributes:
         loading: arguments of `load_model`.
         prompt_template: as for `make_batches`.
-        pictures: digest of a picture that comes with the data -> the expression that gives it.
+        pictures: `Picture.digest` of one that comes with the data -> the expression that gives it.
     """
 
     loading: str
     prompt_template: str | None = None
     pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-def digest_of(picture: Picture) -> str:
-    """Name a picture by its file's content."""
-    return hashlib.sha256(picture.data).hexdigest()
 
 
 def python_lines(screen: Screen, source: Source, statistics: str) -> str:
@@ -42,7 +35,7 @@ def python_lines(screen: Screen, source: Source, statistics: str) -> str:
         statistics: lines that make `stats`; "" where there are none.
     """
     request, recipe = screen.request, screen.pruning.recipe
-    picture = source.pictures.get(digest_of(request.picture), _text(request.picture.name))
+    picture = source.pictures.get(request.picture.digest, _text(request.picture.name))
     scorer = f", {_text(screen.pruning.scorer)}" if screen.pruning.scorer else ""
     named = f", scorer={_text(screen.pruning.scorer)}" if screen.pruning.scorer else ""
     recipe_lines = _recipe(screen, statistics)

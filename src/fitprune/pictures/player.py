@@ -251,8 +251,11 @@ def data_url(picture: Image.Image, most: int = _PIXELS) -> str:
     """Write a picture into a `data:` URL, with sides of at most `most` pixels, in the shorter of JPEG and PNG."""
     picture = picture.convert("RGB")
     picture.thumbnail((most, most))
+    formats: list[tuple[str, dict[str, Any]]] = [("jpeg", {"quality": 88})]
+    if picture.width * picture.height <= 2**16 or picture.getcolors(4096):  # of a large photo it takes a second
+        formats.append(("png", {"optimize": True}))
     kinds = []
-    for kind, options in (("jpeg", {"quality": 88}), ("png", {"optimize": True})):
+    for kind, options in formats:
         buffer = io.BytesIO()
         picture.save(buffer, format=kind, **options)
         kinds.append((len(buffer.getvalue()), kind, buffer.getvalue()))
