@@ -92,6 +92,10 @@ class Events:
         request = screen.read_request(self.served, picture, *asked)
         return self._seen(screen.look(self.served, request, before))
 
+    def stopped(self, now: Screen | None) -> tuple[str, str]:
+        """Show the answers as they are, after the run that made them was cancelled."""
+        return fragments.answers(now, self.served.decode)
+
     @refusing()
     def word(self, now: Screen | None, event: gr.EventData) -> tuple[Any, ...]:
         """Show what the model looked at when it wrote a word; pressed again, the scores."""
@@ -139,7 +143,8 @@ class Events:
         return screen.facts(self.served, last)
 
     def _seen(self, now: Screen) -> tuple[Any, ...]:
-        always = now, *fragments.answers(now, self.served.decode), fragments.costs(now)
-        if now.kept is None:
+        running = now.kept is None
+        always = now, *fragments.answers(now, self.served.decode, running=running), fragments.costs(now)
+        if running:
             return *always, gr.skip(), gr.skip()
         return *always, fragments.layers(now), python_lines(now, self.source, self.served.recipes.statistics)

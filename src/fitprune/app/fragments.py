@@ -35,30 +35,32 @@ def examples(pictures: Sequence[tuple[Path, str]]) -> Html:
     return Html("".join(button(number, *each) for number, each in enumerate(pictures)))
 
 
-def answers(screen: Screen | None, decode: Callable[[Sequence[int]], str]) -> tuple[Html, Html]:
+def answers(
+    screen: Screen | None, decode: Callable[[Sequence[int]], str], *, running: bool = False
+) -> tuple[Html, Html]:
     """Show the pruned answer, whose words can be pressed, and the dense one.
 
     Args:
         screen: with the answers so far; None before anything was asked.
         decode: gives the text of tokens.
+        running: whether more is to come.
     """
     if screen is None or screen.answered is None:
         return _answer("Pruned", "<p class=small>Press Run.</p>"), _answer("Dense", "<p class=small>Press Run.</p>")
-    done = bool(screen.pruned and screen.pruned.done and screen.dense and screen.dense.done)
     bodies = []
     for number, (answer, words) in enumerate(zip((screen.pruned, screen.dense), screen.words, strict=True)):
         pressed = screen.word if number == 0 and screen.current else -1
         if words:
             text = " ".join(_word(place, word, pressed) for place, word in enumerate(words))
         else:
-            text = escape(decode(answer.ids if answer else [])) or ("(an empty answer)" if done else "")
+            text = escape(decode(answer.ids if answer else [])) or ("" if running else "(an empty answer)")
         bodies.append(f"<p>{text}</p>")
-    old = "" if screen.current or not done else f" at {_name(screen.answered)}: press Run for a new one"
-    return _answer(f"Pruned{old}", bodies[0], done), _answer("Dense", bodies[1], done)
+    old = "" if screen.current or running else f" at {_name(screen.answered)}: press Run for a new one"
+    return _answer(f"Pruned{old}", bodies[0], running), _answer("Dense", bodies[1], running)
 
 
-def _answer(name: str, body: str, done: bool = True) -> Html:
-    busy = "" if done else " aria-busy=true"
+def _answer(name: str, body: str, running: bool = False) -> Html:
+    busy = " aria-busy=true" if running else ""
     return Html(f"<section class=answer{busy} aria-live=polite><h2>{escape(name)}</h2>{body}</section>")
 
 

@@ -117,24 +117,24 @@ def build(
         # One pass at a time: all that runs the model waits in one queue, which says how long it is.
         device: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
         quiet = {"show_progress": "hidden", "trigger_mode": "always_last", **device}
-        loud = {"show_progress": "minimal", **device}
+        loud = {"show_progress": "minimal", "trigger_mode": "always_last", **device}
+        chooses = chosen.example(
+            events.example, None, [picture, question], show_progress="hidden", api_visibility="private"
+        )
         running = [
-            gr.on(
-                [run.click, question.submit, budget.release], events.run, asked, seen, show_progress_on=[costs], **loud
+            *(
+                trigger(events.run, asked, seen, show_progress_on=[costs], **loud)
+                for trigger in (run.click, question.submit, budget.release, chooses.then)
             ),
             by_budget.click(events.budgets, asked, budgets, **loud),
             by_method.click(events.methods, asked, methods, **loud),
         ]
+        stop.click(events.stopped, state, [pruned_answer, dense_answer], cancels=running, api_visibility="private")
         measure.click(
             events.measure, None, [about, measure, method], show_progress_on=[about], trigger_mode="once", **device
         )
-        stop.click(None, cancels=running, api_visibility="private")
         moved = [budget.input, picture.input, method.input, scorer.input]
         gr.on(moved, events.look, [state, *asked], seen, **quiet)
-        chosen.example(
-            events.example, None, [picture, question],
-            show_progress="hidden", api_visibility="private",
-        ).then(events.run, asked, seen, show_progress_on=[costs], **loud)  # fmt: skip
         pruned_answer.word(events.word, state, [state, pruned_answer, layers], **quiet)
         _api(events, asked, device)
     return page

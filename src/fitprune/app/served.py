@@ -93,8 +93,9 @@ class ServedModel:
     def prompt(self, picture: Picture, question: str) -> Prompt:
         """Make a prompt; a ValueError says what the processor refuses."""
         sample = Sample("0", question, picture.image(), where=picture.name)
-        [batch] = make_batches([sample], self.processor, prompt_template=self.prompt_template, model=self.model)
-        inputs = to_model(batch, self.model)
+        with self._device:  # a tokenizer serves one thread at a time
+            [batch] = make_batches([sample], self.processor, prompt_template=self.prompt_template, model=self.model)
+            inputs = to_model(batch, self.model)
         [sizes] = prompt_sizes(self.adapted, inputs)
         return Prompt(inputs, tuple(sizes))  # type: ignore[arg-type]  # four of them
 

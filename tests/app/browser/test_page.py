@@ -248,6 +248,7 @@ def test_stop_ends_an_answer_and_frees_the_device(visit, app, monkeypatch):
     page.locator("#run").click()
     page.wait_for_selector("#pruned .answer[aria-busy]")
     page.locator("#stop").click()
+    page.wait_for_selector("#pruned .answer:not([aria-busy]) h2:has-text('press Run for a new one')")
     assert app.served._device.acquire(timeout=20)
     app.served._device.release()
 
