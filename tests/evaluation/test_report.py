@@ -180,9 +180,31 @@ def test_text_of_strangers_is_escaped_everywhere(tmp_path):
     assert not [name for _, attributes in elements for name in attributes if name.startswith("on")]
 
 
-def test_a_page_without_a_square_grid_says_so(small, tmp_path):
+def test_tokens_of_which_no_place_is_known_are_not_drawn(small, tmp_path):
     example = {**small.examples[0], "layers_entered": {"fitprune 60%": [2] * 15}}
-    assert "15 tokens form no square grid" in written(dataclasses.replace(small, examples=(example,)), tmp_path)
+    for more in ({}, {"views": []}):
+        page = written(dataclasses.replace(small, examples=({**example, **more},)), tmp_path)
+        assert "Where the 15 tokens lie in the picture is not known" in page
+
+
+def test_tokens_are_drawn_where_they_lie(small, tmp_path):
+    """Of 2 x 3 tokens over a picture of 200 x 100 the first is in all layers, the others leave after layer 0."""
+    grid = {"box": [0.0, -0.5, 1.0, 1.5], "tokens": [[0, 1, 2], [3, 4, 5]]}
+    view = {"name": "<b>", "extent": [0.0, -0.5, 1.0, 1.5], "grids": [grid]}
+    example = {**small.examples[0], "layers_entered": {"fitprune 60%": [4, 1, 1, 1, 1, 1]}}
+    results = dataclasses.replace(small, recipes={"fitprune 60%": {"keep": [0.2] * 4}})
+    for views in ([view], [view, {**view, "name": "tile"}]):
+        page = written(
+            dataclasses.replace(results, examples=({**example, "size": [200, 100], "views": views},)), tmp_path
+        )
+        tiles = re.findall(r"class=tile viewBox='(.*?)'.*?<path d='(.*?)'.*?</svg>(.*?)</div>", page)
+        names = ["layer 1: 1", "layer 2: 1", "layer 3: 1"]
+        if len(views) > 1:
+            names = [f"{view}, {name}" for view in ("&lt;b&gt;", "tile") for name in names]
+        assert [text for *_, text in tiles] == names
+        assert {box for box, *_ in tiles} == {"0 -50 200 200"}
+        cells = tiles[0][1].split("M")[1:]
+        assert [cell.split("h")[0] for cell in cells] == ["66.667 -50", "133.33 -50", "0 50", "66.667 50", "133.33 50"]
 
 
 def test_the_report_imports_no_matplotlib(small, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from fitprune.evaluation.summary import DENSE, Task
 
 MOST_LISTED = 500  # questions in the page
 LONGEST = 400  # characters of an answer in the list
+PICTURE = 288  # pixels of a side of a picture whose size is not recorded
 
 STYLE = """
 .findings{list-style:none;padding:0}.findings li{padding:.2em 0 .2em 1.6em;text-indent:-1.6em}
@@ -31,7 +32,7 @@ td .interval{display:block;white-space:nowrap;font-size:.75rem;font-weight:400}
 .filter[hidden]{display:none}.filter label{display:grid;flex:1 1 9rem;max-width:16rem}
 .whole{width:min(100%,16rem)}
 .strip{display:grid;grid-template-columns:repeat(4,minmax(0,10rem));gap:8px;margin:.4em 0 1em}
-.strip div{font-size:var(--small)}.tile{width:100%;aspect-ratio:1}
+.strip div{font-size:var(--small)}.tile{width:100%;background:var(--panel)}
 """
 
 SCRIPT = """
@@ -185,36 +186,64 @@ def _example(example: Mapping[str, Any], results: Results, name: str) -> Iterato
     facts = f"{example['task']}, {example['kind'] or 'question'}"
     yield f"<section><h3>{escape(example['question'])}</h3>"
     yield f"<p class=small>{escape(facts)}{_accepted(example)}</p>"
+    width, height = map(float, example.get("size", (PICTURE, PICTURE)))
     yield (
-        f"<svg class=whole viewBox='0 0 1 1' role=img><title>{escape(example['question'])}</title>"
-        f"<image id={name} width=1 height=1 preserveAspectRatio=none href='{escape(example['picture'])}'/></svg>"
+        f"<svg class=whole viewBox='0 0 {width:g} {height:g}' role=img><title>{escape(example['question'])}</title>"
+        f"<image id={name} width={width:g} height={height:g} preserveAspectRatio=none "
+        f"href='{escape(example['picture'])}'/></svg>"
     )
     tokens = len(next(iter(example["layers_entered"].values()), ()))
     yield f"<p><b>dense</b> {_answer(example, DENSE, task)}{f', {tokens} tokens in all layers' if tokens else ''}</p>"
     layers = len(next(iter(results.recipes.values()))["keep"]) if results.recipes else 0
     chosen = sorted({1, layers // 4, layers // 2, layers - 1} & set(range(1, max(layers, 1))))
+    views = example.get("views", _square(tokens))
     for method in _pictured(example):
         entered = example["layers_entered"][method]
-        side = math.isqrt(len(entered))
         yield f"<p><b>{escape(method)}</b> {_answer(example, method, task)}</p>"
-        if side * side != len(entered):
-            yield f"<p class=small>{len(entered)} tokens form no square grid: not drawn</p>"
+        if not views:
+            yield f"<p class=small>Where the {len(entered)} tokens lie in the picture is not known: not drawn.</p>"
             continue
-        tiles = [_tile(name, [count > layer for count in entered], side, layer) for layer in chosen]
+        tiles = []
+        for view in views:
+            prefix = f"{view['name']}, " if len(views) > 1 else ""
+            for layer in chosen:
+                stays = [count > layer for count in entered]
+                tiles.append(_tile(name, view, stays, (width, height), f"{prefix}layer {layer}"))
         yield f"<div class=strip>{''.join(tiles)}</div>"
     lines = [(method, Html(_answer(example, method, task))) for method in example["said"]]
     answers = table(("method", "answer"), lines, label="all answers")
     yield f"<details><summary>All answers</summary>{answers}</details></section>"
 
 
-def _tile(name: str, kept: Sequence[bool], side: int, layer: int) -> str:
-    """Draw the picture with the tokens that have left in the dark."""
-    cells = "".join(f"M{i % side} {i // side}h1v1h-1z" for i, stays in enumerate(kept) if not stays)
-    text = f"layer {layer}: {sum(kept)}"
+def _square(tokens: int) -> list[dict[str, Any]]:
+    """Lay tokens of which no place is recorded in a square over the whole picture, if they form one."""
+    side = math.isqrt(tokens)
+    if side * side != tokens or not tokens:
+        return []
+    rows = [list(range(start, start + side)) for start in range(0, tokens, side)]
+    return [{"name": "whole picture", "extent": [0, 0, 1, 1], "grids": [{"box": [0, 0, 1, 1], "tokens": rows}]}]
+
+
+def _tile(name: str, view: Mapping[str, Any], stays: Sequence[bool], size: tuple[float, float], text: str) -> str:
+    """Draw a view of the picture with the tokens that have left in the dark."""
+    sides = size * 2
+    left, top, right, bottom = (part * side for part, side in zip(view["extent"], sides, strict=True))
+    cells, present = [], 0
+    for grid in view["grids"]:
+        x, y, to_x, to_y = (part * side for part, side in zip(grid["box"], sides, strict=True))
+        rows = grid["tokens"]
+        width, height = (to_x - x) / len(rows[0]), (to_y - y) / len(rows)
+        for row, column, token in ((r, c, token) for r, line in enumerate(rows) for c, token in enumerate(line)):
+            if stays[token]:
+                present += 1
+            else:
+                at = f"{x + column * width:.5g} {y + row * height:.5g}"
+                cells.append(f"M{at}h{width:.5g}v{height:.5g}h{-width:.5g}z")
+    text = f"{text}: {present}"
     return (
-        f"<div><svg class=tile viewBox='0 0 {side} {side}' role=img><title>{text} of {len(kept)} tokens</title>"
-        f"<use href=#{name} transform='scale({side})'/><path d='{cells}' fill='#000' fill-opacity=.8 "
-        f"shape-rendering=crispEdges /></svg>{text}</div>"
+        f"<div><svg class=tile viewBox='{left:.5g} {top:.5g} {right - left:.5g} {bottom - top:.5g}' role=img>"
+        f"<title>{escape(text)} tokens</title><use href=#{name} /><path d='{''.join(cells)}' fill='#000' "
+        f"fill-opacity=.8 shape-rendering=crispEdges /></svg>{escape(text)}</div>"
     )
 
 
