@@ -28,9 +28,7 @@ from fitprune.integrations.vllm.metrics import Counts
 from fitprune.recipes.recipe import PruningRecipe
 
 MARK = "fitprune_prunes"  # attribute of a feature of a request that is to be pruned
-ENDED = (
-    4096  # prompts of ended requests that are known; each has a hash and the ids of less than a block and two tokens
-)
+ENDED = 4096  # prompts of ended requests that are known; each has a hash and the ids of up to a block and a token
 
 # Why a prompt with images runs dense: names for the counters, sentences for the log.
 REASONS = {
