@@ -25,8 +25,10 @@ def test_a_letter_of_several_tokens_belongs_to_its_word():
 
 
 def test_words_that_differ_are_marked_on_both_sides():
-    first = words_of([0, 1, 2, 3, 5], decode)
-    second = words_of([0, 1, 2, 5], decode)
+    first = words_of([0, 1, 2, 3, 4, 5], decode)
+    second = words_of([0, 1, 2, 4, 5, 6], decode)
     pruned, dense = marked([first, second])
-    assert [word.differs for word in pruned] == [False, False, True]
-    assert [word.differs for word in dense] == [False, True]
+    assert [(word.text, word.differs) for word in pruned] == [
+        ("The", False), ("digit", False), ("is", True), ("blue", True),
+    ]  # fmt: skip
+    assert [(word.text, word.differs) for word in dense] == [("The", False), ("digit", False), ("blue.", True)]

@@ -14,7 +14,6 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
     )
 
 
-def test_statistics_and_data_exclude_each_other(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: object())
+def test_statistics_and_data_exclude_each_other(capsys):
     assert main(["app", "--stats", "s.safetensors", "--data", "digit-scenes/calibration"]) == 2
     assert "--stats s.safetensors and --data: pass one" in capsys.readouterr().err

@@ -79,18 +79,18 @@ class Events:
         return self.examples[event.number]
 
     @refusing()
-    def run(self, *asked: Any) -> Iterator[tuple[Any, ...]]:
+    def run(self, *inputs: Any) -> Iterator[tuple[Any, ...]]:
         """Answer, token by token, and then show what is left."""
-        for now in screen.run(self.served, screen.read_request(self.served, *asked)):
-            yield self._seen(now)
+        for now in screen.run(self.served, screen.read_request(self.served, *inputs)):
+            yield self._outputs(now)
 
     @refusing()
-    def look(self, before: Screen | None, picture: str | None, *asked: Any) -> tuple[Any, ...]:
+    def look(self, before: Screen | None, picture: str | None, *inputs: Any) -> tuple[Any, ...]:
         """Show what is left by another choice; an answer that is there stays, as that of the choice before."""
-        if picture is None or not str(asked[0]).strip():  # before the rest is there, nothing is wrong
+        if picture is None or not str(inputs[0]).strip():  # before the rest is there, nothing is wrong
             return (gr.skip(),) * 6
-        request = screen.read_request(self.served, picture, *asked)
-        return self._seen(screen.look(self.served, request, before))
+        request = screen.read_request(self.served, picture, *inputs)
+        return self._outputs(screen.look(self.served, request, before))
 
     def stopped(self, now: Screen | None) -> tuple[str, str]:
         """Show the answers as they are, after the run that made them was cancelled."""
@@ -107,16 +107,16 @@ class Events:
         return now, fragments.answers(now, self.served.decode)[0], fragments.layers(now, attention)
 
     @refusing()
-    def budgets(self, *asked: Any) -> Iterator[str]:
+    def budgets(self, *inputs: Any) -> Iterator[str]:
         """Answer at several budgets."""
-        request = screen.read_request(self.served, *asked)
+        request = screen.read_request(self.served, *inputs)
         choices = [dataclasses.replace(request.choice, percent=percent) for percent in BUDGETS]
         yield from self._compare("budget", request, {f"{choice.percent:g}%": choice for choice in choices})
 
     @refusing()
-    def methods(self, *asked: Any) -> Iterator[str]:
+    def methods(self, *inputs: Any) -> Iterator[str]:
         """Answer by every method."""
-        request = screen.read_request(self.served, *asked)
+        request = screen.read_request(self.served, *inputs)
         choices = {name: Choice(request.choice.percent, name) for name in BASELINES}
         yield from self._compare("method", request, {"dense": Choice(0), **choices})
 
@@ -137,12 +137,12 @@ class Events:
         return fragments.about(self.served, self.title), gr.Button(visible=False), gr.Dropdown(value=FITTED)
 
     @refusing(html=False)
-    def answer(self, *asked: Any) -> dict[str, Any]:
+    def answer(self, *inputs: Any) -> dict[str, Any]:
         """Answer a program, as plain data."""
-        *_, last = screen.run(self.served, screen.read_request(self.served, *asked))
+        *_, last = screen.run(self.served, screen.read_request(self.served, *inputs))
         return screen.facts(self.served, last)
 
-    def _seen(self, now: Screen) -> tuple[Any, ...]:
+    def _outputs(self, now: Screen) -> tuple[Any, ...]:
         running = now.kept is None
         always = now, *fragments.answers(now, self.served.decode, running=running), fragments.costs(now)
         if running:

@@ -111,8 +111,8 @@ def build(
                             lines, label="Copy as Python", lines=12, max_lines=40, buttons=["copy"], interactive=False,
                             elem_id="python",
                         )  # fmt: skip
-        asked = [picture, question, budget, method, scorer, tokens]
-        seen = [state, pruned_answer, dense_answer, costs, layers, code]
+        inputs = [picture, question, budget, method, scorer, tokens]
+        outputs = [state, pruned_answer, dense_answer, costs, layers, code]
         events = Events(served, source, examples, title)
         # One pass at a time: all that runs the model waits in one queue, which says how long it is.
         device: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
@@ -123,20 +123,20 @@ def build(
         )
         running = [
             *(
-                trigger(events.run, asked, seen, show_progress_on=[costs], **loud)
+                trigger(events.run, inputs, outputs, show_progress_on=[costs], **loud)
                 for trigger in (run.click, question.submit, budget.release, chooses.then)
             ),
-            by_budget.click(events.budgets, asked, budgets, **loud),
-            by_method.click(events.methods, asked, methods, **loud),
+            by_budget.click(events.budgets, inputs, budgets, **loud),
+            by_method.click(events.methods, inputs, methods, **loud),
         ]
         stop.click(events.stopped, state, [pruned_answer, dense_answer], cancels=running, api_visibility="private")
         measure.click(
             events.measure, None, [about, measure, method], show_progress_on=[about], trigger_mode="once", **device
         )
         moved = [budget.input, picture.input, method.input, scorer.input]
-        gr.on(moved, events.look, [state, *asked], seen, **quiet)
+        gr.on(moved, events.look, [state, *inputs], outputs, **quiet)
         pruned_answer.word(events.word, state, [state, pruned_answer, layers], **quiet)
-        _api(events, asked, device)
+        _api(events, picture, device)
     return page
 
 
@@ -147,11 +147,11 @@ def _as_file(payload: Any) -> str | None:
     return None if payload is None else str(payload.path)
 
 
-def _api(events: Events, asked: Sequence[gr.components.Component], device: dict[str, Any]) -> None:
+def _api(events: Events, picture: gr.Image, device: dict[str, Any]) -> None:
     """Offer the answer to programs: by components of its own, so that what is out of range is refused in our words."""
     number, text = functools.partial(gr.Number, visible=False), functools.partial(gr.Textbox, visible=False)
     inputs = [
-        asked[0], text(label="question"), number(60, label="budget"), text(FITTED, label="method"),
+        picture, text(label="question"), number(60, label="budget"), text(FITTED, label="method"),
         text("", label="scorer"), number(events.served.limits.usual_answer, label="tokens"),
     ]  # fmt: skip
     ask = gr.Button(visible=False)

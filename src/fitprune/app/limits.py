@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
+from typing import cast
 
 from PIL import Image
 
@@ -126,4 +127,4 @@ class Limits:
         if isinstance(tokens, float) and tokens.is_integer():  # JSON has one kind of number
             tokens = int(tokens)
         checked.whole("answer tokens", tokens, 1, self.answer)
-        return int(tokens)  # type: ignore[call-overload]  # checked
+        return cast(int, tokens)

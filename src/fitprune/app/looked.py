@@ -62,8 +62,9 @@ def attention_of_word(
                 total.index_add_(0, column[:own][present].cpu(), received[present].cpu())
         return choose(view)
 
-    flags = {"needs_question": scorer.query_aware, "reads_vision": scorer.reads_vision}
-    with removing(adapted, watch, quotas_by(recipe), **flags):
+    with removing(
+        adapted, watch, quotas_by(recipe), needs_question=scorer.query_aware, reads_vision=scorer.reads_vision
+    ):
         # The first requested logit is that of the prompt's last row, so the question ends there, as in `generate`.
         adapted.model(**call, use_cache=False, logits_to_keep=len(call["input_ids"][0]) - prompt + 1)
     visual = visual_mask(adapted, inputs["input_ids"])[0].cpu()

@@ -76,8 +76,8 @@ def _recipe(screen: Screen, statistics: str) -> str:
         return f"{statistics}\nrecipe = fitprune.fit(stats, flops_reduction={share})"
     target = "fitprune.Fitter(stats)" if statistics else _sizes(recipe.visual_tokens)
     budget = f'fitprune.checked_budget("flops_reduction", {share})'
-    made = f"recipe = fitprune.make_method({_text(choice.method)}, {target}, {budget})"
-    return f"{statistics}\n{made}".lstrip()
+    line = f"recipe = fitprune.make_method({_text(choice.method)}, {target}, {budget})"
+    return f"{statistics}\n{line}".lstrip()
 
 
 def _sizes(visual_tokens: int) -> str:

@@ -86,11 +86,11 @@ class Recipes:
                     f"read. Names: {known}"
                 )
             raise ValueError(f"method {short(method)}: must be one of {', '.join(self.methods)}")
-        if scorer and scorer not in SCORERS:
+        if not isinstance(scorer, str) or (scorer and scorer not in SCORERS):
             raise ValueError(f"scorer {short(scorer)}: must be one of {', '.join(sorted(SCORERS))}, or empty")
         if scorer:
-            get_scorer(str(scorer))  # some need parameters
-        return Choice(float(percent), str(method), str(scorer or ""))  # type: ignore[arg-type]  # a number
+            get_scorer(scorer)  # some need parameters
+        return Choice(float(percent), str(method), scorer)  # type: ignore[arg-type]  # a number
 
     def make(self, choice: Choice, visual_tokens: int) -> PruningRecipe:
         """Make the recipe of a choice.
@@ -134,12 +134,7 @@ def _published(model: ModelFingerprint) -> dict[str, PruningRecipe]:
 
 
 def _of_folder(model: ModelFingerprint, folder: str | os.PathLike[str] | None) -> dict[str, PruningRecipe]:
-    """Read the recipes of a folder, without those of other models.
-
-    Raises:
-        OSError: there is no such folder, or a file cannot be read.
-        ValueError: no file of it is a recipe for the model.
-    """
+    """Read the recipes of a folder that are for the model; a ValueError says that there are none."""
     if folder is None:
         return {}
     if not os.path.isdir(folder):

@@ -192,7 +192,9 @@ def facts(served: ServedModel, screen: Screen) -> dict[str, Any]:
     """Say what is on the screen as plain data, for programs."""
 
     def of(answer: Answer | None) -> dict[str, Any] | None:
-        return answer and {
+        if answer is None:
+            return None
+        return {
             "text": served.decode(answer.ids).strip(),
             "tokens": len(answer.ids),
             "seconds_to_first_token": answer.first_seconds,

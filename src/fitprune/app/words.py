@@ -1,4 +1,4 @@
-"""The words of an answer: which tokens they are made of, and which differ from another answer's. Knows no model."""
+"""An answer's words: which tokens they are made of, and which differ from another answer's. Knows no model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _common(one: str, other: str) -> int:
 
 
 def marked(answers: Sequence[Sequence[Word]]) -> list[list[Word]]:
-    """Mark the words of two answers in which they differ."""
+    """Mark the words in which two answers differ."""
     first, second = ([word.text for word in words] for words in answers)
     same: list[set[int]] = [set(), set()]
     for block in difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks():

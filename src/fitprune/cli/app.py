@@ -42,6 +42,8 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
 
 def run(args: options.Args) -> None:
     """Load the model, measure it where data are named, and serve the page until it is interrupted."""
+    if args.stats is not None and args.data:
+        raise ValueError(f"--stats {args.stats} and --data: pass one; --data are measured in place of statistics")
     if importlib.util.find_spec("gradio") is None:
         raise ImportError("the app needs Gradio: pip install 'fitprune[app]', or '.[app]' in a clone")
     from fitprune.app.launch import launch, page_of
@@ -50,8 +52,6 @@ def run(args: options.Args) -> None:
     from fitprune.app.served import ServedModel
     from fitprune.families.adapter import adapt
 
-    if args.stats is not None and args.data:
-        raise ValueError(f"--stats {args.stats} and --data: pass one; --data are measured in place of statistics")
     bundled = Path(assets.resolve(args.model)) == assets.folder("model")
     args.data = args.data or ([BUNDLED_DATA] if bundled and args.stats is None else None)
     samples = options.joined(options.read_samples(args))  # before the model: bad data is found in seconds
