@@ -20,7 +20,7 @@ def wait_for_answer(page):
 
 def run(page):
     page.locator("#run").click()
-    page.wait_for_selector("#pruned .answer[aria-busy], #pruned .answer button[data-word]")
+    page.wait_for_selector("#pruned .answer:not([aria-busy]) h2:text-is('Pruned')")
     wait_for_answer(page)
 
 
@@ -149,6 +149,7 @@ def test_the_python_lines_run_and_give_the_answer_on_the_screen(visit, tmp_path,
     if method != "fitprune":
         page.locator("#method input").click()
         page.get_by_role("option", name=method, exact=True).click()
+        page.wait_for_selector("text=press Run for a new one")
         run(page)
     shown = " ".join(words(page).split())
     page.get_by_role("tab", name="Python").click()
