@@ -19,6 +19,8 @@ _HOMES = {
     "AttentionStats": "fitting.stats",
     "Family": "families.table",
     "Fitter": "fitting.fit",
+    "Grid": "families.grids",
+    "KeptImage": "pictures.kept",
     "LatencyProfile": "costs.latency",
     "LayerView": "scoring.view",
     "Pruner": "engine.pruner",
@@ -30,10 +32,12 @@ _HOMES = {
     "analyze": "analysis.analyze",
     "attach": "engine.prune",
     "checked_budget": "fitting.budget",
+    "draw_kept": "pictures.draw",
     "evaluate": "evaluation.evaluate",
     "fit": "fitting.fit",
     "fit_sequential": "baselines.authors_fit",
     "kept_positions": "engine.prune",
+    "kept_tokens": "pictures.kept",
     "load_model": "families.loading",
     "load_samples": "calibration.samples",
     "make_batches": "calibration.batches",
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
     from fitprune.engine.pruner import Pruner as Pruner
     from fitprune.evaluation.evaluate import evaluate as evaluate
     from fitprune.evaluation.results import Results as Results
+    from fitprune.families.grids import Grid as Grid
     from fitprune.families.loading import load_model as load_model
     from fitprune.families.table import Family as Family
     from fitprune.families.table import register_family as register_family
@@ -74,6 +79,9 @@ if TYPE_CHECKING:
     from fitprune.fitting.fit import fit as fit
     from fitprune.fitting.stats import AttentionStats as AttentionStats
     from fitprune.output_search.search import search as search
+    from fitprune.pictures.draw import draw_kept as draw_kept
+    from fitprune.pictures.kept import KeptImage as KeptImage
+    from fitprune.pictures.kept import kept_tokens as kept_tokens
     from fitprune.recipes.recipe import PruningRecipe as PruningRecipe
     from fitprune.scoring.scorers import Scorer as Scorer
     from fitprune.scoring.scorers import register_scorer as register_scorer

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from fitprune import PruningRecipe
 from fitprune.cli.main import main
@@ -104,3 +105,60 @@ def test_names_that_are_no_recipe(tmp_path, capsys):
         assert "'': must be the name of a recipe" in capsys.readouterr().err
     assert main(["show", "llava-1.5-7b"]) == 2
     assert "say which of its recipes" in capsys.readouterr().err
+
+
+IMAGE = "digit-scenes/test/images/0000.jpg"
+
+
+@pytest.fixture
+def picture(made):
+    recipe = str(made / "recipes" / "flops_reduction-0.5.json")
+    return ["show", IMAGE, "--question", "Which digit is blue?", "--model", "digit-scenes", "--recipe", recipe]
+
+
+@pytest.mark.parametrize("ending", ["gif", "html"])
+def test_what_stays_of_an_image_becomes_a_file(picture, tmp_path, capsys, ending):
+    out = tmp_path / f"kept.{ending}"
+    assert main([*picture, "-o", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert 1000 < out.stat().st_size < 2_000_000
+    assert main([*picture, "-o", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}, which replaced the one there\n"
+
+
+def test_a_picture_replaces_no_picture_of_the_users(picture, tmp_path, capsys):
+    own = tmp_path / "cat.png"
+    Image.new("RGB", (8, 8)).save(own)
+    before = own.read_bytes()
+    assert main([*picture, "-o", str(own)]) == 2
+    assert "cat.png is an image: choose another output for a picture that fitprune drew" in capsys.readouterr().err
+    assert own.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-o", "kept.webp"], "kept.webp: must end in .gif, .mp4, .png, .svg, .html"),
+        ([], "pass both, -o FILE"),
+    ],
+)
+def test_a_picture_needs_a_file_of_a_known_kind(picture, capsys, words, message):
+    assert main([*picture, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_image_without_a_question(made, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    assert main(["show", str(tmp_path / "cat.png")]) == 2
+    assert "cat.png is an image: pass --question, --model and -o too" in capsys.readouterr().err
+
+
+def test_the_curve_of_a_recipe_is_drawn_beside_its_table(tmp_path, capsys):
+    out = tmp_path / "curve.svg"
+    assert main(["show", "llava-1.5-7b:60", "-o", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "layer  enter  leave  stay" in printed
+    assert printed.endswith(f"\n{out}\n")
+    assert out.read_text().startswith("<svg")
+    assert main(["show", "llava-1.5-7b:60", "-o", str(tmp_path / "curve.png")]) == 2
+    assert "curve.png: must end in .svg or .html" in capsys.readouterr().err

@@ -1,23 +1,18 @@
 """Metrics, and what figures may claim: warnings where accuracy compares nothing, "cannot tell" where there are few."""
 
-import dataclasses
 import re
 
 import numpy as np
 import pytest
 
-from fitprune import PruningRecipe, evaluate, load_model, load_samples
+from fitprune import evaluate, load_model, load_samples
 from fitprune._support import assets
-from fitprune.calibration.samples import Sample
 from fitprune.cli.main import main
-from fitprune.evaluation import rows
 from fitprune.evaluation.entries import entries_of
 from fitprune.evaluation.metrics import METRICS, choose, evalai, exact, is_near, normalized, vqa
-from fitprune.evaluation.report import write_report
 from fitprune.evaluation.results import Results, table
 from fitprune.evaluation.tables import matrix, verdict
-
-RECIPE = PruningRecipe.published("llava-1.5-7b", 60)
+from helpers.answered import RECIPE, answered
 
 
 @pytest.mark.parametrize(
@@ -160,7 +155,7 @@ def test_of_fewer_than_four_answers_any_one_is_right_by_vqa(accepted, answer, sc
 
 @pytest.mark.parametrize("odd", [["4"] * 3 + [""] * 7, ["4"]])
 def test_one_question_with_few_answers_leaves_the_others_their_metric(odd):
-    found = made([["yes"] + ["no"] * 9] * 5 + [odd], {"dense": ["yes"] * 6})
+    found = answered([["yes"] + ["no"] * 9] * 5 + [odd], {"dense": ["yes"] * 6})
     assert (found.tasks[0].metric, found.tasks[0].guess) == ("vqa", True)
     assert found.tasks[0].dense == pytest.approx(5 * 0.3 / 6)
 
@@ -172,40 +167,6 @@ def test_words_around_an_answer_are_noticed():
     assert not is_near("13", ["3"])
     assert not is_near("", ["yes"])
     assert not is_near("!", ["yes", "", "?"])
-
-
-def made(accepted, said, *, metric=None, budget=0.6, questions=()):
-    """Results of answers made by hand: `said` has those of "dense" and of each method."""
-    entries = entries_of({name: RECIPE for name in said if name != "dense"})
-    entries = [dataclasses.replace(entry, budget=budget) for entry in entries]
-    labels = {"dense": "dense", **{entry.name: entry.label for entry in entries}}
-    records = [
-        {
-            "task": "t",
-            "id": str(number),
-            "kind": "",
-            "question": questions[number] if questions else "q",
-            "accepted": list(texts),
-            "sizes": [576, 5, 40, 1],
-            "said": {labels[name]: answers[number] for name, answers in said.items()},
-            "divergence": dict.fromkeys(labels.values(), 0.0),
-        }
-        for number, texts in enumerate(accepted)
-    ]
-    name = choose(metric, [texts for texts in accepted if any(text.strip() for text in texts)])
-    samples = [Sample(record["id"], record["question"], b"", tuple(record["accepted"])) for record in records]
-    parts = list(rows.judge({"t": samples}, {"t": name}, metric is None, list(labels.values()), records))
-    return Results(
-        tuple(rows.rows_of(RECIPE.model, parts, entries, 2)),
-        tuple(rows.best_of(parts, entries)),
-        recipes={},
-        examples=tuple(
-            {**record, "scores": {label: float(own[n]) for label, own in parts[0].scores.items() if n < len(own)}}
-            | {"picture": "data:,", "layers_entered": {}}
-            for n, record in enumerate(records[:4])
-        ),
-        tasks=tuple(part.task for part in parts),
-    )
 
 
 @pytest.mark.parametrize(
@@ -223,7 +184,7 @@ def made(accepted, said, *, metric=None, budget=0.6, questions=()):
     ],
 )
 def test_figures_that_mean_nothing_say_so(accepted, dense, words):
-    found = made((accepted * 24)[:24], {"dense": [dense] * 24, "fitprune": [dense] * 24, "dart": ["z"] * 24})
+    found = answered((accepted * 24)[:24], {"dense": [dense] * 24, "fitprune": [dense] * 24, "dart": ["z"] * 24})
     (warning,) = found.tasks[0].warnings()
     assert re.search(words, warning)
     assert warning in " ".join(table(found).split())
@@ -234,40 +195,16 @@ def test_a_model_that_says_one_thing_to_everything_is_told_of(said):
     words = f"the dense model answers {said!r} to every question"
     for accepted in ([], ["yes", "no"]):
         answers = [accepted[i % 2 : i % 2 + 1] for i in range(8)]
-        found = made(answers, {"dense": [said] * 8}, questions=[f"Is there a {i}?" for i in range(8)])
+        found = answered(answers, {"dense": [said] * 8}, questions=[f"Is there a {i}?" for i in range(8)])
         assert words in found.tasks[0].warnings()[0]
-    assert made([["yes"]] * 8, {"dense": ["yes"] * 8}, questions=list("abcdefgh")).tasks[0].warnings() == []
+    assert answered([["yes"]] * 8, {"dense": ["yes"] * 8}, questions=list("abcdefgh")).tasks[0].warnings() == []
 
 
 @pytest.mark.parametrize("accepted", [["b"], ["b"] * 10, ["B."]])
 def test_figures_that_mean_something_are_not_warned_of(accepted):
-    found = made([accepted] * 24, {"dense": ["b"] * 23 + ["c"], "fitprune": ["b"] * 24})
+    found = answered([accepted] * 24, {"dense": ["b"] * 23 + ["c"], "fitprune": ["b"] * 24})
     assert found.tasks[0].warnings() == []
     assert found.row("fitprune 60%").relative_accuracy == pytest.approx(24 / 23, abs=1e-6)
-
-
-@pytest.mark.parametrize("accepted", [[], [""], ["The answer is b."]])
-def test_where_nothing_is_judged_the_report_paints_nothing_and_marks_what_differs(accepted, tmp_path):
-    found = made([accepted] * 24, {"dense": ["b"] * 24, "fitprune": ["b"] * 24, "dart": ["z"] * 24})
-    write_report(found, tmp_path / "r.html")
-    page = (tmp_path / "r.html").read_text()
-    assert not any(f"class={mark}" in page for mark in ("right", "wrong", "best"))
-    assert page.count("<span class=changed>") == 4  # dart's answers, in four examples
-    assert found.best == ()
-    assert "agreement</span>" in page
-    assert "NOT the best" not in table(found)
-    assert found.row("dart 60%").relative_accuracy is None
-
-
-def test_where_answers_are_judged_the_report_paints_them(tmp_path):
-    found = made([["b"]] * 24, {"dense": ["b"] * 24, "fitprune": ["B."] * 24, "dart": ["z"] * 24})
-    write_report(found, tmp_path / "r.html")
-    page = (tmp_path / "r.html").read_text()
-    assert (page.count("class=right"), page.count("class=wrong")) == (4 + 4 + 4, 4)  # dense twice
-    assert page.count("class=best") == 1
-    soft = made([["b"] + ["c"] * 9] * 24, {"dense": ["b"] * 24})
-    write_report(soft, tmp_path / "r.html")
-    assert "title='0.3 of 1'" in (tmp_path / "r.html").read_text()
 
 
 def ahead(count, more, less=0):
@@ -297,7 +234,7 @@ def ahead(count, more, less=0):
 )
 def test_few_questions_cannot_tell_methods_apart(count, more, less, words):
     ours, theirs = ahead(count, more, less)
-    found = made([["b"]] * count, {"dense": ["b"] * count, "fitprune": ours, "dart": theirs})
+    found = answered([["b"]] * count, {"dense": ["b"] * count, "fitprune": ours, "dart": theirs})
     (best,) = found.best
     assert words in verdict(best)
     assert (
@@ -311,23 +248,23 @@ def test_few_questions_cannot_tell_methods_apart(count, more, less, words):
 def test_all_that_are_ahead_by_as_much_are_named():
     ours, theirs = ahead(640, 40)
     said = {"dense": theirs, "fitprune": ours, "dart": theirs, "vtw": theirs, "random": ours}
-    (best,) = made([["b"]] * 640, said).best
+    (best,) = answered([["b"]] * 640, said).best
     assert "dart and vtw are ahead by" in verdict(best)
     said = {name: answers[:24] for name, answers in said.items()}
-    (best,) = made([["b"]] * 24, said).best
+    (best,) = answered([["b"]] * 24, said).best
     assert "24 questions cannot tell fitprune, dart, vtw and random apart" in verdict(best)
-    (best,) = made([["b"]] * 24, {**said, "fastv": said["dart"]}).best
+    (best,) = answered([["b"]] * 24, {**said, "fastv": said["dart"]}).best
     assert "24 questions cannot tell fitprune and 4 other methods apart" in verdict(best)
 
 
 def test_one_method_alone_is_not_the_best():
-    found = made([["b"]] * 640, {"dense": ["b"] * 640, "fitprune": ["b"] * 640})
+    found = answered([["b"]] * 640, {"dense": ["b"] * 640, "fitprune": ["b"] * 640})
     assert found.best == ()
     assert "more accurate" not in table(found)
 
 
 def test_results_print_as_their_table(tmp_path):
-    found = made([["b"] * 10] * 24, {"dense": ["b"] * 24, "fitprune": ["b"] * 24, "<i>": ["c"] * 24})
+    found = answered([["b"] * 10] * 24, {"dense": ["b"] * 24, "fitprune": ["b"] * 24, "<i>": ["c"] * 24})
     assert str(found) == table(found)
     assert str(found).startswith("t, 24 questions, metric vqa (guessed: ten answers a question)\n")
     assert repr(found) == "Results(t: 24 questions; dense, fitprune 60%, <i> 60%)"
@@ -336,7 +273,7 @@ def test_results_print_as_their_table(tmp_path):
     assert "<i>" not in page
     found.save(tmp_path / "r.json")
     assert str(Results.load(tmp_path / "r.json")) == str(found)
-    stated = made([["b"]] * 2, {"dense": ["b"] * 2}, metric="exact")
+    stated = answered([["b"]] * 2, {"dense": ["b"] * 2}, metric="exact")
     assert str(stated).startswith("t, 2 questions, metric exact\n")
     assert repr(Results(())) == "Results()"
     assert str(Results(())) == ""

@@ -22,6 +22,7 @@ SLOW = {
     "test_a_number_out_of_range_is_refused_before_anything_of_its_size_is_made",
     "test_a_packages_broken_row_is_named",
     "test_a_progress_bar_is_not_written_into_a_pipe",
+    "test_a_quick_demo_ends_in_a_page_whose_path_is_the_last_line",
     "test_a_recipe_and_its_card_are_pushed",
     "test_a_recipe_goes_to_the_hub_and_comes_back",
     "test_a_run_killed_at_half_goes_on_and_gives_the_same_bytes",

@@ -25,6 +25,7 @@ LADDER = [
     ["engine"],
     ["calibration"],
     ["baselines", "output_search", "speed", "analysis", "benchmarks"],
+    ["pictures"],
     ["evaluation"],
     ["integrations", "cli"],
     ["__init__", "__main__"],

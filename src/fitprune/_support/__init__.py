@@ -1,1 +1,1 @@
-"""What knows nothing of pruning: files, journals, registries, plots, insides of transformers."""
+"""What knows nothing of pruning: files, journals, registries, pages, charts, plots, insides of transformers."""

@@ -25,6 +25,7 @@ STATISTICS, RECIPE, RESULTS, PROFILE = "statistics", "a recipe", "results", "a l
 TIMES, ANALYSIS, REPORT, JOURNAL = "times", "an analysis", "a report", "a journal of answers"
 RESULT_TIMES, IMAGE = "times of an evaluation", "an image"
 SCORES, UPLOAD = "scores of answers", "an upload file"
+PICTURE, PICTURE_MARK = "a picture that fitprune drew", "fitprune show"  # the mark is in the file itself
 _MAKERS = {STATISTICS: "measure", RECIPE: "fit", RESULTS: "evaluate", PROFILE: "profile"}
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
@@ -102,15 +103,17 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
         if not os.path.isfile(path):
             return "a folder" if os.path.isdir(path) else None
         with open(path, "rb") as file:
-            head = file.read(4096)
+            head = file.read(1 << 16)
             length = int.from_bytes(head[:8], "little")
             if head[8:9] == b"{" and 1 < length <= min(os.path.getsize(path), MOST_RESULT_BYTES):
                 file.seek(8)
                 metadata = parse_json(file.read(length).decode()).get("__metadata__") or {}
                 ours = str(metadata.get("format")).startswith("fitprune-stats-")
                 return STATISTICS if ours else "a safetensors file"
-        if head.startswith(_IMAGES) or head[8:12] == b"WEBP":
-            return IMAGE
+        if head.startswith(_IMAGES) or head[8:12] == b"WEBP" or head[4:8] == b"ftyp":
+            return PICTURE if PICTURE_MARK.encode() in head else IMAGE
+        if head.lower().startswith((b"<!doctype html>", b"<svg")) and PICTURE_MARK.encode() in head[:400]:
+            return PICTURE
         if head.lower().startswith(b"<!doctype html>") and b"fitprune" in head:
             return REPORT
         if head.startswith(b'{"run": '):

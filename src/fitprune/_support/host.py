@@ -246,6 +246,14 @@ def crops_of_size(size: Any, pinpoints: Any, side: int) -> int:
     return int(image_size_to_num_patches(size, pinpoints, side))
 
 
+def tiles_of_size(size: Any, pinpoints: Any, side: int) -> tuple[int, int]:
+    """Give the rows and columns of tiles that LLaVA-NeXT cuts an image of `size` (height, width) into."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    rows, columns = get_anyres_image_grid_shape(size, pinpoints, side)
+    return int(rows), int(columns)
+
+
 def packs_features(base: Any) -> bool:
     """Whether a model joins the features of an image's crops, and adds newline tokens, as LLaVA-NeXT does."""
     return hasattr(base, "pack_image_features")
@@ -253,7 +261,10 @@ def packs_features(base: Any) -> bool:
 
 def packed(base: Any, crops: Any, sizes: Any, newline: Any) -> list[Any]:
     """Join the features of each image's crops as the model does, with `newline` at the end of each row."""
-    return list(base.pack_image_features(crops, sizes, "default", image_newline=newline)[0])
+    known = parameters(type(base).pack_image_features)
+    own = {"vision_feature_select_strategy": "default", "vision_aspect_ratio": None}
+    options = {name: getattr(base.config, name, default) for name, default in own.items() if name in known}
+    return list(base.pack_image_features(crops, sizes, image_newline=newline, **options)[0])
 
 
 def execution_device(model: Any) -> Any:

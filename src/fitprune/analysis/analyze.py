@@ -38,6 +38,7 @@ from fitprune.fitting.fit import Fitter
 from fitprune.fitting.stats import AttentionStats
 
 BUDGETS = (0.4, 0.6, 0.8)  # FLOPs reductions
+FEW = 64  # samples; what fewer show is of them as much as of the model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,6 +154,8 @@ def _over_data(
 def _left_out(stats: AttentionStats, ranks: RankAgreement | None, position: PositionBias | None) -> list[str]:
     """Say what was left out, and why."""
     notes, usual = [], stats.usual_visual_tokens
+    if len(stats) < FEW:
+        notes.append(f"{len(stats)} samples are few: below {FEW}, the figures are of them as much as of the model")
     if again := len(stats) - len(set(stats.digests)):
         notes.append(
             f"{again} of {len(stats)} samples are equal to earlier ones, and each counts: halves and draws are then "

@@ -1,22 +1,62 @@
-"""Lines, bands, legends and cells in one style, for the pictures of an analysis. Needs matplotlib."""
+"""Titles, lines, bands, legends and cells in one style, for the pictures of an analysis. Needs matplotlib.
+
+A picture is one column wide, so that its text is read on a phone and in a column of a paper alike.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fitprune.analysis.spread import Spread
+from fitprune._support.plots import canvas
+from fitprune._support.text_tables import plural
+from fitprune.analysis.analyze import FEW, Analysis
+from fitprune.analysis.spread import INTERVAL, Spread
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; line styles and markers say the same again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-BLUES = ("#deebf7", "#c6dbef", "#9ecae1", "#4292c6", "#08519c")  # light to dark
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", "-.", ":")
-WIDTH = 7.0  # inches, the text width of a paper
+WIDTH = 4.4  # inches
+INTERVALS = f"{100 * INTERVAL[0]:g} to {100 * INTERVAL[1]:g}%"
 LAYER = "decoder layer (the first is 0)"
 _NUMBERED = 12  # cells on a side up to which a matrix shows its figures
+_SIZE = 9  # of text, points: 11 pixels where the picture is 390 wide
+
+
+def headed(
+    analysis: Analysis, title: str, height: float, rows: int = 1, columns: int = 1, *, note: str = "", **options: Any
+) -> tuple[Any, Any]:
+    """Make a figure that says what it shows, of which model, and from how many samples; warns where they are few.
+
+    Args:
+        analysis: what is drawn.
+        title: what the picture shows.
+        height: of the picture, inches.
+        rows: of plots.
+        columns: of plots.
+        note: what else a reader must know.
+        **options: of `matplotlib.figure.Figure.subplots`.
+
+    Returns:
+        The figure, and its axes [rows, columns].
+    """
+    stats = analysis.stats
+    model = str(stats.provenance.get("model") or stats.model.model_type)
+    sources = ", ".join(f"{name} {len(part)}" for name, part in analysis.sources.items())
+    of = f" ({sources})" if len(analysis.sources) > 1 else ""
+    facts = [f"{model.rstrip('/').rpartition('/')[2]}, {plural(len(stats), 'sample')}{of}"]
+    if len(stats) < FEW:
+        facts.append(f"Too few samples: below {FEW}, it is of them as much as of the model.")
+    figure, axes = canvas(WIDTH, height, rows, columns, squeeze=False, **options)
+    lines = textwrap.wrap(title, 44)
+    figure.suptitle("\n".join(lines), x=0.02, ha="left", fontsize=11, fontweight="bold")
+    below = "\n".join(line for text in [*facts, note] for line in textwrap.wrap(text, 72))
+    figure.supxlabel(below.replace("$", r"\$"), x=0.02, ha="left", fontsize=8, color="#565d66")
+    return figure, axes
 
 
 def band(axes: Any, where: Sequence[int], spread: Spread, number: int, name: str, band: str | None = None) -> None:
@@ -33,34 +73,31 @@ def line(number: int, points: int) -> dict[str, Any]:
     return {
         "markevery": -(-points // 16),
         "linestyle": _DASHES[number % len(_DASHES)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "markersize": 3,
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 4,
         "linewidth": 1.2,
     }
 
 
 def style(axes: Any, title: str, below: str, beside: str) -> None:
     """Title a plot and its axes, `below` and `beside` it, and draw its grid."""
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(below, fontsize=9)
-    axes.set_ylabel(beside, fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.set_title(title, fontsize=_SIZE, loc="left")
+    axes.set_xlabel(below, fontsize=_SIZE)
+    axes.set_ylabel(beside, fontsize=_SIZE)
+    axes.tick_params(labelsize=_SIZE)
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     if below.startswith(("decoder", "image")):  # numbered, not measured
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def legend_below(figure: Any, axes: Any) -> None:
-    """Put the legend of one plot under all."""
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
-
-
-def legend_beside(figure: Any, axes: Any, title: str) -> None:
-    """Put the legend of one plot to the right of all."""
-    figure.legend(
-        *axes.get_legend_handles_labels(), title=title, frameon=False, fontsize=8, title_fontsize=8,
-        loc="outside right center",
+def legend_above(axes: Any, title: str = "", columns: int = 2) -> None:
+    """Put the legend of a plot above its title, where it covers nothing."""
+    handles, names = axes.get_legend_handles_labels()
+    axes.legend(
+        handles, [name.replace("$", r"\$") for name in names], title=title or None, title_fontsize=_SIZE,
+        alignment="left", frameon=False, fontsize=_SIZE, ncols=columns, columnspacing=1.2, borderpad=0,
+        loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=2.2,
     )  # fmt: skip
 
 
@@ -72,9 +109,22 @@ def numbers(axes: Any, image: Any, matrix: torch.Tensor, form: str) -> None:
         for column, value in enumerate(values):
             if value == value:
                 colour = "black" if image.norm(value) > 0.55 else "white"
-                axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7, color=colour)
+                axes.text(column, row, form.format(value), ha="center", va="center", fontsize=8, color=colour)
 
 
 def percent(fraction: float) -> str:
     """Write a fraction as percent: "40%"."""
     return f"{100 * fraction:g}%"
+
+
+def span_of(values: torch.Tensor, form: str) -> str:
+    """Write the least and the greatest value: "0.10 to 0.81"; nothing for none."""
+    if not values.numel():
+        return ""
+    least, most = form.format(float(values.min())), form.format(float(values.max()))
+    return least if least == most else f"{least} to {most}"
+
+
+def listed(texts: list[str]) -> str:
+    """Join texts: "a, b and c"."""
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)

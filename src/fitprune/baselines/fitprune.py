@@ -14,7 +14,9 @@ def _fitted(target: Target, budget: Budget) -> Solution:
     """FitPrune's own counts."""
     assert isinstance(target, Fitter)  # since it needs statistics
     recipe = target.fit(budget)
-    return recipe.layer_counts(target.visual_tokens), {"tolerance": recipe.provenance["tolerance"]}
+    return recipe.layer_counts(target.visual_tokens), {
+        name: recipe.provenance[name] for name in ("tolerance", "samples")
+    }
 
 
 fitprune = baseline(scorer="fitprune", source="FitPrune, arXiv:2409.10197", needs_statistics=True)(_fitted)

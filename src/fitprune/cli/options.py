@@ -61,9 +61,9 @@ def command(
     return added
 
 
-def add_model(to: argparse.ArgumentParser, **options: Any) -> None:
-    """Add MODEL and how it is loaded and prompted."""
-    to.add_argument("model", metavar="MODEL", help="folder or hub name; 'digit-scenes' is the bundled model", **options)
+def add_model(to: argparse.ArgumentParser, name: str = "model", **options: Any) -> None:
+    """Add MODEL, as an argument or as the option `name`, and how it is loaded and prompted."""
+    to.add_argument(name, metavar="MODEL", help="folder or hub name; 'digit-scenes' is the bundled model", **options)
     to.add_argument("--revision", help="branch, tag or commit of MODEL on the hub (default: main)")
     to.add_argument("--dtype", default="auto", choices=DTYPES, help="default: the checkpoint's")
     where = to.add_mutually_exclusive_group()

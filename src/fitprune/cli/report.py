@@ -21,12 +21,10 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
 
 def run(args: options.Args) -> None:
     """Write the page."""
-    from fitprune._support.plots import require_matplotlib
     from fitprune.evaluation.report import write_report
     from fitprune.evaluation.results import Results
 
     replaced = files.claim(args.output, files.REPORT, overwrite=args.overwrite)
     results = Results.load(args.results)
-    require_matplotlib()
-    write_report(results, args.output)
+    write_report(results, args.output, source=args.results)
     print(f"{args.output}{replaced}")

@@ -1,4 +1,4 @@
-"""`fitprune show`: what a recipe does: its model, budget, counts in each layer, costs, scorer and origin."""
+"""`fitprune show`: what a recipe does, as a table and a curve; and what it does to one picture, as a file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fitprune._support import files
 from fitprune._support.text_tables import aligned
-from fitprune.cli import cost, options, parser
+from fitprune.cli import cost, generate, options, parser
+from fitprune.costs.cost import Cost
 from fitprune.recipes import rounding
 from fitprune.recipes.recipe import PruningRecipe
 
@@ -19,18 +21,43 @@ LONGEST_VALUE = 200  # characters of one value of the origin
 def add(commands: options.Commands) -> argparse.ArgumentParser:
     """Declare the command."""
     command = options.command(
-        commands, "show", run, "show what a recipe does: counts in each layer, costs, scorer, origin",
-        "fitprune show llava-1.5-7b:60",
+        commands, "show", run, "show what a recipe does, or which visual tokens of an image stay",
+        "fitprune show llava-1.5-7b:60 -o curve.svg\n"
+        "  fitprune show digit-scenes/test/images/0000.jpg --question 'Which digit is blue?' \\\n"
+        "    --model digit-scenes --recipe r.json -o kept.gif",
     )  # fmt: skip
-    command.add_argument("recipe", metavar="RECIPE", type=parser.recipe, help=options.RECIPE_NAMES)
+    command.add_argument(
+        "what", metavar="RECIPE or IMAGE", type=parser.recipe, help=f"{options.RECIPE_NAMES}; or an image file"
+    )
+    options.add_output(
+        command, "file to draw into: a recipe's curve as .svg or .html; tokens of an image as "
+        f"{generate.ENDINGS}",
+    )  # fmt: skip
     cost.add_sample(command)
+    command.add_argument("--question", help="about IMAGE, without the image token; then pass --model and -o too")
+    options.add_model(command, "--model")
+    generate.add_answer(command)
     return command
 
 
 def run(args: options.Args) -> None:
-    """Print the recipe."""
-    recipe = PruningRecipe.named(args.recipe)
+    """Print and draw a recipe, or draw a picture."""
+    if args.question is None:
+        if files.kind_of(args.what) == files.IMAGE:
+            raise ValueError(f"{args.what} is an image: pass --question, --model and -o too")
+        _show_recipe(args)
+        return
+    if args.model is None or args.output is None:
+        raise ValueError("--question: what stays of an image is drawn for a --model, into a file: pass both, -o FILE")
+    replaced = generate.claim(args.output, overwrite=args.overwrite)
+    generate.answer(args, args.what).draw(args.output)
+    print(f"{args.output}{replaced}")
+
+
+def _show_recipe(args: options.Args) -> None:
+    recipe = PruningRecipe.named(args.what)
     priced = cost.price(recipe, args)
+    drawn = None if args.output is None else _curve(recipe, priced, args)
     decoder, n = recipe.model.decoder, priced.visual_tokens
     print(f"model               {_text(recipe.model.model_type)}, {decoder.layers} layers of width {decoder.hidden}")
     print(f"budget              {_budget(recipe.provenance)}")
@@ -52,6 +79,19 @@ def run(args: options.Args) -> None:
     print("\norigin")
     for name, value in _flat(recipe.provenance):
         print(f"  {name:<32}  {value}")
+    if drawn is not None:
+        text, replaced = drawn
+        files.write_text(args.output, text)
+        print(f"\n{args.output}{replaced}")
+
+
+def _curve(recipe: PruningRecipe, priced: Cost, args: options.Args) -> tuple[str, str]:
+    """Draw the curve as the text of a file, and give what `files.claim` does of that file."""
+    from fitprune.pictures.curve import curve_file
+
+    title = f"{_text(recipe.model.model_type)}: {_budget(recipe.provenance)}"
+    text = curve_file(args.output, recipe, priced.visual_tokens, title)
+    return text, files.claim(args.output, files.PICTURE, overwrite=args.overwrite)
 
 
 def _budget(provenance: Mapping[str, Any]) -> str:

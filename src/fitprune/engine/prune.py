@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fitprune.engine.kept import Prefill
 from fitprune.engine.pruner import Pruner
 from fitprune.engine.rotary import RotaryOffsets
 from fitprune.families.images import given_images
@@ -134,16 +135,28 @@ def kept_positions(
     Raises:
         ValueError: as for `prune`; or there is no image.
     """
+    return run_prefill(prune(model, recipe, scorer, pool_images=pool_images, force=force), inputs).positions
+
+
+def run_prefill(pruner: Pruner, inputs: Mapping[str, Any]) -> Prefill:
+    """Run one prefill of a pruner's model, without gradients, and return what it kept.
+
+    Args:
+        pruner: not attached, or attached.
+        inputs: of one call: what the processor returned.
+
+    Raises:
+        ValueError: as for `prune`; or there is no image.
+    """
     call = {**inputs, "use_cache": False}
     if "labels" not in inputs:
         call.setdefault("logits_to_keep", 1)
-    if given_images(inputs) is None:
-        raise ValueError("the inputs have no image: nothing is pruned; pass the processor's pixel_values")
-    pruner = prune(model, recipe, scorer, pool_images=pool_images, force=force)
     mask = inputs.get("attention_mask")
     if mask is not None and mask.ndim == 2 and not bool(mask.all()) and not RotaryOffsets(pruner._adapted).tracked:
         call.setdefault("position_ids", (mask.long().cumsum(1) - 1).clamp(min=0))  # as generate counts them
     with pruner, torch.no_grad():
+        if given_images(inputs) is None:
+            raise ValueError("the inputs have no image: nothing is pruned; pass the processor's pixel_values")
         pruner.model(**call)
         assert pruner.last is not None
-        return pruner.last.positions
+        return pruner.last

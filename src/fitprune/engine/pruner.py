@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from fitprune.engine.calls import paused
 from fitprune.engine.choose import choose_by, quotas_by
 from fitprune.engine.kept import Prefill
 from fitprune.engine.remover import Remover, removing
+from fitprune.engine.running import Choose
 from fitprune.families.adapter import adapt
 from fitprune.recipes.find import find_recipe, fitted_to
 from fitprune.recipes.recipe import PruningRecipe, scorer_parts
@@ -56,8 +57,9 @@ class Pruner(contextlib.ContextDecorator):
         *,
         pool_images: bool = False,
         force: bool = False,
+        choose: Callable[[Scorer], Choose] = choose_by,
     ) -> None:
-        """Arguments as for `prune`."""
+        """Arguments as for `prune`; `choose` makes of the scorer what says which rows stay."""
         self._adapted = adapt(model)
         self.model = self._adapted.model
         self.recipe = fitted_to(find_recipe(self.model, recipe), self._adapted.fingerprint, force=force)
@@ -65,8 +67,9 @@ class Pruner(contextlib.ContextDecorator):
         self.scorer = get_scorer(scorer)
         spec = {"name": scorer} if isinstance(scorer, str) else scorer
         named = scorer_parts(spec) if isinstance(spec, Mapping) else self.scorer
-        self._key = (self.recipe, named, pool_images)
+        self._key = (self.recipe, named, pool_images, choose)
         self._pool_images = pool_images
+        self._choose = choose
         self.remover: Remover | None = None  # the last one at work
         self._entered = 0
         self._before: Prefill | None = None  # the last record of another pruner
@@ -96,7 +99,7 @@ class Pruner(contextlib.ContextDecorator):
                     self._key,
                     removing(
                         self._adapted,
-                        choose_by(self.scorer),
+                        self._choose(self.scorer),
                         quotas_by(self.recipe, self._pool_images),
                         needs_question=self.scorer.query_aware,
                         reads_vision=self.scorer.reads_vision,

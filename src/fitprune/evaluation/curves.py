@@ -1,98 +1,109 @@
-"""The curves of a report: accuracy against FLOPs, and tokens against layers. Needs matplotlib (extra `figures`)."""
+"""The charts of a report: accuracy against FLOPs, and visual tokens against layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fitprune._support.plots import canvas, svg_text
+from fitprune._support.charts import NARROW, Axis, Series, legend_of, lines, steps
+from fitprune._support.page import Html, escape
 from fitprune.evaluation.summary import DENSE, Row, Task, label
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish; a second round is dashed.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+OURS = "fitprune"
+TOGETHER = 7  # methods that one chart holds; more get a small chart each
+SMALL = 171  # pixels; two stand side by side in a window of 390
 
 
-def accuracy_curves(rows: Sequence[Row], task: Task) -> str:
-    """Draw accuracy, or agreement if accuracies compare nothing, against FLOPs: an SVG with a line for each method."""
-    figure, axes = canvas(10.5, 5.2)
-    dense = next(row for row in rows if row.method == DENSE)
-    value = _height(dense, task)[0]
-    axes.axhline(value, color="#000", linewidth=1, linestyle=":", label=f"dense {value:.1f}")
-    names = _names(rows)
-    for number, name in enumerate(names):
-        points = sorted((100 * row.flops_reduction, *_height(row, task)) for row in rows if row.method == name)
-        ours = name == "fitprune"
-        aside = 0.25 * (number - len(names) / 2)  # so that intervals at one budget do not cover each other
-        axes.errorbar(
-            [x + aside for x, _, _ in points],
-            [y for _, y, _ in points],
-            yerr=[[s[0] for *_, s in points], [s[1] for *_, s in points]],
-            **_look(name, names),
-            marker="o",
-            markersize=4 if ours else 3,
-            capsize=2,
-            elinewidth=0.6,
-            label=name.replace("$", r"\$"),
+def accuracy_curves(rows: Sequence[Row], task: Task) -> Html:
+    """Draw accuracy, or agreement if accuracies compare nothing, against FLOPs: a line for each method.
+
+    Of many methods each gets a chart of its own, with FitPrune's line in all.
+
+    Args:
+        rows: the task's.
+        task: what they are of.
+    """
+    dense = next(_height(row, task)[0] for row in rows if row.method == DENSE)
+    series = [_curve(rows, name, look, task) for name, look in _looks(rows).items()]
+    name = task.figure if task.comparable else "agreement with dense"
+    unit = f"% of {task.maximum:g}" if task.comparable and task.benchmark and task.maximum != 100 else "%"
+    title, level = f"{name[:1].upper()}{name[1:]} at each budget, {task.name}", (f"dense {dense:.1f}", dense)
+    x, y = Axis("FLOPs of visual tokens removed, %", unit="%"), Axis(f"{name}, {unit}", unit="%")
+    if len(series) <= TOGETHER:
+        return lines(series, title, x, y, level=level)
+    heights = [dense, *(height for each in series for _, height in each.points)]
+    pad = 0.03 * (max(heights) - min(heights)) or 1.0
+    shared = Axis("", min(heights) - pad, max(heights) + pad, unit="%")
+    ours = next((each for each in series if each.name == OURS), None)
+    charts = [
+        lines(
+            [each] if ours in (None, each) else [Series(OURS, ours.points, 0), each],
+            each.name, Axis("", unit="%"), shared, level=level, wide=SMALL, narrow=SMALL, height=110, legend=False,
         )
-    share = f"{task.figure}, % of {task.maximum:g}" if task.benchmark and task.maximum != 100 else f"{task.figure}, %"
-    what = share if task.comparable else "agreement with dense, %"
-    axes.set(xlabel="visual-token FLOPs removed, %", ylabel=what)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return svg_text(figure)
+        for each in series
+    ]  # fmt: skip
+    note = f"{title}. Across: {x.name}. Up: {y.name}. Thick: {OURS}. Dotted: {level[0]}."
+    return Html(f"<p class=small>{escape(note)}</p><div class='row charts'>{''.join(charts)}</div>")
 
 
-def _names(rows: Sequence[Row]) -> list[str]:
-    """List the methods, in the order of the results."""
-    return list(dict.fromkeys(row.method for row in rows if row.method != DENSE))
-
-
-def _look(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Choose how a method's line looks, the same in every picture of the page."""
-    if name == "fitprune":
-        return {"color": "#000", "linestyle": "-", "linewidth": 2.4, "zorder": 3}
-    turn, number = divmod([other for other in names if other != "fitprune"].index(name), len(_COLOURS))
-    return {"color": _COLOURS[number], "linestyle": ("-", "--", ":")[turn % 3], "linewidth": 1.2, "zorder": 2}
-
-
-def _height(row: Row, task: Task) -> tuple[float, tuple[float, float]]:
-    """Compute the point of a row, in percent, and how far its interval reaches down and up."""
-    if row.accuracy is None or row.accuracy_interval is None or not task.comparable:
-        return 100 * row.agreement, (0.0, 0.0)
-    low, high = row.accuracy_interval
-    return 100 * row.accuracy, (max(0.0, 100 * (row.accuracy - low)), max(0.0, 100 * (high - row.accuracy)))
-
-
-def keep_curves(rows: Sequence[Row], recipes: Mapping[str, Any]) -> str:
-    """Draw the share of visual tokens that enters each layer: an SVG with a picture for each of up to three budgets.
+def keep_curves(rows: Sequence[Row], recipes: Mapping[str, Any]) -> Html:
+    """Draw the share of visual tokens that enters each layer: a chart for each budget, or, of many methods, for each.
 
     Args:
         rows: the rows of all tasks.
         recipes: label -> the recipe's JSON data.
     """
     budgets = sorted({row.budget for row in rows if row.budget is not None})
-    drawn: list[float | None] = [budget for budget in budgets if budget in (0.4, 0.6, 0.8)]
-    drawn = drawn or [*budgets[:3]] or [None]
-    columns = len(drawn)
-    figure, axes = canvas(3.6 * columns + 1.4, 3.4, 1, columns)
-    grid = list(axes) if columns > 1 else [axes]
-    names = _names(rows)
-    for axes, budget in zip(grid, drawn, strict=True):
-        for name in names:
-            recipe = recipes.get(label(name, budget))
-            if recipe is None:
+    chosen: list[float | None] = [budget for budget in budgets if budget in (0.4, 0.6, 0.8)]
+    titles = {at: "no stated budget" if at is None else _cut(at) for at in chosen or [*budgets[:3]] or [None]}
+    methods = _looks(rows)
+    charts: dict[str, list[Series]] = {}
+    for at, title in titles.items():
+        for method, look in methods.items():
+            if (recipe := recipes.get(label(method, at))) is None:
                 continue
-            entering = recipe.get("enter") or [1.0, *recipe["keep"][:-1]]
-            axes.step(
-                range(len(entering)),
-                [100 * share for share in entering],
-                where="mid",
-                **_look(name, names),
-                label=name.replace("$", r"\$"),
-            )
-        axes.set(xlabel="decoder layer", ylim=(-3, 103), title=f"{100 * budget:g}% cut" if budget is not None else "")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25)
-    grid[0].set_ylabel("visual tokens that enter, %")
-    grid[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return svg_text(figure)
+            points = [(layer, 100 * share) for layer, share in enumerate(_entering(recipe))]
+            if len(methods) <= TOGETHER:
+                charts.setdefault(title, []).append(Series(method, points, look))
+            else:
+                charts.setdefault(method, []).append(Series(title, points, 1 + list(titles).index(at)))
+    x, y = Axis("decoder layer (the first is 0)", whole=True), Axis("visual tokens that enter, %", 0, 100, "%")
+    looks, (wide, narrow, height) = methods, (NARROW, NARROW, 220)
+    if len(methods) > TOGETHER:
+        x, y = Axis("", whole=True), Axis("", 0, 100, "%")
+        looks = {title: 1 + at for at, title in enumerate(titles.values())}
+        wide, narrow, height = SMALL, SMALL, 90
+    drawn = "".join(
+        steps(series, title, x, y, legend=False, wide=wide, narrow=narrow, height=height)
+        for title, series in charts.items()
+    )
+    legend = legend_of([Series(name, (), look) for name, look in looks.items()])
+    return Html(f"<div class='row charts'>{drawn}</div>{legend}")
+
+
+def _cut(budget: float) -> str:
+    return f"{100 * budget:g}% of FLOPs removed"
+
+
+def _entering(recipe: Mapping[str, Any]) -> Sequence[float]:
+    return recipe.get("enter") or [1.0, *recipe["keep"][:-1]]
+
+
+def _looks(rows: Sequence[Row]) -> dict[str, int]:
+    """Give each method its look, the same in every chart of the page; FitPrune's is the strongest."""
+    names = list(dict.fromkeys(row.method for row in rows if row.method != DENSE))
+    others = [name for name in names if name != OURS]
+    return {name: 0 if name == OURS else 1 + others.index(name) for name in names}
+
+
+def _curve(rows: Sequence[Row], name: str, look: int, task: Task) -> Series:
+    own = sorted((100 * row.flops_reduction, *_height(row, task)) for row in rows if row.method == name)
+    return Series(name, [(x, y) for x, y, _ in own], look, [spread for *_, spread in own])
+
+
+def _height(row: Row, task: Task) -> tuple[float, tuple[float, float]]:
+    """Compute the point of a row and its interval, in percent."""
+    if row.accuracy is None or row.accuracy_interval is None or not task.comparable:
+        return 100 * row.agreement, (100 * row.agreement, 100 * row.agreement)
+    low, high = row.accuracy_interval
+    return 100 * row.accuracy, (100 * low, 100 * high)

@@ -27,6 +27,7 @@ from fitprune.costs.sizes import MOST_TOKENS
 from fitprune.evaluation.answers import answer_batch
 from fitprune.evaluation.entries import Entry, entries_of, grouped, readable
 from fitprune.evaluation.examples import make_examples
+from fitprune.evaluation.records import is_sound
 from fitprune.evaluation.results import Results
 from fitprune.evaluation.rows import best_of, chosen_metrics, judge, rows_of
 from fitprune.evaluation.run import Run
@@ -118,7 +119,7 @@ def evaluate(
     records = _answer_all(run, journal, progress)
     if records is None:
         return Results(())
-    timings = time_methods(run, timed_batches)
+    timings = time_methods(run, timed_batches, progress=progress)
     parts = list(judge(tasks, {**names, **benchmarks}, metric is None, run.labels, records))
     scores = {
         record["place"]: {label: float(of[number]) for label, of in part.scores.items()}
@@ -206,7 +207,7 @@ def _answer_all(run: Run, path: str | os.PathLike[str] | None, progress: bool) -
     if processes.count > 1 and path is None:
         raise ValueError(f"{processes.count} processes gather their answers through a journal: pass journal=FILE")
     identity = run.identity  # decodes all images, so that a bad one is found before the first answer
-    journal = None if path is None else Journal(path, identity, _is_sound, processes.rank)
+    journal = None if path is None else Journal(path, identity, is_sound, processes.rank)
     records = journal.done() if journal else {}
     processes.wait()  # all have read before any writes
     if journal:
@@ -231,23 +232,6 @@ def _answer_all(run: Run, path: str | os.PathLike[str] | None, progress: bool) -
         records = {place: _of_labels(record, labels) for place, record in journal.done().items() if place < total}
         journal.finish([records[place] for place in range(total)])
     return [records[place] for place in range(total)]
-
-
-def _is_sound(record: Record) -> bool:
-    """Whether a record of the journal holds all that figures are computed from, for the methods that it names."""
-    answers, divergence, sizes = record.get("said"), record.get("divergence"), record.get("sizes")
-    return (
-        isinstance(answers, dict)
-        and isinstance(divergence, dict)
-        and DENSE in answers
-        and answers.keys() == divergence.keys()
-        and all(isinstance(answers[name], str) and isinstance(divergence[name], float) for name in answers)
-        and isinstance(sizes, list)
-        and len(sizes) == 4
-        and all(isinstance(record.get(name), str) for name in ("task", "kind", "question"))
-        and isinstance(record.get("id"), (str, int))
-        and isinstance(record.get("accepted"), list)
-    )
 
 
 def _is_whole(record: Record | None, labels: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,10 +12,14 @@ import torch
 from PIL import Image
 
 from fitprune._support.journal import Record
+from fitprune.calibration.samples import Sample
 from fitprune.engine.prune import kept_positions
 from fitprune.evaluation.entries import firsts
 from fitprune.evaluation.run import Run, scorer_at
+from fitprune.families.grids import token_grids
 from fitprune.families.images import visual_mask
+from fitprune.pictures.kept import KeptImage
+from fitprune.pictures.views import views_of
 
 PICTURE = 288  # longest side of an example's picture, pixels
 
@@ -31,8 +36,9 @@ def make_examples(
         count: number of examples.
 
     Yields:
-        The record, the scores of its answers, its picture as a `data:` URL, and how many layers each visual token
-        enters under each method.
+        The record, the scores of its answers, its picture as a `data:` URL with its size, the views of it that the
+        visual tokens have (empty where they lie on no known grid), and how many layers each visual token enters under
+        each method.
     """
     questions = list(run.questions())
     for place in _varied([records[place] for place, _, sample in questions if sample.image is not None], count):
@@ -45,9 +51,42 @@ def make_examples(
             stays = torch.stack([torch.isin(visual, columns[0]) for columns in layers])
             entered[entry.label] = stays.sum(0).tolist()
         picture = sample.load_image()
+        views = _views(run, task, sample, inputs, picture)
         picture.thumbnail((PICTURE, PICTURE))
-        facts = {"scores": dict(scores.get(place, {})), "picture": _data_url(picture), "layers_entered": entered}
-        yield {**records[place], **facts}
+        yield {
+            **records[place],
+            "scores": dict(scores.get(place, {})),
+            "picture": _data_url(picture),
+            "size": list(picture.size),
+            "views": views,
+            "layers_entered": entered,
+        }
+
+
+def _views(
+    run: Run, task: str, sample: Sample, inputs: Mapping[str, Any], picture: Image.Image
+) -> list[dict[str, Any]]:
+    """Say where the visual tokens lie in the picture, in fractions of its sides; nothing where that is not known."""
+
+    def inputs_of(other: Image.Image) -> dict[str, Any]:
+        return run.inputs(task, [dataclasses.replace(sample, image=other)])
+
+    try:
+        ((grids,),) = token_grids(run.model, inputs, inputs_of, [picture])
+        views = views_of(KeptImage(grids, torch.zeros(0), 0), 1, 1)
+    except ValueError:
+        return []
+    return [
+        {
+            "name": view.name,
+            "extent": [round(side, 4) + 0.0 for side in view.extent],
+            "grids": [
+                {"box": [round(side, 4) + 0.0 for side in box], "tokens": grid.tokens.tolist()}
+                for grid, box in view.grids
+            ],
+        }
+        for view in views
+    ]
 
 
 def _varied(records: Sequence[Record], count: int) -> list[int]:

@@ -14,10 +14,16 @@ from fitprune.speed.clocks import now
 
 # Makes the block in which a method works; a null context is the dense model.
 Block = Callable[[], contextlib.AbstractContextManager[Any]]
+PREFILLS, DECODES = 5, 3  # rounds that count
 
 
 def prefill_seconds(
-    model: Any, inputs: Mapping[str, Any], blocks: Sequence[Block], *, repeats: int = 5
+    model: Any,
+    inputs: Mapping[str, Any],
+    blocks: Sequence[Block],
+    *,
+    repeats: int = PREFILLS,
+    step: Callable[[], object] = lambda: None,
 ) -> list[list[float]]:
     """Time the prefill of one batch in each block.
 
@@ -29,6 +35,7 @@ def prefill_seconds(
         inputs: one batch, on the model's device.
         blocks: what is compared.
         repeats: rounds.
+        step: is called after each run, `repeats` + 1 for each block.
 
     Returns:
         For each block, seconds of each round.
@@ -39,11 +46,17 @@ def prefill_seconds(
         model(**inputs, logits_to_keep=1)
         return now(model) - begin
 
-    return _in_turn(prefill, blocks, repeats)
+    return _in_turn(prefill, blocks, repeats, step)
 
 
 def decode_seconds(
-    model: Any, inputs: Mapping[str, Any], blocks: Sequence[Block], *, steps: int = 16, repeats: int = 3
+    model: Any,
+    inputs: Mapping[str, Any],
+    blocks: Sequence[Block],
+    *,
+    steps: int = 16,
+    repeats: int = DECODES,
+    step: Callable[[], object] = lambda: None,
 ) -> list[list[float]]:
     """Time a step of decoding after the prefill of one batch in each block, in turn like `prefill_seconds`.
 
@@ -53,6 +66,7 @@ def decode_seconds(
         blocks: what is compared.
         steps: decoding steps timed in a row, of which the mean is taken.
         repeats: rounds.
+        step: as for `prefill_seconds`.
 
     Returns:
         For each block, seconds of one step, of each round.
@@ -66,7 +80,7 @@ def decode_seconds(
             next(outputs)
         return (now(model) - begin) / steps
 
-    return _in_turn(decode, blocks, repeats)
+    return _in_turn(decode, blocks, repeats, step)
 
 
 def greedy_outputs(model: Any, inputs: Mapping[str, Any]) -> Iterator[Any]:
@@ -87,7 +101,9 @@ def greedy_outputs(model: Any, inputs: Mapping[str, Any]) -> Iterator[Any]:
         position = position + 1
 
 
-def _in_turn(timed: Callable[[], float], blocks: Sequence[Block], repeats: int) -> list[list[float]]:
+def _in_turn(
+    timed: Callable[[], float], blocks: Sequence[Block], repeats: int, step: Callable[[], object]
+) -> list[list[float]]:
     """Run `timed` in every block, round after round; the first round does not count."""
     seconds: list[list[float]] = [[] for _ in blocks]
     for turn in range(repeats + 1):
@@ -96,6 +112,7 @@ def _in_turn(timed: Callable[[], float], blocks: Sequence[Block], repeats: int) 
                 spent = timed()
             if turn:
                 counted.append(spent)
+            step()
     return seconds
 
 

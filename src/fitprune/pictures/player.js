@@ -1,0 +1,148 @@
+// One player for each figure of class "kept": its layers, the scores, and the share of a box that one draws.
+// Coordinates are those of the picture in the page. Without this script the last layer is there to be seen.
+'use strict';
+for (const figure of document.querySelectorAll('figure.kept')) play(figure);
+
+function play(figure) {
+  const data = JSON.parse(figure.querySelector('script').textContent);
+  const one = selector => figure.querySelector(selector), all = selector => [...figure.querySelectorAll(selector)];
+  const {entered, layers, views, colours} = data;
+  const ranks = data.ranks && Uint8Array.from(atob(data.ranks), letter => letter.charCodeAt(0));
+  const slider = one('[type=range]'), button = one('.play'), scores = one('[type=checkbox]');
+  const pictures = all('.view svg'), bars = one('.bars'), line = bars.querySelector('polyline');
+  const cells = views.flatMap((grids, view) => grids.flatMap((grid, number) => cellsOf(grid, view, number)));
+  const counts = Array.from({length: layers}, (_, layer) => entered.filter(n => n > layer).length);
+  let layer = layers - 1, box = null, start = null, timer = null;
+
+  function cellsOf({rows, columns, box: [left, top, right, bottom], tokens}, view, grid) {
+    const w = (right - left) / columns, h = (bottom - top) / rows, list = [];
+    for (let row = 0; row < rows; row++) for (let column = 0; column < columns; column++) {
+      const place = row * columns + column, token = tokens ? tokens[place] : place;
+      list.push({view, grid, row, column, token, x: left + column * w, y: top + row * h, w, h});
+    }
+    return list;
+  }
+
+  function draw() {
+    slider.value = layer;
+    slider.setAttribute('aria-valuetext', `layer ${layer}, ${counts[layer]} visual tokens`);
+    one('.count').textContent = `Layer ${layer}: ${counts[layer]} of ${entered.length} visual tokens`;
+    pictures.forEach((svg, view) => {
+      const heat = colours.map(() => ''), own = cells.filter(cell => cell.view === view);
+      let left = '', edge = '';
+      const stays = new Set(own.filter(cell => entered[cell.token] > layer).map(cell => key(cell, 0, 0)));
+      for (const cell of own) {
+        const {x, y, w, h, token} = cell;
+        const path = `M${round(x)} ${round(y)}h${round(w)}v${round(h)}h${round(-w)}z`;
+        if (entered[token] > layer) {
+          const rank = ranks ? ranks[layer * entered.length + token] : 255;
+          if (rank < 255) heat[Math.floor(rank / 255 * colours.length)] += path;
+          continue;
+        }
+        left += path;
+        if (stays.has(key(cell, 0, -1))) edge += `M${round(x)} ${round(y)}v${round(h)}`;
+        if (stays.has(key(cell, 0, 1))) edge += `M${round(x + w)} ${round(y)}v${round(h)}`;
+        if (stays.has(key(cell, -1, 0))) edge += `M${round(x)} ${round(y)}h${round(w)}`;
+        if (stays.has(key(cell, 1, 0))) edge += `M${round(x)} ${round(y + h)}h${round(w)}`;
+      }
+      svg.querySelector('.left').setAttribute('d', left);
+      svg.querySelector('.edge').setAttribute('d', edge);
+      svg.querySelector('.heat').replaceChildren(...(scores && scores.checked ? heat : []).map((d, number) => {
+        const path = document.createElementNS(svg.namespaceURI, 'path');
+        path.setAttribute('d', d);
+        path.setAttribute('fill', colours[number]);
+        return path;
+      }));
+      const frame = svg.querySelector('.frame'), [l, t, r, b] = box || [0, 0, 0, 0];
+      Object.entries({x: l, y: t, width: r - l, height: b - t}).forEach(([name, value]) =>
+        frame.setAttribute(name, value));
+    });
+    bars.querySelectorAll('rect').forEach((bar, number) => bar.classList.toggle('now', number === layer));
+    if (scores) one('.legend').hidden = !scores.checked;
+    share();
+  }
+
+  const round = value => +value.toFixed(2);
+  const key = ({grid, row, column}, down, right) => `${grid},${row + down},${column + right}`;
+
+  function share() {
+    const inside = box ? tokensIn(box) : [], of = n => inside.filter(token => entered[token] > n).length;
+    line.setAttribute('points', inside.length === 0 ? '' : counts.map((_, n) =>
+      `${10 * n},${100 - 100 * of(n) / inside.length} ${10 * n + 10},${100 - 100 * of(n) / inside.length}`).join(' '));
+    one('.share').textContent = !box ? data.hint : inside.length === 0 ? 'No visual token lies in the box.' :
+      `Box (line): ${of(layer)} of its ${inside.length} tokens enter layer ${layer}, ` +
+      `${Math.round(100 * of(layer) / inside.length)}%`;
+  }
+
+  function tokensIn([left, top, right, bottom]) {
+    const of = test => [...new Set(cells.filter(({x, y, w, h}) => test(x + w / 2, y + h / 2, w, h))
+      .map(cell => cell.token))];
+    const x = (left + right) / 2, y = (top + bottom) / 2;
+    const inside = of((u, v) => left <= u && u <= right && top <= v && v <= bottom);
+    return inside.length ? inside : of((u, v, w, h) => Math.abs(u - x) <= w / 2 && Math.abs(v - y) <= h / 2);
+  }
+
+  function stop() {
+    clearInterval(timer);
+    timer = null;
+    button.textContent = 'Play';
+  }
+
+  function show(number) {
+    layer = Math.max(0, Math.min(layers - 1, number));
+    draw();
+  }
+
+  button.onclick = () => {
+    if (timer) return stop();
+    if (layer === layers - 1) show(0);
+    button.textContent = 'Pause';
+    timer = setInterval(() => {
+      show(layer + 1);
+      if (layer === layers - 1) stop();
+    }, Math.max(150, Math.min(600, 6000 / layers)));
+  };
+  slider.oninput = () => { stop(); show(+slider.value); };
+  if (scores) scores.onchange = draw;
+  bars.onclick = event => {
+    const {left, width} = bars.getBoundingClientRect();
+    stop();
+    show(Math.floor((event.clientX - left) / width * layers));
+  };
+
+  const whole = data.size;
+  const clipped = ([l, t, r, b]) => [Math.max(0, l), Math.max(0, t), Math.min(whole[0], r), Math.min(whole[1], b)];
+  for (const svg of pictures) {
+    const at = event => {
+      const {x, y} = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+      return [x, y];
+    };
+    svg.onpointerdown = event => { start = at(event); svg.setPointerCapture(event.pointerId); };
+    svg.onpointermove = event => {
+      if (!start) return;
+      const end = at(event);
+      box = clipped([Math.min(start[0], end[0]), Math.min(start[1], end[1]),
+        Math.max(start[0], end[0]), Math.max(start[1], end[1])]);
+      if (box[2] - box[0] < 4 || box[3] - box[1] < 4) box = null;
+      draw();
+    };
+    svg.onpointerup = svg.onpointercancel = () => { start = null; };
+    svg.onclick = event => { if (event.detail === 2) { box = null; draw(); } };
+    svg.onkeydown = event => {
+      const [dx, dy] = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key] || [];
+      if (event.key === 'Escape') box = null;
+      else if (dx === undefined) return;
+      else if (!box) box = [0.35, 0.35, 0.65, 0.65].map((part, side) => part * whole[side % 2]);
+      else {
+        const step = [dx * whole[0] / 20, dy * whole[1] / 20];
+        const moved = box.map((value, side) => side < 2 && event.shiftKey ? value : value + step[side % 2]);
+        if (moved[2] - moved[0] >= 10 && moved[3] - moved[1] >= 10) box = clipped(moved);
+      }
+      event.preventDefault();
+      draw();
+    };
+  }
+
+  one('.controls').hidden = false;
+  draw();
+}

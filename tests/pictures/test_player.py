@@ -1,0 +1,121 @@
+"""The player of a page, in a real browser."""
+
+import shutil
+
+import pytest
+
+from fitprune.pictures.example import example_of
+from fitprune.pictures.save import save_example
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def kept(bundled, samples, recipe):
+    return example_of(*bundled, recipe, samples[0], {"dense": "9", "pruned": "9"})
+
+
+@pytest.fixture(scope="module")
+def path(kept, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "kept.html"
+    save_example(kept, path)
+    return path
+
+
+@pytest.fixture
+def page(browser, path):
+    errors = []
+    page = browser.new_page(viewport={"width": 390, "height": 1200})
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("request", lambda request: None if request.url.startswith("file:") else errors.append(request.url[:60]))
+    page.goto(path.as_uri())
+    yield page
+    page.close()
+    assert [error for error in errors if not error.startswith("data:")] == []
+
+
+def dark_cells(page):
+    return page.locator(".left").get_attribute("d").count("M")
+
+
+def test_the_slider_goes_through_the_layers(page, kept):
+    slider = page.get_by_role("slider")
+    slider.focus()
+    counts = kept.kept.counts
+    for layer in reversed(range(8)):
+        assert dark_cells(page) == 144 - counts[layer]
+        assert page.locator(".count").inner_text() == f"Layer {layer}: {counts[layer]} of 144 visual tokens"
+        assert page.locator(".bars rect").nth(layer).get_attribute("class") == "now"
+        page.keyboard.press("ArrowLeft")
+    page.locator(".bars").click(position={"x": 60, "y": 50})
+    assert page.locator(".count").inner_text().startswith("Layer 1:")
+
+
+def test_play_ends_at_the_last_layer(page):
+    page.get_by_role("button", name="Play").click()
+    assert page.locator(".count").inner_text().startswith("Layer 0: 144 of 144")
+    page.get_by_role("button", name="Pause").wait_for()
+    page.get_by_role("button", name="Play").wait_for(timeout=9000)
+    assert page.locator(".count").inner_text().startswith("Layer 7:")
+
+
+def test_scores_are_drawn_on_a_switch(page):
+    assert page.locator(".heat path").count() == 0
+    page.get_by_label("scores").check()
+    squares = "".join(page.locator(".heat path").evaluate_all("paths => paths.map(path => path.getAttribute('d'))"))
+    assert squares.count("M") == 144 - dark_cells(page)
+    assert page.locator(".legend").is_visible()
+
+
+def test_a_box_that_is_drawn_says_what_share_of_it_is_left(page, kept):
+    box = page.locator(".view svg").bounding_box()
+    page.mouse.move(box["x"] + 1, box["y"] + 1)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.up()
+    share = kept.kept.share((0, 0, 0.5, 0.5), 7)
+    assert (
+        f"{round(36 * share)} of its 36 tokens enter layer 7, {round(100 * share)}%"
+        in page.locator(".share").inner_text()
+    )
+    assert page.locator(".bars polyline").get_attribute("points").count(",") == 16
+
+
+def test_a_box_is_drawn_by_keys_too(page, kept):
+    page.locator(".view svg").focus()
+    page.keyboard.press("ArrowRight")  # a box in the middle
+    for _ in range(3):
+        page.keyboard.press("Shift+ArrowRight")
+    share = kept.kept.share((0.35, 0.35, 0.8, 0.65), 7)
+    assert f"{round(100 * share)}%" in page.locator(".share").inner_text()
+    page.keyboard.press("Escape")
+    assert "Draw a box" in page.locator(".share").inner_text()
+
+
+def test_without_script_the_last_layer_is_there(browser, path, kept):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    assert dark_cells(page) == 144 - kept.kept.counts[-1]
+    assert page.locator(".count").inner_text() == f"Layer 7: {kept.kept.counts[-1]} of 144 visual tokens"
+    assert not page.get_by_role("button", name="Play").is_visible()
+    context.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(browser, path, width):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
