@@ -25,7 +25,7 @@ from helpers import families
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 ROWS = {row.name: row for row in families.ROWS}
-IMAGES = [name for name in ROWS if not name.startswith("llava-") and not name.endswith("-video")]
+IMAGES = [name for name in ROWS if not name.startswith(("llava-", "llava_next-")) and not name.endswith("-video")]
 SIZES = [(64, 64), (90, 60), (50, 120), (200, 77), (33, 31), (20, 16)]  # width, height
 PUTS_OUT = ("out_proj", "proj", "o_proj", "projection_layer")  # of attention in a tower
 CALLS = {"got_ocr2": {"nested": False, "num_image_tokens": 16, "crop_to_patches": True, "max_patches": 2}}
