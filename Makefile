@@ -76,6 +76,7 @@ lint: .venv/installed
 	rm -rf $(@D)
 	$(INTEGRATIONS)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(@D) vllm==0.33.0
 	$(INTEGRATIONS)/python tests/helpers/vllm_overlay.py $(@D)/*.whl $(@D)
+	$(INTEGRATIONS)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) 'orjson>=3.11.6'
 	rm $(@D)/*.whl
 	touch $@
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("vllm", reason="vLLM is not installed: it has wheels for Linux alone")
 
 from vllm import EngineArgs
+from vllm.version import __version__ as version
 
 from fitprune import PruningRecipe, load_samples, prune
 from fitprune._support import assets
@@ -126,6 +127,10 @@ def test_ranks_that_share_heads_answer_as_one(made, runner, names):
     assert len({json.dumps(answers) for answers in expected.values()}) > 0.7 * len(names)  # what is kept decides
 
 
+@pytest.mark.skipif(
+    not version.startswith("0.32") and not Path("/sys/devices/system/node/node1").exists(),
+    reason="from vLLM 0.33 on data-parallel ranks on a CPU need a memory node each, and this machine has one",
+)
 def test_each_of_two_independent_ranks_answers_as_one(made):
     made.recipe.save(made.path / "plain.json")
     found = by_vllm(made, made.path / "plain.json", {"first": 0, "second": 1}, {}, data_parallel_size=2)

@@ -79,9 +79,10 @@ def _views(
     return [
         {
             "name": view.name,
-            "extent": [round(side, 4) for side in view.extent],
+            "extent": [round(side, 4) + 0.0 for side in view.extent],
             "grids": [
-                {"box": [round(side, 4) for side in box], "tokens": grid.tokens.tolist()} for grid, box in view.grids
+                {"box": [round(side, 4) + 0.0 for side in box], "tokens": grid.tokens.tolist()}
+                for grid, box in view.grids
             ],
         }
         for view in views
