@@ -78,5 +78,5 @@ def launch(page: gr.Blocks, served: ServedModel, host: str, port: int, *, share:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise OSError(error.errno, f"port {port} of {host} cannot be used ({error}); pass another --port") from error
+        raise OSError(error.errno, f"port {port} of {host}: is in use, or not allowed; pass another --port") from error
     return str(public or url)

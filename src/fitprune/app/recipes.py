@@ -68,7 +68,7 @@ class Recipes:
         self._lock = threading.Lock()  # a fitter notes what it has tried
         self._solved = functools.lru_cache(maxsize=1000)(self._solve)
 
-    @property
+    @functools.cached_property  # a look at all installed packages takes 20 ms
     def methods(self) -> list[str]:
         """All that may be chosen as a method."""
         return [*BASELINES, *(RECIPE + name for name in self.named)]

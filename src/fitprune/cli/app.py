@@ -65,7 +65,8 @@ def run(args: options.Args) -> None:
         examples = [(sample.image, sample.text) for sample in samples if isinstance(sample.image, Path)][:EXAMPLES]
     source = Source(_loading(args, name), args.prompt_template, pictures)
     page = page_of(served, source, examples, name)
-    print(f"fitprune app: {name} at {launch(page, served, args.host, args.port, share=args.share)}, until Ctrl-C")
+    url = launch(page, served, args.host, args.port, share=args.share)
+    print(f"fitprune app: {name} at {url}, until Ctrl-C", flush=True)
     page.block_thread()
 
 
