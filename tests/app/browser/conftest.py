@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,26 @@ def visit(chromium, app):
     for context in contexts:
         context.close()
     assert faults == []
+
+
+@pytest.fixture
+def slow(app, monkeypatch):
+    """Make each answer take 30 tokens of 0.2 seconds; gives an event that is set when the first one is there."""
+    own, begun = app.served.model.generate, threading.Event()
+
+    def generate(*args, streamer, **kwargs):
+        put = streamer.put
+
+        def put_slowly(value):
+            put(value)
+            begun.set()
+            time.sleep(0.2)
+
+        streamer.put = put_slowly
+        return own(*args, streamer=streamer, **{**kwargs, "min_new_tokens": 30, "max_new_tokens": 30})
+
+    monkeypatch.setattr(app.served.model, "generate", generate, raising=False)
+    return begun
 
 
 def _is_elsewhere(url):
