@@ -41,7 +41,7 @@ test-integrations-next: .venv-integrations/next/installed
 
 test-app: .venv-app/installed
 	@command -v chromium >/dev/null || { echo "the web page is tested in Chromium: apt-get install chromium" >&2; exit 1; }
-	$(APP)/python $(PYTEST) --durations=10 $(wildcard tests/app/test_*.py) tests/app/browser
+	$(APP)/python $(PYTEST) --durations=10 tests/browser
 
 lint: .venv/installed
 	$(BIN)/ruff check .

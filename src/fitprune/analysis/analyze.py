@@ -38,7 +38,7 @@ from fitprune.fitting.fit import Fitter
 from fitprune.fitting.stats import AttentionStats
 
 BUDGETS = (0.4, 0.6, 0.8)  # FLOPs reductions
-FEW = 64  # samples; what fewer show is of them as much as of the model
+FEW = 64  # samples; what fewer show describes them as much as the model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ def _left_out(stats: AttentionStats, ranks: RankAgreement | None, position: Posi
     """Say what was left out, and why."""
     notes, usual = [], stats.usual_visual_tokens
     if len(stats) < FEW:
-        notes.append(f"{len(stats)} samples are few: below {FEW}, the figures are of them as much as of the model")
+        notes.append(f"{len(stats)} samples are few: below {FEW}, the figures describe them as much as the model")
     if again := len(stats) - len(set(stats.digests)):
         notes.append(
             f"{again} of {len(stats)} samples are equal to earlier ones, and each counts: halves and draws are then "

@@ -50,7 +50,7 @@ def headed(
     of = f" ({sources})" if len(analysis.sources) > 1 else ""
     facts = [f"{model.rstrip('/').rpartition('/')[2]}, {plural(len(stats), 'sample')}{of}"]
     if len(stats) < FEW:
-        facts.append(f"Too few samples: below {FEW}, it is of them as much as of the model.")
+        facts.append(f"Fewer than {FEW} samples: this describes them as much as the model.")
     figure, axes = canvas(WIDTH, height, rows, columns, squeeze=False, **options)
     lines = textwrap.wrap(title, 44)
     figure.suptitle("\n".join(lines), x=0.02, ha="left", fontsize=11, fontweight="bold")

@@ -27,16 +27,20 @@ cursor:pointer}}
 mark{{background:none;color:var(--bad);text-decoration:underline wavy 2px;text-underline-offset:.2em;font-weight:700}}
 [data-example]{{padding:0;overflow:hidden;width:4.5rem;height:4.5rem;margin-right:.5rem;cursor:pointer}}
 [data-example] img{{width:100%;height:100%;object-fit:cover}}
-td.text{{text-align:left;white-space:normal;min-width:8rem}}th:first-child{{min-width:6.5rem;overflow-wrap:normal}}
-table{{width:100%}}td{{white-space:nowrap}}[data-example]{{padding:0;overflow:hidden;width:4.5rem;height:4.5rem;margin-right:.5rem;cursor:pointer}}
-[data-example] img{{width:100%;height:100%;object-fit:cover}}
-td.answer{{white-space:normal}}
+td.text{{text-align:left;white-space:normal;min-width:8rem}}
+table{{width:100%}}td{{white-space:nowrap}}
 }}
+:is(#budgets,#methods) thead th:nth-child(2){{text-align:left}}
 footer .divider{{display:none}}.html-container{{padding:0!important}}
 #picture img{{width:100%;height:100%;object-fit:contain}}
 #python textarea{{font-family:ui-monospace,monospace;font-size:.8125rem}}
 @media (max-width:799px){{.fp td,.fp th{{padding:.35em .3em}}footer{{display:none!important}}
-#tabs .tab-container button{{padding:0 .6rem}}}}
+#tabs .tab-container button{{padding:0 .6rem}}
+/* A comparison: figures in one line, and the answer below them. */
+:is(#budgets,#methods){{table,thead,tbody{{display:block}}thead th:nth-child(2){{display:none}}
+tr{{display:grid;grid-template-columns:2.1fr repeat(4,1fr);border-bottom:1px solid var(--line)}}
+th,td{{border:0!important;min-width:0!important}}td.text{{grid-column:1/-1;order:1;padding-top:0}}}}
+}}
 .gradio-container{{max-width:80rem!important}}
 </style>"""
 

@@ -55,7 +55,7 @@ def keep_curves(rows: Sequence[Row], recipes: Mapping[str, Any]) -> Html:
     """
     budgets = sorted({row.budget for row in rows if row.budget is not None})
     chosen: list[float | None] = [budget for budget in budgets if budget in (0.4, 0.6, 0.8)]
-    titles = {at: "no stated budget" if at is None else _cut(at) for at in chosen or [*budgets[:3]] or [None]}
+    titles = {at: "Recipes" if at is None else _cut(at) for at in chosen or [*budgets[:3]] or [None]}
     methods = _looks(rows)
     charts: dict[str, list[Series]] = {}
     for at, title in titles.items():

@@ -35,7 +35,8 @@ def demo_page(
         examples: samples to watch, with what stays of them at 60%.
     """
     (task,) = results.tasks
-    head, *body = lines(task, results.rows, results.times())
+    (_, *recipes_of), *body = zip(*lines(task, results.rows, results.times()), strict=True)  # three are narrow columns
+    head = ("figure", *recipes_of)
     players = "".join(player.player(example, number) for number, example in enumerate(examples))
     parts = [
         f"<p>{_summary(results)}</p>",

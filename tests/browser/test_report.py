@@ -2,16 +2,12 @@
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 
 from fitprune.evaluation.report import write_report
 from helpers.answered import RECIPE, answered
-
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+from helpers.axe import serious
 
 BUDGETS = (0.4, 0.8)
 DENSE = ["a"] * 60
@@ -27,14 +23,6 @@ FAULTS = """() => [...document.querySelectorAll('.chart svg')].flatMap(svg => {
     && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3).map(([other]) => text + ' over ' + other));
   return [...outside, ...over];
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module", params=[3, 10], ids=["few methods", "many methods"])
@@ -53,11 +41,11 @@ def path(request, tmp_path_factory):
 
 
 @pytest.fixture
-def visit(browser, path):
+def visit(chromium, path):
     errors, pages = [], []
 
     def open_page(**options):
-        page = browser.new_page(**options)
+        page = chromium.new_page(**options)
         pages.append(page)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text))
@@ -78,6 +66,7 @@ def test_nothing_is_cut_or_overlaps_at_any_width(visit, width, scheme):
     page = visit(viewport={"width": width, "height": 900}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(FAULTS) == []
+    assert serious(page) == []
     sizes = page.evaluate(
         "[...document.querySelectorAll('.chart svg')].map(s => [s.clientWidth, +s.getAttribute('width')])"
     )
@@ -120,8 +109,8 @@ def test_changed_answers_are_filtered_by_method_kind_and_text(visit):
     assert page.locator(".changes>li:visible b").inner_text() == "question 1?"
 
 
-def test_without_script_all_is_there(browser, path):
-    context = browser.new_context(java_script_enabled=False)
+def test_without_script_all_is_there(chromium, path):
+    context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(path.as_uri())
     assert page.locator(".changes>li:visible").count() > 1

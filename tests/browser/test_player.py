@@ -1,28 +1,17 @@
 """The player of a page, in a real browser."""
 
-import shutil
-
 import pytest
 
+from fitprune import PruningRecipe
+from fitprune.calibration.samples import load_samples
 from fitprune.pictures.example import example_of
 from fitprune.pictures.save import save_example
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-
-
 @pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def kept(bundled, samples, recipe):
-    return example_of(*bundled, recipe, samples[0], {"dense": "9", "pruned": "9"})
+def kept(app):
+    recipe = PruningRecipe((0.6, 0.6, 0.5, 0.4, 0.4, 0.3, 0.2, 0.1), app.served.adapted.fingerprint, 144)
+    sample = load_samples("digit-scenes/test")[0]
+    return example_of(app.served.model, app.served.processor, recipe, sample, {"dense": "9", "pruned": "9"})
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +22,9 @@ def path(kept, tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, path):
+def page(chromium, path):
     errors = []
-    page = browser.new_page(viewport={"width": 390, "height": 1200})
+    page = chromium.new_page(viewport={"width": 390, "height": 1200})
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text))
     page.on("request", lambda request: None if request.url.startswith("file:") else errors.append(request.url[:60]))
@@ -103,19 +92,11 @@ def test_a_box_is_drawn_by_keys_too(page, kept):
     assert "Draw a box" in page.locator(".share").inner_text()
 
 
-def test_without_script_the_last_layer_is_there(browser, path, kept):
-    context = browser.new_context(java_script_enabled=False)
+def test_without_script_the_last_layer_is_there(chromium, path, kept):
+    context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(path.as_uri())
     assert dark_cells(page) == 144 - kept.kept.counts[-1]
     assert page.locator(".count").inner_text() == f"Layer 7: {kept.kept.counts[-1]} of 144 visual tokens"
     assert not page.get_by_role("button", name="Play").is_visible()
     context.close()
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window(browser, path, width):
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    page.goto(path.as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.close()
