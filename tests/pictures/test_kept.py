@@ -37,6 +37,28 @@ def test_it_says_what_kept_positions_says(bundled, recipe, batch, samples):
         assert repr(image) == f"KeptImage(144 visual tokens in 12x12, {image.counts[-1]} enter the last layer)"
 
 
+def test_pictures_are_encoded_once(bundled, recipe, batch, samples):
+    model, processor = bundled
+    calls = []
+    tower = adapt(model).model.model.vision_tower
+    with tower.register_forward_hook(lambda *_: calls.append(1)):
+        kept_tokens(model, recipe, batch, processor=processor, pictures=[sample.load_image() for sample in samples])
+    assert len(calls) == 1
+
+
+def test_pixels_of_0_to_255_in_half_precision_are_known_again(bundled, recipe, samples, monkeypatch):
+    model, processor = bundled
+    for step in ("do_rescale", "do_normalize"):
+        monkeypatch.setattr(processor.image_processor, step, False)
+    inputs = dict(next(make_batches(samples[:1], processor)))
+    assert inputs["pixel_values"].max() > 100
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    ((kept,),) = kept_tokens(model, recipe, inputs, processor=processor, pictures=[samples[0].load_image()])
+    assert kept.grids[0].box == pytest.approx(WHOLE, abs=0.02)
+    with pytest.raises(ValueError, match="the processor makes other pixels of it than the inputs have"):
+        kept_tokens(model, recipe, inputs, processor=processor, pictures=[samples[1].load_image()])
+
+
 def test_asking_for_scores_changes_nothing_and_the_lowest_leave(bundled, recipe, batch):
     model, _ = bundled
     plain = kept_tokens(model, recipe, batch)

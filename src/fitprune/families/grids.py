@@ -39,12 +39,16 @@ class Grid:
 
 
 def token_grids(
-    model: Any, inputs: Mapping[str, Any], processor: Any = None, pictures: Iterable[Any] | None = None
+    model: Any,
+    inputs: Mapping[str, Any],
+    processor: Any = None,
+    pictures: Iterable[Any] | None = None,
+    *,
+    image: torch.Tensor | None = None,
 ) -> list[list[tuple[Grid, ...]]]:
     """Say where the visual tokens of each image lie in its picture.
 
-    Tokens without a place (newlines, [CLS]) are in no grid. Images are encoded for it, to count their tokens; pass the
-    encoder's outputs as `mm_encoder_outputs` beside the pixels to save that.
+    Tokens without a place (newlines, [CLS]) are in no grid.
 
     Args:
         model: a supported model.
@@ -54,6 +58,8 @@ def token_grids(
         pictures: what the processor got, one after another in the order of the prompts: PIL images or uint8 arrays
             [height, width, 3], a video as a list of the frames that the model sees. Without them or the processor
             boxes are None.
+        image: [B, N] number of each column's image in its sample, -1 for none, as a prefill of the inputs has it
+            (`pruner.last.image`). Without, the images are encoded, to count their tokens.
 
     Returns:
         For each sample, for each of its images or frames, the grids.
@@ -66,8 +72,9 @@ def token_grids(
     planes = {kind: planes_of(adapted, inputs, kind) for kind in ("image", "video")}
     if not any(planes.values()):
         raise ValueError("the inputs have no pixels: pass what the processor returned, with its pixel_values")
-    with torch.no_grad():
-        image = read_images(adapted, inputs).image
+    if image is None:
+        with torch.no_grad():
+            image = read_images(adapted, inputs).image
     ids, own = inputs.get("input_ids"), []
     for sample, row in enumerate(image):
         for number in range(int(row.max()) + 1):

@@ -174,7 +174,7 @@ def kept_tokens(
     none = torch.full(prefill.image.shape, torch.nan)
     table = [record.rows.get(layer, none) for layer in range(len(prefill.positions))]
     if grids is None:
-        grids = token_grids(pruner.model, inputs, processor, pictures)
+        grids = token_grids(pruner.model, inputs, processor, pictures, image=prefill.image)
     return kept_images(prefill, grids, torch.stack(table) if scores else None)
 
 
