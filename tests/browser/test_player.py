@@ -7,6 +7,7 @@ from fitprune.calibration.samples import load_samples
 from fitprune.pictures.example import example_of
 from fitprune.pictures.save import save_example
 
+
 @pytest.fixture(scope="module")
 def kept(app):
     recipe = PruningRecipe((0.6, 0.6, 0.5, 0.4, 0.4, 0.3, 0.2, 0.1), app.served.adapted.fingerprint, 144)

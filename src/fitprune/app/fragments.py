@@ -95,8 +95,8 @@ def costs(screen: Screen | None) -> Html:
     ]
     hint = "<p class=small>Press a word of the pruned answer to see what the model looked at when it wrote it.</p>"
     small = (
-        "<p class=small>Too small a prompt to save time: choosing tokens takes about as long as it saves. FLOPs and memory "
-        "fall all the same.</p>" if cost.dense_prefill_flops < LITTLE_WORK else ""
+        "<p class=small>Too small a prompt to save time: choosing tokens takes about as long as it saves. FLOPs and "
+        "memory fall all the same.</p>" if cost.dense_prefill_flops < LITTLE_WORK else ""
     )  # fmt: skip
     return Html(hint + table(["this prompt", "dense", "pruned", "ratio"], rows, label="what both cost") + small)
 
