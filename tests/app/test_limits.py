@@ -76,3 +76,28 @@ def test_an_answer_out_of_range_is_refused(tokens):
 
 def test_json_has_whole_numbers_as_floats_too():
     assert LIMITS.check_answer(8.0) == 8
+
+
+def test_nothing_is_handed_to_other_programs(tmp_path):
+    path = tmp_path / "drawing.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match=r"drawing.png is not an image file that Pillow reads; choose a JPEG"):
+        Limits().read_picture(path)
+
+
+def test_a_decompression_bomb_is_refused_by_our_own_limit(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (3000, 3000)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
+    with pytest.raises(ValueError, match=r"bomb.png has more pixels than Pillow opens: must have at most 25 million"):
+        Limits().read_picture(path)
+
+
+def test_an_upload_that_was_deleted_is_to_be_sent_again(tmp_path):
+    with pytest.raises(ValueError, match="^gone.png is no longer here: upload it again$"):
+        Limits().read_picture(tmp_path / "gone.png")
+
+
+def test_half_a_letter_is_no_question():
+    with pytest.raises(ValueError, match="holds half of a letter"):
+        Limits().check_question("what \ud800")

@@ -61,6 +61,18 @@ def test_recipes_of_a_folder_are_offered_by_name_and_those_of_other_models_are_n
         Recipes(served.adapted.fingerprint, tmp_path / "missing")
 
 
+def test_a_broken_recipe_file_is_named(served, tmp_path):
+    (tmp_path / "broken.json").write_text('{"schema": 1, "keep": [')
+    with pytest.raises(ValueError, match=r"broken.json: .*; mend it, or take it out of the folder"):
+        Recipes(served.adapted.fingerprint, tmp_path)
+
+
+def test_a_recipe_is_the_same_choice_at_every_budget(served, stats, tmp_path):
+    fitprune.fit(stats, flops_reduction=0.5).save(tmp_path / "half.json")
+    recipes = Recipes(served.adapted.fingerprint, tmp_path)
+    assert recipes.choice(20, "recipe: half") == recipes.choice(80, "recipe: half")
+
+
 def test_published_recipes_of_the_model_are_offered():
     model: ModelFingerprint = PruningRecipe.published("llava-1.5-7b", 60).model
     recipes = Recipes(model)

@@ -54,7 +54,7 @@ def test_answers_stay_while_the_budget_moves_as_those_of_the_budget_before(serve
     assert moved.dense is last.dense
     assert moved.answered == Choice(60)
     assert not moved.current
-    with pytest.raises(ValueError, match="another budget or method: press Run"):
+    with pytest.raises(ValueError, match="of other choices than those on the page: press Run"):
         screen.attention_of(served, moved, 0)
     other = screen.read_request(served, sample.image, "How many?", 80, "fitprune", "", 8)
     assert screen.look(served, other, last).answered is None

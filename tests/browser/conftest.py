@@ -1,12 +1,12 @@
 """The page of the bundled model, served here, and Debian's Chromium."""
 
 import dataclasses
-import os
 import shutil
 import threading
 import time
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from playwright.sync_api import sync_playwright
 
@@ -31,6 +31,7 @@ class App:
     """The app at work."""
 
     served: ServedModel
+    page: gr.Blocks
     url: str
     folder: Path
 
@@ -38,7 +39,6 @@ class App:
 @pytest.fixture(scope="session")
 def app(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     model, processor = fitprune.load_model("digit-scenes")
     (folder / "recipes").mkdir()
     samples = fitprune.load_samples("digit-scenes/calibration", samples=16)
@@ -49,8 +49,8 @@ def app(tmp_path_factory):
     recipes.use(fitprune.Fitter(stats), MEASURING)
     served = ServedModel(model, processor, recipes, Limits(megabytes=2, megapixels=4, answer=32))
     examples, pictures = _bundled_examples()
-    page = page_of(served, Source('"digit-scenes"', pictures=pictures), examples, "digit-scenes")
-    yield App(served, launch(page, served, "127.0.0.1", free_port()).rstrip("/"), folder)
+    page = page_of(served, Source('"digit-scenes"', pictures=pictures), examples, "digit-scenes", folder)
+    yield App(served, page, launch(page, served, "127.0.0.1", free_port()).rstrip("/"), folder)
     page.close(verbose=False)
 
 

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import json
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -64,11 +65,41 @@ def test_what_is_out_of_range_is_refused_by_value_rule_and_remedy(client, change
     assert "Traceback" not in str(error.value)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "~/.bashrc"])
-def test_a_path_of_this_machine_is_no_picture(app, path):
-    reply = call(app, [{"path": path, "meta": {"_type": "gradio.FileData"}}, "What?", 60, "fitprune", "", 8])
-    assert "root:" not in reply
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["bare", "as a file"])
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../../../../etc/passwd", "~/.bashrc", "{picture}", "{folder}/secret.png", "{folder}/uploads", "/"],
+)
+def test_a_path_of_this_machine_is_no_picture(app, path, meta):
+    shutil.copy(SAMPLES[0].image, app.folder / "secret.png")
+    path = path.format(folder=app.folder, picture=SAMPLES[0].image)
+    reply = call(app, [{"path": path, **meta}, "What?", 60, "fitprune", "", 8])
     assert "event: error" in reply
+    assert meta or "the picture is no upload, or no longer here: upload it again" in reply
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "example.com"])
+def test_no_picture_is_downloaded_for_a_stranger(app, host):
+    picture = {"path": f"http://{host}:{app.url.rpartition(':')[2]}/x.png", "meta": {"_type": "gradio.FileData"}}
+    assert "this server downloads none: upload the file" in call(app, [picture, "What?", 60, "fitprune", "", 8])
+
+
+def test_nobody_passes_by_the_queue(app):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(app, "run/answer", {"data": [upload(app, SAMPLES[0].image), "What?", 60, "fitprune", "", 8]})
+    assert error.value.code == 404
+
+
+@pytest.mark.parametrize("question", [["What?"], {"a": 1}, 5])
+def test_a_question_is_a_text(app, question):
+    picture = upload(app, SAMPLES[0].image)
+    assert "must be a text that is not empty" in call(app, [picture, question, 60, "fitprune", "", 8])
+
+
+def test_the_arguments_have_names(client):
+    parameters = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/answer"]["parameters"]
+    names = [each["parameter_name"] for each in parameters]
+    assert names == ["picture", "question", "budget", "method", "scorer", "tokens"]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ def set_budget(page, percent):
     box.press("Enter")
 
 
+def choose_method(page, method):
+    page.locator("#method input").click()
+    page.get_by_role("option", name=method, exact=True).click()
+
+
 def upload(page, name, data, kind="image/png"):
     page.locator("#picture button[aria-label='Remove Image']").click()
     page.locator("#picture input[type=file]").set_input_files({"name": name, "mimeType": kind, "buffer": data})
@@ -149,8 +154,7 @@ def test_budgets_and_methods_are_compared(visit):
 def test_the_python_lines_run_and_give_the_answer_on_the_screen(visit, tmp_path, method):
     page = visit()
     if method != "fitprune":
-        page.locator("#method input").click()
-        page.get_by_role("option", name=method, exact=True).click()
+        choose_method(page, method)
         page.wait_for_selector("text=press Run for a new one")
         run(page)
     shown = " ".join(words(page).split())
@@ -214,6 +218,50 @@ def test_a_transparent_logo_lies_on_white(visit):
     page.keyboard.press("Home")
     drawn = pixels(page, "#layers .view svg")
     assert drawn[5:20, 5:20].mean() > 240
+
+
+def test_a_recipe_has_no_budgets_to_compare(visit):
+    page = visit()
+    choose_method(page, "recipe: mine")
+    page.get_by_role("tab", name="Budgets").click()
+    page.locator("#by-budget").click()
+    page.wait_for_selector("text=recipe: mine: has one budget of its own; choose a method, to compare budgets")
+
+
+def test_answers_to_another_question_say_so(visit):
+    page = visit()
+    run(page)
+    page.locator("#question textarea").press_sequentially(" And why?")
+    for box in ("#pruned", "#dense"):
+        page.wait_for_selector(f"{box} h2:has-text('before question or picture changed: press Run for a new one')")
+    assert page.locator("#pruned button[data-word]").count() == 0
+    run(page)
+    page.locator("#picture button[aria-label='Remove Image']").click()
+    page.wait_for_selector("#dense h2:has-text('before question or picture changed')")
+
+
+def test_a_screen_that_is_gone_is_nobody_elses(visit, app):
+    """The state of a visitor who was away is dropped: what is pressed then answers nothing of another."""
+    page = visit()
+    page.locator("#examples button").nth(1).click()
+    page.wait_for_function("document.querySelectorAll('#dense .answer span').length == 3")
+    before = page.locator("#dense .answer").inner_text()
+    app.page.state_holder.session_data.clear()
+    page.locator("#pruned button[data-word]").first.click()
+    page.wait_for_selector("text=nothing is on the screen any more: press Run")
+    assert page.locator("#dense .answer").inner_text() == before
+
+
+def test_a_box_is_of_one_picture(visit):
+    page = visit()
+    page.locator("#layers .view svg").focus()
+    page.keyboard.press("ArrowRight")
+    assert "Box" in page.locator("#layers .share").inner_text()
+    set_budget(page, 90)
+    page.wait_for_selector("#pruned h2:has-text('press Run')")
+    assert "Box" in page.locator("#layers .share").inner_text()
+    page.locator("#examples button").nth(1).click()
+    page.wait_for_selector("#layers .share:has-text('Draw a box')")
 
 
 def test_two_visitors_keep_their_own_screens(visit):

@@ -1,5 +1,7 @@
 """How the app starts: the command, where it listens, and a model without statistics."""
 
+import functools
+import os
 import signal
 import socket
 import statistics
@@ -17,6 +19,7 @@ from fitprune.app.recipes import Recipes
 from fitprune.app.served import ServedModel
 from fitprune.calibration.samples import load_samples
 from fitprune.cli.app import _bundled_examples
+from fitprune.cli.main import main
 from fitprune.families.adapter import adapt
 from helpers.served import free_port
 
@@ -34,7 +37,9 @@ def own_address():
 def test_the_command_serves_this_machine_alone_until_it_is_interrupted(chromium, tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "fitprune", "app", "--samples", "4", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    temporary = {**os.environ, "TMPDIR": str(tmp_path)}
+    started = functools.partial(subprocess.Popen, command, text=True, cwd=tmp_path, env=temporary)
+    with started(stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         watch = threading.Timer(120, process.kill)
         watch.start()
         line = process.stdout.readline()
@@ -42,6 +47,8 @@ def test_the_command_serves_this_machine_alone_until_it_is_interrupted(chromium,
         page = chromium.new_page()
         page.goto(f"http://127.0.0.1:{port}")
         page.wait_for_selector("text=recipes are fitted from 4 samples")
+        page.locator("#examples button").nth(1).click()  # also where the package is in neither folder of Gradio's
+        page.wait_for_function("document.querySelector('#question textarea').value == 'Read the middle row.'")
         page.close()
         if (address := own_address()) is not None:
             with pytest.raises(ConnectionRefusedError), socket.create_connection((address, port), timeout=2):
@@ -52,22 +59,36 @@ def test_the_command_serves_this_machine_alone_until_it_is_interrupted(chromium,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_taken_port_is_named(tmp_path):
+def test_a_taken_port_is_named_before_a_model_is_loaded(capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "fitprune", "app", "--samples", "2", "--port", str(port)]
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert ran.returncode == 1
-    assert f"fitprune: error: port {port} of 127.0.0.1: is in use, or not allowed; pass another --port\n" in ran.stderr
+        assert main(["app", "no-such-model", "--port", str(port)]) == 1
+    message = f"fitprune: error: port {port} of 127.0.0.1: is in use, or not allowed; pass another --port\n"
+    assert capsys.readouterr().err == message
 
 
-def test_without_statistics_the_page_measures_with_progress(app, chromium, monkeypatch):
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("", "--host '': must be a name or an address of this machine, without a port"),
+        ("localhost:7822", "--host localhost:7822: must be a name or an address of this machine, without a port"),
+        ("999.1.1.1", "--host 999.1.1.1: must be a name or an address of this machine, without a port"),
+        ("192.0.2.1", "--host 192.0.2.1: is no address of this machine; 0.0.0.0 stands for all of them"),
+    ],
+)
+def test_a_wrong_host_is_named(capsys, host, message):
+    assert main(["app", "no-such-model", "--host", host]) == 1
+    assert capsys.readouterr().err == f"fitprune: error: {message}\n"
+
+
+def test_without_statistics_the_page_measures_with_progress(app, chromium, monkeypatch, tmp_path):
     monkeypatch.setattr(events, "load_samples", lambda name: load_samples(name, samples=6))
     model, processor = app.served.model, app.served.processor
     served = ServedModel(model, processor, Recipes(adapt(model).fingerprint))
-    page = page_of(served, Source("'digit-scenes'"), _bundled_examples()[0], "digit-scenes")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # set by the page, and set back
+    page = page_of(served, Source("'digit-scenes'"), _bundled_examples()[0], "digit-scenes", tmp_path)
     url = launch(page, served, "127.0.0.1", free_port())
     try:
         visitor = chromium.new_page()
@@ -81,6 +102,11 @@ def test_without_statistics_the_page_measures_with_progress(app, chromium, monke
         visitor.locator("#run").click()
         visitor.wait_for_selector("#pruned button[data-word]")
         visitor.close()
+        later = chromium.new_page()
+        later.goto(url)
+        later.wait_for_selector("text=recipes are fitted from 6 samples")
+        assert not later.locator("#measure").is_visible()
+        later.close()
     finally:
         page.close(verbose=False)
     assert served.recipes.statistics.startswith("samples = fitprune.load_samples(")

@@ -57,6 +57,11 @@ def refusing(*, html: bool = True) -> Callable[[Callable[..., Any]], Callable[..
     return wrap
 
 
+def _number(event: gr.EventData) -> Any:
+    """Read the number that a press in the page sends; None where a program sends none."""
+    return getattr(event, "number", None)
+
+
 class Events:
     """What the controls do. Each gives the values of what changes.
 
@@ -65,18 +70,31 @@ class Events:
         source: where it comes from, for the Python lines.
         examples: pictures with a question each.
         title: what is served.
+        first: what is on the screen when the page opens.
     """
 
-    def __init__(self, served: ServedModel, source: Source, examples: Sequence[tuple[Path, str]], title: str) -> None:
-        self.served, self.source, self.title = served, source, title
+    def __init__(
+        self,
+        served: ServedModel,
+        source: Source,
+        examples: Sequence[tuple[Path, str]],
+        title: str,
+        first: Screen | None = None,
+    ) -> None:
+        self.served, self.source, self.title, self.first = served, source, title, first
         self.examples = {number: (str(path), question) for number, (path, question) in enumerate(examples)}
 
     @refusing()
     def example(self, event: gr.EventData) -> tuple[str, str]:
         """Put an example's picture and question into their places."""
-        if event.number not in self.examples:
-            raise ValueError(f"example {short(event.number)}: must be from 0 to {len(self.examples) - 1}; press one")
-        return self.examples[event.number]
+        number = _number(event)
+        if type(number) is not int or number not in self.examples:
+            raise ValueError(f"example {short(number)}: must be from 0 to {len(self.examples) - 1}; press one")
+        return self.examples[number]
+
+    def opened(self) -> tuple[Any, ...]:
+        """Give a new visitor the first screen, and say what there is by now."""
+        return self.first, *self._about()
 
     @refusing()
     def run(self, *inputs: Any) -> Iterator[tuple[Any, ...]]:
@@ -92,8 +110,19 @@ class Events:
         request = screen.read_request(self.served, picture, *inputs)
         return self._outputs(screen.look(self.served, request, before))
 
+    def changed(self, now: Screen | None, picture: str | None, question: str) -> tuple[Any, ...]:
+        """Say that the answers are to another question or picture, while nothing new was run."""
+        if now is None or now.answered is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        asked = (picture and Path(picture).name, question.strip()) == (now.request.picture.name, now.request.question)
+        if asked == now.asked:
+            return gr.skip(), gr.skip(), gr.skip()
+        now = dataclasses.replace(now, asked=asked)
+        return now, *fragments.answers(now, self.served.decode)
+
     def stopped(self, now: Screen | None) -> tuple[str, str]:
         """Show the answers as they are, after the run that made them was cancelled."""
+        self.served.wait()  # what it had to say lies before this
         return fragments.answers(now, self.served.decode)
 
     @refusing()
@@ -101,7 +130,7 @@ class Events:
         """Show what the model looked at when it wrote a word; pressed again, the scores."""
         if now is None:
             raise ValueError("nothing is on the screen any more: press Run")
-        number = None if event.number == now.word else event.number
+        number = None if _number(event) == now.word else _number(event)
         attention = None if number is None else screen.attention_of(self.served, now, number)
         now = dataclasses.replace(now, word=number)
         return now, fragments.answers(now, self.served.decode)[0], fragments.layers(now, attention)
@@ -110,6 +139,8 @@ class Events:
     def budgets(self, *inputs: Any) -> Iterator[str]:
         """Answer at several budgets."""
         request = screen.read_request(self.served, *inputs)
+        if request.choice.recipe is not None:
+            raise ValueError(f"{request.choice.method}: has one budget of its own; choose a method, to compare budgets")
         choices = [dataclasses.replace(request.choice, percent=percent) for percent in BUDGETS]
         yield from self._compare("budget", request, {f"{choice.percent:g}%": choice for choice in choices})
 
@@ -124,7 +155,7 @@ class Events:
         rows: list[tuple[str, Screen | ValueError]] = []
         for name, answer in zip(choices, screen.compare(self.served, request, list(choices.values())), strict=True):
             rows.append((name, answer))
-            yield fragments.comparison(first, rows, self.served.decode)
+            yield fragments.comparison(first, request, rows, self.served.decode)
 
     @refusing()
     def measure(self, progress: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008  # how Gradio passes it
@@ -134,12 +165,25 @@ class Events:
             lines = f"samples = fitprune.load_samples({MEASURED!r})\nstats = fitprune.measure(model, "
             lines += "fitprune.make_batches(samples, processor))"
             self.served.measure(samples, lambda done: progress((done, len(samples)), unit="samples"), lines)
-        return fragments.about(self.served, self.title), gr.Button(visible=False), gr.Dropdown(value=FITTED)
+        return self._about()
+
+    @property
+    def usual_method(self) -> str:
+        """FitPrune's own where there are statistics, else a recipe of the operator's, else one that needs none."""
+        recipes = self.served.recipes
+        return FITTED if recipes.fitter else next((name for name in recipes.methods if name not in BASELINES), "uniform")
+
+    def _about(self) -> tuple[Any, ...]:
+        about, needed = fragments.about(self.served, self.title), self.served.recipes.fitter is None
+        return about, gr.Button(visible=needed), gr.Dropdown(value=self.usual_method)
 
     @refusing(html=False)
-    def answer(self, *inputs: Any) -> dict[str, Any]:
+    def answer(
+        self, picture: str | None, question: str, budget: float, method: str, scorer: str, tokens: float
+    ) -> dict[str, Any]:
         """Answer a program, as plain data."""
-        *_, last = screen.run(self.served, screen.read_request(self.served, *inputs))
+        request = screen.read_request(self.served, picture, question, budget, method, scorer, tokens)
+        *_, last = screen.run(self.served, request)
         return screen.facts(self.served, last)
 
     def _outputs(self, now: Screen) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import torch
 from fitprune._support.page import Html, escape, table
 from fitprune._support.text_tables import plural, scaled
 from fitprune.app.recipes import Choice
-from fitprune.app.screen import Screen
+from fitprune.app.screen import Request, Screen
 from fitprune.app.served import ServedModel
 from fitprune.app.turns import Answer
 from fitprune.app.words import Word
@@ -56,8 +56,12 @@ def answers(
         else:
             text = escape(decode(answer.ids if answer else [])) or ("" if running else "(an empty answer)")
         bodies.append(f"<p>{text}</p>")
-    old = "" if screen.current or running else f" at {_name(screen.answered)}: press Run for a new one"
-    return _answer(f"Pruned{old}", bodies[0], running), _answer("Dense", bodies[1], running)
+    old = other = ""
+    if not screen.asked:
+        old = other = " before question or picture changed: press Run for a new one"
+    elif not screen.current and not running:
+        old = f" at {_name(screen.answered)}: press Run for a new one"
+    return _answer(f"Pruned{old}", bodies[0], running), _answer(f"Dense{other}", bodies[1], running)
 
 
 def _answer(name: str, body: str, running: bool = False) -> Html:
@@ -107,16 +111,20 @@ def _row(name: str, dense: float | None, pruned: float | None, write: Callable[[
 
 
 def comparison(
-    first: str, rows: Iterable[tuple[str, Screen | ValueError]], decode: Callable[[Sequence[int]], str]
+    first: str,
+    request: Request,
+    rows: Iterable[tuple[str, Screen | ValueError]],
+    decode: Callable[[Sequence[int]], str],
 ) -> Html:
     """Show answers and costs of several choices, one a line.
 
     Args:
         first: name of the first column.
+        request: what was asked.
         rows: name of each choice, and its screen or why there is none.
         decode: gives the text of tokens.
     """
-    head = [first, "answer", "first token", "tokens left", "KV cache", "prefill FLOPs"]
+    head = [first, "answer", "first token", "tokens a layer", "KV cache", "prefill FLOPs"]
     lines, dense = [], None
     for name, screen in rows:
         if isinstance(screen, ValueError):
@@ -131,12 +139,14 @@ def comparison(
                 name,
                 Html(f"<td class=text>{body}</td>"),
                 NONE if pruned.first_seconds is None else f"{1000 * pruned.first_seconds:,.0f} ms",
-                f"{cost.kept[-1]:,}",
+                f"{cost.mean_visual_tokens:,.0f}",
                 f"{cost.kv_bytes / cost.dense_kv_bytes:.0%}",
                 f"{cost.prefill_flops / cost.dense_prefill_flops:.0%}",
             ]
         )
-    return table(head, lines, label=f"answers by {first}")
+    at = request.choice.method if first == "budget" else f"{request.choice.percent:g}%"
+    about = f"{request.question} ({request.picture.name}, {at})"
+    return Html(f"<p class=small>{escape(about)}</p>{table(head, lines, label=f'answers by {first}')}")
 
 
 def layers(now: Screen | None, attention: torch.Tensor | None = None) -> Html:

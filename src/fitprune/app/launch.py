@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import socket
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 import gradio as gr
 
 from fitprune.app import screen, style
-from fitprune.app.layout import build
+from fitprune.app.layout import EXAMPLES, build
 from fitprune.app.python_lines import Source
 from fitprune.app.recipes import FITTED
 from fitprune.app.served import ServedModel
@@ -19,7 +22,9 @@ MOST_WAITING = 200  # requests in the queue; the next one is refused
 MOST_SESSIONS = 100  # people whose screen is kept; the one who was away longest goes first
 
 
-def page_of(served: ServedModel, source: Source, examples: Sequence[tuple[Path, str]], title: str) -> gr.Blocks:
+def page_of(
+    served: ServedModel, source: Source, examples: Sequence[tuple[Path, str]], title: str, folder: Path
+) -> gr.Blocks:
     """Make the page, with the first example answered: so the first visitor meets a warm model.
 
     Args:
@@ -27,7 +32,11 @@ def page_of(served: ServedModel, source: Source, examples: Sequence[tuple[Path, 
         source: where it comes from.
         examples: pictures with a question each.
         title: what is served.
+        folder: of this server alone, for uploads and copies of the examples; the only one whose files are served.
     """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    examples = [(_copied(path, folder / EXAMPLES / str(number)), text) for number, (path, text) in enumerate(examples)]
+    gr.set_static_paths([folder / EXAMPLES])
     # A player's data lie in a script element that is not to run.
     warnings.filterwarnings("ignore", "A `<script>` tag was found", UserWarning)
     first, limits = None, served.limits
@@ -56,11 +65,11 @@ def launch(page: gr.Blocks, served: ServedModel, host: str, port: int, *, share:
         The address.
 
     Raises:
-        OSError: the port is taken.
+        OSError: as for `check_address`.
     """
     # Gradio would sum up the times of all its events after each of them.
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000")
-    page.queue(max_size=MOST_WAITING)
+    page.queue(max_size=MOST_WAITING, api_open=False)  # nobody passes by the queue
     try:
         _, url, public = page.launch(
             server_name=host,
@@ -77,6 +86,39 @@ def launch(page: gr.Blocks, served: ServedModel, host: str, port: int, *, share:
             quiet=True,
             prevent_thread_lock=True,
         )
-    except OSError as error:
-        raise OSError(error.errno, f"port {port} of {host}: is in use, or not allowed; pass another --port") from error
+    except OSError:
+        check_address(host, port)
+        raise
     return str(public or url)
+
+
+def check_address(host: str, port: int) -> None:
+    """Find out whether one can listen at an address, before a model is loaded for it.
+
+    Args:
+        host: a name or an address of this machine.
+        port: its port.
+
+    Raises:
+        OSError: one cannot; the message says why.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host or "?", port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        message = f"--host {host or repr(host)}: must be a name or an address of this machine, without a port"
+        raise OSError(error.errno, message) from None
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                message = f"--host {host}: is no address of this machine; 0.0.0.0 stands for all of them"
+            else:
+                message = f"port {port} of {host}: is in use, or not allowed; pass another --port"
+            raise OSError(error.errno, message) from None
+
+
+def _copied(path: Path, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return Path(shutil.copy(path, folder))

@@ -19,14 +19,17 @@ from fitprune.baselines.table import BASELINES
 from fitprune.pictures.player import play
 from fitprune.scoring.scorers import SCORERS, get_scorer
 
+EXAMPLES = "examples"  # the folder beside that of the uploads
 _PLAY = f"""{play()}
-let state = {{}};
+let state = {{}}, picture = null;
 const start = () => {{
   const figure = element.querySelector('figure.kept');
   if (!figure) return;
   if (state.stop) state.stop();  // the elements may be the same ones, with other data
-  const heat = figure.querySelector('[type=checkbox]');
-  state = play(figure, {{layer: state.layer, box: state.box, heat: state.heat || !!heat && heat.defaultChecked}});
+  const heat = figure.querySelector('[type=checkbox]'), own = figure.querySelector('image').getAttribute('href');
+  const box = own === picture ? state.box : null;  // of another picture it would mean nothing
+  picture = own;
+  state = play(figure, {{layer: state.layer, box, heat: state.heat || !!heat && heat.defaultChecked}});
 }};
 start();
 watch('value', start);"""
@@ -56,9 +59,9 @@ def build(
         title: what is served.
         first: what is on the screen when the page opens.
     """
-    limits, recipes = served.limits, served.recipes
+    limits, recipes, events = served.limits, served.recipes, Events(served, source, examples, title, first)
     with gr.Blocks(title="fitprune", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        state = gr.State(first, time_to_live=3600)
+        state = gr.State(None, time_to_live=3600)
         with gr.Row():
             about = _html(fragments.about(served, title), elem_id="about")
             measure = gr.Button(
@@ -66,11 +69,10 @@ def build(
             )
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
-                picture = gr.Image(
+                picture = Upload(
                     str(examples[0][0]) if examples else None, type="filepath", image_mode=None, height=220,
                     sources=["upload", "clipboard", "webcam"], label="Picture", elem_id="picture",
                 )  # fmt: skip
-                picture.preprocess = _as_file
                 chosen = _html(fragments.examples(examples), js_on_load=_CHOOSE, elem_id="examples")
                 question = gr.Textbox(
                     examples[0][1] if examples else "", label="Question", max_length=limits.question, lines=1,
@@ -80,7 +82,7 @@ def build(
                     0, MOST_PERCENT, 60, step=1, label="Budget: percent of the visual FLOPs to save", elem_id="budget"
                 )
                 method = gr.Dropdown(
-                    recipes.methods, value=_default_method(served), label="Method or recipe", elem_id="method"
+                    recipes.methods, value=events.usual_method, label="Method or recipe", elem_id="method"
                 )
                 with gr.Accordion("More", open=False):
                     scorer = gr.Dropdown(
@@ -113,7 +115,6 @@ def build(
                         )  # fmt: skip
         inputs = [picture, question, budget, method, scorer, tokens]
         outputs = [state, pruned_answer, dense_answer, costs, layers, code]
-        events = Events(served, source, examples, title)
         # One pass at a time: all that runs the model waits in one queue, which says how long it is.
         device: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
         quiet = {"show_progress": "hidden", "trigger_mode": "always_last", **device}
@@ -130,28 +131,63 @@ def build(
             by_method.click(events.methods, inputs, methods, **loud),
         ]
         stop.click(events.stopped, state, [pruned_answer, dense_answer], cancels=running, api_visibility="private")
-        measure.click(
-            events.measure, None, [about, measure, method], show_progress_on=[about], trigger_mode="once", **device
+        begun = [about, measure, method]
+        page.load(events.opened, None, [state, *begun], show_progress="hidden", api_visibility="private")
+        measured = measure.click(
+            events.measure, None, begun, show_progress_on=[about], trigger_mode="once", **device
+        )  # fmt: skip
+        measured.success(events.look, [state, *inputs], outputs, **quiet)
+        moved = gr.on(
+            [budget.input, picture.input, method.input, scorer.input], events.look, [state, *inputs], outputs, **quiet
         )
-        moved = [budget.input, picture.input, method.input, scorer.input]
-        gr.on(moved, events.look, [state, *inputs], outputs, **quiet)
+        # After a run too: one may type while it answers. `picture.clear` comes before the picture is gone.
+        for trigger in (question.input, picture.change, moved.failure, *(ran.then for ran in running[:4])):
+            trigger(
+                events.changed, [state, picture, question], [state, pruned_answer, dense_answer],
+                show_progress="hidden", trigger_mode="always_last", api_visibility="private",
+            )  # fmt: skip
         pruned_answer.word(events.word, state, [state, pruned_answer, layers], **quiet)
         _api(events, picture, device)
     return page
 
 
-def _as_file(payload: Any) -> str | None:
-    """Leave a picture's file to `Limits.read_picture` as it was sent; Gradio would put what is clear on black."""
-    if payload is not None and payload.path is None:
-        raise gr.Error("the picture is no file: upload it", title=REFUSED, print_exception=False)
-    return None if payload is None else str(payload.path)
+class Upload(gr.Image):  # type: ignore[misc]  # Gradio is not typed here
+    """A picture as a file, for `Limits.read_picture`; Gradio would put what is clear on black."""
+
+    is_template = True  # in the browser it is a `gr.Image`
+
+    def preprocess(self, payload: Any) -> str | None:
+        """Take an upload or an example; no other file of this machine is opened."""
+        if payload is None:
+            return None
+        uploads, path = Path(self.GRADIO_CACHE).resolve(), Path(payload.path or "/").resolve()
+        if not (path.is_file() and {uploads, uploads.parent / EXAMPLES} & {*path.parents}):
+            raise self._refusal("the picture is no upload, or no longer here: upload it again")
+        return str(path)
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
+        """Download nothing for a stranger."""
+        if str(url_or_file_path).startswith(("http:", "https:")):
+            raise self._refusal("the picture is an address, and this server downloads none: upload the file")
+        moved: str | None = await super().async_move_resource_to_block_cache(url_or_file_path)
+        return moved
+
+    @staticmethod
+    def _refusal(message: str) -> gr.Error:
+        return gr.Error(message, title=REFUSED, print_exception=False)
+
+
+def _as_sent(box: gr.components.Component) -> gr.components.Component:
+    """Leave a value to our own checks; Gradio would make text of anything."""
+    box.preprocess = lambda payload: payload
+    return box
 
 
 def _api(events: Events, picture: gr.Image, device: dict[str, Any]) -> None:
     """Offer the answer to programs: by components of its own, so that what is out of range is refused in our words."""
     number, text = functools.partial(gr.Number, visible=False), functools.partial(gr.Textbox, visible=False)
     inputs = [
-        picture, text(label="question"), number(60, label="budget"), text(FITTED, label="method"),
+        picture, _as_sent(text(label="question")), number(60, label="budget"), text(FITTED, label="method"),
         text("", label="scorer"), number(events.served.limits.usual_answer, label="tokens"),
     ]  # fmt: skip
     ask = gr.Button(visible=False)
@@ -166,20 +202,14 @@ def _html(value: str, **options: Any) -> gr.HTML:
     return gr.HTML(value, elem_classes=["fp"], **options)
 
 
-def _default_method(served: ServedModel) -> str:
-    """FitPrune's own where there are statistics, else a recipe of the operator's, else a method that needs none."""
-    if served.recipes.fitter is not None:
-        return FITTED
-    return next((name for name in served.recipes.methods if name not in BASELINES), "uniform")
-
-
 def _scorers() -> list[tuple[str, str]]:
-    """List the scorers that need no parameter."""
+    """List the scorers that need no parameter, and work wherever tokens leave."""
     names = []
     for name in SCORERS:
         try:
-            get_scorer(name)
+            scorer = get_scorer(name)
         except ValueError:
             continue
-        names.append((name, name))
+        if not scorer.reads_previous:
+            names.append((name, name))
     return names

@@ -17,6 +17,11 @@ from fitprune._support.messages import short
 from fitprune.calibration.pictures import BadPicture, load_picture
 
 
+# What Pillow decodes itself. It hands others, such as PostScript, to programs of the machine.
+Image.init()  # else Pillow knows but five
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN]
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """A picture as it was sent. The file is kept, not its pixels, which may take a hundred times as much memory.
@@ -87,28 +92,29 @@ class Limits:
         """
         if path is None:
             raise ValueError("no picture: upload one, paste it, use the camera, or choose an example")
-        with open(path, "rb") as file:
-            data = file.read((self.megabytes << 20) + 1)
+        try:
+            with open(path, "rb") as file:
+                data = file.read((self.megabytes << 20) + 1)
+        except OSError:  # uploads are kept for an hour
+            raise ValueError(f"{Path(path).name} is no longer here: upload it again") from None
         picture = Picture(data, Path(path).name)
         if len(data) > self.megabytes << 20:
             size = os.path.getsize(path) / 2**20
             raise ValueError(
                 f"{picture.name} has {size:.1f} MB: must have at most {self.megabytes} MB; save it smaller"
             )
+        most = f"must have at most {self.megapixels} million; make it smaller"
         try:
-            with Image.open(io.BytesIO(data)) as opened:  # its header alone
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:  # its header alone
                 width, height = opened.size
-        except Exception:  # `image` says what is wrong
-            width = height = 0
-        if width * height > self.megapixels * 10**6:
-            raise ValueError(
-                f"{picture.name} has {width:,} x {height:,} pixels: must have at most {self.megapixels} million; "
-                "make it smaller"
-            )
-        try:
+            if width * height > self.megapixels * 10**6:
+                raise ValueError(f"{picture.name} has {width:,} x {height:,} pixels: {most}")
             picture.image()
-        except BadPicture as error:
-            reason = str(error).removeprefix("its image ")
+        except Image.DecompressionBombError:
+            raise ValueError(f"{picture.name} has more pixels than Pillow opens: {most}") from None
+        except (BadPicture, OSError, SyntaxError) as error:
+            known = isinstance(error, BadPicture)
+            reason = str(error).removeprefix("its image ") if known else "is not an image file that Pillow reads"
             raise ValueError(f"{picture.name} {reason}; choose a JPEG, PNG or WebP picture") from None
         return picture
 
@@ -120,6 +126,8 @@ class Limits:
             raise ValueError(
                 f"the question has {len(text):,} characters: must have at most {self.question:,}; shorten it"
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("the question holds half of a letter (a surrogate): must be Unicode text; type it again")
         return text.strip()
 
     def check_answer(self, tokens: object) -> int:

@@ -43,7 +43,12 @@ def attention_of_word(
     Returns:
         [visual tokens] fp32, in the order of the prompt: mean over the word's rows, heads and layers with attention;
         0 in the layers that a token does not enter.
+
+    Raises:
+        ValueError: the answer holds the token of an image, for which there are no pixels.
     """
+    if not set(adapted.token_ids.values()).isdisjoint(answer[: max(word)]):
+        raise ValueError("before this word the answer holds an image token, so it cannot be read again: press another")
     prompt = inputs["input_ids"].shape[1]
     call = _continued(inputs, answer[: max(word)])
     wanted = torch.tensor([prompt - 1 + place for place in word], device=call["input_ids"].device)

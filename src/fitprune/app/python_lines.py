@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from fitprune._support.messages import line as _line
 from fitprune.app.recipes import FITTED
 from fitprune.app.screen import Screen
 from fitprune.recipes import published
@@ -19,11 +20,13 @@ class Source:
         loading: arguments of `load_model`.
         prompt_template: as for `make_batches`.
         pictures: `Picture.digest` of one that comes with the data -> the expression that gives it.
+        beside: names of files and folders that are not named whole, since strangers read the lines.
     """
 
     loading: str
     prompt_template: str | None = None
     pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beside: Sequence[str] = ()
 
 
 def python_lines(screen: Screen, source: Source, statistics: str) -> str:
@@ -41,7 +44,9 @@ def python_lines(screen: Screen, source: Source, statistics: str) -> str:
     recipe_lines = _recipe(screen, statistics)
     template = f", prompt_template={source.prompt_template!r}" if source.prompt_template else ""
     adapting = "from fitprune.families.adapter import adapt\n" if "adapt(" in recipe_lines else ""
-    return f"""import fitprune
+    beside = [*source.beside, *([] if request.picture.digest in source.pictures else [request.picture.name])]
+    first = f"# To be run beside {_line(', '.join(beside))}\n" if beside else ""
+    return f"""{first}import fitprune
 {adapting}from fitprune.families.inputs import to_model
 
 model, processor = fitprune.load_model({source.loading})

@@ -32,7 +32,7 @@ class Choice:
     """What a person chooses: how much is to be saved, and how tokens leave.
 
     Attributes:
-        percent: of the visual FLOPs to save; a recipe has its own.
+        percent: of the visual FLOPs to save; always the same of a recipe, which has its own.
         method: one of the methods, or "recipe: " and the name of a recipe.
         scorer: what ranks the tokens instead of the method's own scorer; "" for that.
     """
@@ -90,7 +90,8 @@ class Recipes:
             raise ValueError(f"scorer {short(scorer)}: must be one of {', '.join(sorted(SCORERS))}, or empty")
         if scorer:
             get_scorer(scorer)  # some need parameters
-        return Choice(float(percent), str(method), scorer)  # type: ignore[arg-type]  # a number
+        choice = Choice(float(percent), str(method), scorer)  # type: ignore[arg-type]  # a number
+        return choice if choice.recipe is None else Choice(method=choice.method, scorer=scorer)
 
     def make(self, choice: Choice, visual_tokens: int) -> PruningRecipe:
         """Make the recipe of a choice.
@@ -134,13 +135,20 @@ def _published(model: ModelFingerprint) -> dict[str, PruningRecipe]:
 
 
 def _of_folder(model: ModelFingerprint, folder: str | os.PathLike[str] | None) -> dict[str, PruningRecipe]:
-    """Read the recipes of a folder that are for the model; a ValueError says that there are none."""
+    """Read the recipes of a folder that are for the model; a ValueError says that there are none, or a broken file."""
     if folder is None:
         return {}
     if not os.path.isdir(folder):
         raise FileNotFoundError(2, f"{folder}: no such folder; name the one that holds your recipes")
-    paths = [path for path in sorted(Path(folder).glob("*.json")) if files.kind_of(path) == files.RECIPE]
-    recipes = {path.stem: PruningRecipe.load(path) for path in paths}
+    recipes = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        if (kind := files.kind_of(path)) == files.RECIPE:
+            recipes[path.stem] = PruningRecipe.load(path)
+        elif kind is None:  # other data in JSON may lie here, but nothing that is broken
+            try:
+                files.parse_json(files.read_text(path))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}; mend it, or take it out of the folder") from None
     fitting = {name: recipe for name, recipe in recipes.items() if _fits(recipe, model)}
     if not fitting:
         other = f"; its {len(recipes)} recipes are for other models" if recipes else ""

@@ -50,6 +50,7 @@ class Screen:
         answered: the choice that the answers were made with; None before there are some.
         kept: what is left of the picture; None until that is known.
         word: number of the pruned answer's word that is looked at; None for none.
+        asked: whether question and picture are still those in the page's controls.
     """
 
     request: Request
@@ -61,11 +62,12 @@ class Screen:
     answered: Choice | None = None
     kept: KeptImage | None = None
     word: int | None = None
+    asked: bool = True
 
     @property
     def current(self) -> bool:
-        """Whether the answers are whole, and of the choice on the screen."""
-        return self.answered == self.request.choice and self.pruned is not None and self.pruned.done
+        """Whether the answers are whole, and to what is in the page's controls."""
+        return self.asked and self.answered == self.request.choice and self.pruned is not None and self.pruned.done
 
 
 def read_request(
@@ -147,7 +149,7 @@ def attention_of(served: ServedModel, screen: Screen, number: int) -> torch.Tens
         ValueError: there is no such word.
     """
     if not screen.current or screen.pruned is None:
-        raise ValueError("the answer is of another budget or method: press Run, and then a word")
+        raise ValueError("the answer is of other choices than those on the page: press Run, and then a word")
     words = screen.words[0]
     if type(number) is not int or not 0 <= number < len(words):
         raise ValueError(f"word={number!r}: the answer has {len(words)} words, counted from 0; press one of them")

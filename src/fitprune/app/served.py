@@ -131,6 +131,11 @@ class ServedModel:
             with contextlib.closing(turns):
                 yield from turns
 
+    def wait(self) -> None:
+        """Wait until the device is free, a few seconds at most."""
+        if self._device.acquire(timeout=5):
+            self._device.release()
+
     def kept(self, prompt: Prompt, picture: Picture, pruning: Pruning) -> list[KeptImage]:
         """Say what is left of a picture at each layer, and each token's score where it was asked for."""
         known = self._grids.get(picture.digest)  # where tokens lie depends on the picture alone

@@ -29,6 +29,7 @@ mark{{background:none;color:var(--bad);text-decoration:underline wavy 2px;text-u
 [data-example] img{{width:100%;height:100%;object-fit:cover}}
 td.text{{text-align:left;white-space:normal;min-width:8rem}}
 table{{width:100%}}td{{white-space:nowrap}}
+input[type=checkbox]{{appearance:auto;accent-color:var(--accent);min-height:0;width:1rem;height:1rem}}
 }}
 :is(#budgets,#methods) thead th:nth-child(2){{text-align:left}}
 footer .divider{{display:none}}.html-container{{padding:0!important}}

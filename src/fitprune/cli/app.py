@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,12 +48,13 @@ def run(args: options.Args) -> None:
         raise ValueError(f"--stats {args.stats} and --data: pass one; --data are measured in place of statistics")
     if importlib.util.find_spec("gradio") is None:
         raise ImportError("the app needs Gradio: pip install 'fitprune[app]', or '.[app]' in a clone")
-    from fitprune.app.launch import launch, page_of
+    from fitprune.app.launch import check_address, launch, page_of
     from fitprune.app.python_lines import Source
     from fitprune.app.recipes import Recipes
     from fitprune.app.served import ServedModel
     from fitprune.families.adapter import adapt
 
+    check_address(args.host, args.port)
     bundled = Path(assets.resolve(args.model)) == assets.folder("model")
     args.data = args.data or ([BUNDLED_DATA] if bundled and args.stats is None else None)
     samples = options.joined(options.read_samples(args))  # before the model: bad data is found in seconds
@@ -59,15 +62,20 @@ def run(args: options.Args) -> None:
     recipes = Recipes(adapt(model).fingerprint, args.recipes)
     served = ServedModel(model, processor, recipes, prompt_template=args.prompt_template)
     _add_statistics(args, served, samples)
-    name = Path(args.model).name if Path(args.model).is_absolute() else args.model
+    name = _bare(args.model)
     examples, pictures = _bundled_examples()
     if not bundled and samples:  # questions of the model's own kind
         examples = [(sample.image, sample.text) for sample in samples if isinstance(sample.image, Path)][:EXAMPLES]
-    source = Source(_loading(args, name), args.prompt_template, pictures)
-    page = page_of(served, source, examples, name)
-    url = launch(page, served, args.host, args.port, share=args.share)
-    print(f"fitprune app: {name} at {url}, until Ctrl-C", flush=True)
-    page.block_thread()
+    whole = [args.model, args.stats, *(args.data or []), args.image_folder]
+    beside = [Path(each).name for each in whole if each is not None and Path(each).is_absolute()]
+    source = Source(_loading(args), args.prompt_template, pictures, beside)
+    with tempfile.TemporaryDirectory(prefix="fitprune-app-", dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
+        page = page_of(served, source, examples, name, Path(folder))
+        url = launch(page, served, args.host, args.port, share=args.share)
+        is_open = args.share or args.host not in ("127.0.0.1", "localhost", "::1")
+        others = "open to others without a log-in, " if is_open else ""
+        print(f"fitprune app: {name} at {url}, {others}until Ctrl-C", flush=True)
+        page.block_thread()
 
 
 def _add_statistics(args: options.Args, served: ServedModel, samples: list[Sample]) -> None:
@@ -79,8 +87,8 @@ def _add_statistics(args: options.Args, served: ServedModel, samples: list[Sampl
 
     if args.stats is not None:
         stats = AttentionStats.load(args.stats)
-        stats.model.require_same(served.adapted.fingerprint, what="the statistics")
-        served.recipes.use(Fitter(stats), f"stats = fitprune.AttentionStats.load({Path(args.stats).name!r})")
+        stats.model.require_same(served.adapted.fingerprint, what="the statistics file")
+        served.recipes.use(Fitter(stats), f"stats = fitprune.AttentionStats.load({_bare(args.stats)!r})")
     elif samples:
         samples = options.usable(args, samples, served.processor, served.model)
         with tqdm(total=len(samples), desc="measure", unit="sample") as bar:
@@ -90,8 +98,8 @@ def _add_statistics(args: options.Args, served: ServedModel, samples: list[Sampl
 def _measuring(args: options.Args) -> str:
     """Write what is measured as Python."""
     drawn = "" if args.samples is None else f", samples={args.samples}, seed={args.seed}"
-    folder = "" if args.image_folder is None else f", image_folder={args.image_folder!r}"
-    lists = [f"fitprune.load_samples({name!r}{folder}{drawn})" for name in args.data]
+    folder = "" if args.image_folder is None else f", image_folder={_bare(args.image_folder)!r}"
+    lists = [f"fitprune.load_samples({_bare(name)!r}{folder}{drawn})" for name in args.data]
     samples = lists[0] if len(lists) == 1 else f"[{', '.join(f'*{each}' for each in lists)}]"
     template = "" if args.prompt_template is None else f", prompt_template={args.prompt_template!r}"
     return (
@@ -100,12 +108,17 @@ def _measuring(args: options.Args) -> str:
     )
 
 
-def _loading(args: options.Args, name: str) -> str:
-    """Write the arguments of `load_model`; a folder by its last part alone, since strangers read it."""
+def _bare(path: str | os.PathLike[str]) -> str:
+    """Write a path without the folders that it lies in, since strangers read it; one that is not whole as it is."""
+    return Path(path).name if Path(path).is_absolute() else str(path)
+
+
+def _loading(args: options.Args) -> str:
+    """Write the arguments of `load_model`."""
     chosen = {option: getattr(args, option) for option in options.LOADING}
     if chosen["dtype"] == "auto":
         del chosen["dtype"]
-    return ", ".join([repr(name), *(f"{option}={value!r}" for option, value in chosen.items() if value)])
+    return ", ".join([repr(_bare(args.model)), *(f"{option}={value!r}" for option, value in chosen.items() if value)])
 
 
 def _bundled_examples() -> tuple[list[tuple[Path, str]], dict[str, str]]:
