@@ -26,7 +26,7 @@ def kinds(made, tmp_path_factory):
     recipe.save(folder / "recipe.json")
     shutil.copy(made / "stats.safetensors", folder / "stats.safetensors")
     figures = (1, 4, 1.0, (0.9, 1.0), 1.0, (1.0, 1.0), 1.0, 0.0, {}, {}, 0.0, 1.0, 16.0, 16.0, 100.0)
-    results = Results((Row("t", "dense", None, *figures),), timings={"rows": []})
+    results = Results((Row("t", "dense", None, *figures),), timings={"dense_prefill_seconds": 1.0, "rows": []})
     results.save(folder / "results.json")
     write_report(results, folder / "page.html")
     LatencyProfile(recipe.model, (16, 2000), (1.0, 2.0), (1.0, 2.0), (1.0, 2.0), 1.0, 576, 64).save(folder / "p.json")

@@ -27,6 +27,9 @@ RESULT_TIMES, IMAGE = "times of an evaluation", "an image"
 SCORES, UPLOAD = "scores of answers", "an upload file"
 PICTURE, PICTURE_MARK = "a picture that fitprune drew", "fitprune show"  # the mark is in the file itself
 _MAKERS = {STATISTICS: "measure", RECIPE: "fit", RESULTS: "evaluate", PROFILE: "profile"}
+# As the writers of `fitprune.pictures` and `fitprune._support.page` put the mark: the words alone may be anybody's.
+_MARKS = tuple(form % PICTURE_MARK.encode() for form in (b"tEXtSoftware\0%b", b"!\xfe\x0d%b\0", b"data\0\0\0\1\0\0\0\0%b"))
+_GENERATOR = b"<meta name=generator content='%b'>"
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 
@@ -111,11 +114,12 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
                 ours = str(metadata.get("format")).startswith("fitprune-stats-")
                 return STATISTICS if ours else "a safetensors file"
         if head.startswith(_IMAGES) or head[8:12] == b"WEBP" or head[4:8] == b"ftyp":
-            return PICTURE if PICTURE_MARK.encode() in head else IMAGE
-        if head.lower().startswith((b"<!doctype html>", b"<svg")) and PICTURE_MARK.encode() in head[:400]:
+            return PICTURE if any(mark in head for mark in _MARKS) else IMAGE
+        if head.startswith(b"<svg") and b"<metadata>%b</metadata>" % PICTURE_MARK.encode() in head[:600]:
             return PICTURE
-        if head.lower().startswith(b"<!doctype html>") and b"fitprune" in head:
-            return REPORT
+        if head.startswith(b"<!doctype html>"):
+            makers = {REPORT: b"fitprune", PICTURE: PICTURE_MARK.encode()}
+            return next((kind for kind, maker in makers.items() if _GENERATOR % maker in head[:400]), None)
         if head.startswith(b'{"run": '):
             return JOURNAL
         return kind_of_data(parse_json(read_text(path, MOST_RESULT_BYTES)))
@@ -133,10 +137,10 @@ def kind_of_data(data: Any) -> str | None:
         return ANALYSIS
     keys = {
         RECIPE: {"schema", "model", "keep"},
-        RESULTS: {"schema", "rows", "best"},
-        TIMES: {"model", "device", "timings"},
-        RESULT_TIMES: {"results", "rows"},
-        SCORES: {"benchmark", "scores"},
+        RESULTS: {"schema", "provenance", "rows", "best"},
+        TIMES: {"model", "device", "torch", "timings"},
+        RESULT_TIMES: {"results", "rows", "dense_prefill_seconds"},
+        SCORES: {"benchmark", "metric", "maximum", "scores"},
     }
     return next((kind for kind, needed in keys.items() if needed <= set(data)), None)
 
