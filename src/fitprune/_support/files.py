@@ -28,7 +28,9 @@ SCORES, UPLOAD = "scores of answers", "an upload file"
 PICTURE, PICTURE_MARK = "a picture that fitprune drew", "fitprune show"  # the mark is in the file itself
 _MAKERS = {STATISTICS: "measure", RECIPE: "fit", RESULTS: "evaluate", PROFILE: "profile"}
 # As the writers of `fitprune.pictures` and `fitprune._support.page` put the mark: the words alone may be anybody's.
-_MARKS = tuple(form % PICTURE_MARK.encode() for form in (b"tEXtSoftware\0%b", b"!\xfe\x0d%b\0", b"data\0\0\0\1\0\0\0\0%b"))
+_MARKS = tuple(
+    form % PICTURE_MARK.encode() for form in (b"tEXtSoftware\0%b", b"!\xfe\x0d%b\0", b"data\0\0\0\1\0\0\0\0%b")
+)
 _GENERATOR = b"<meta name=generator content='%b'>"
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
