@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import os
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def test_every_figure_is_what_counting_gives(done):
     assert pruned.kv_bytes < dense.kv_bytes
     assert results.row("dense", "digit-details/test").samples == 12
     assert [(s["method"], s["budget"]) for s in results.skipped] == [("dart", 0.9)]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", results.provenance["date"])
 
 
 def test_the_table_says_where_fitprune_is_not_the_best(done):

@@ -50,7 +50,7 @@ def test_the_top_says_of_what_it_is(small, tmp_path):
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert facts == {
         "model": "/somewhere/my-model",
-        "date": "2023-11-14 (of results.json)",
+        "date": "2023-11-14 (results.json was last changed)",
         "precision": "bfloat16, sdpa attention",
         "questions": "4 of t",
         "compared": "dense and 3 methods at 60%, 80% of FLOPs removed",
@@ -58,6 +58,11 @@ def test_the_top_says_of_what_it_is(small, tmp_path):
         "software": "torch 2",
     }
     assert page.index("</dl>") < page.index("<h2>")
+    dated = dataclasses.replace(results, provenance={**results.provenance, "date": "2023-10-01"})
+    path = save_with_journal(dated, tmp_path, date=None)
+    page = written(Results.load(path), tmp_path, source=path)
+    assert "<dt>date</dt><dd>2023-10-01</dd>" in page  # though the file is of today
+    assert listed(page)  # of the journal, which has no date
 
 
 def test_answers_that_changed_are_listed_with_who_changed_them(small, tmp_path):

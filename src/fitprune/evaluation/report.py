@@ -40,8 +40,8 @@ def write_report(
     Args:
         results: what to report.
         path: HTML file to write.
-        source: file that the results were read from: its date is on the page, and the answers that changed are listed
-            from the journal beside it. Without it, from the results themselves.
+        source: file that the results were read from: the answers that changed are listed from the journal beside it.
+            Without it, from the results themselves.
 
     Raises:
         ValueError: the results are damaged.
@@ -87,9 +87,11 @@ def _facts(results: Results, source: str | os.PathLike[str] | None) -> Iterator[
     """Say what was evaluated: model, date, precision, questions, methods, and samples that recipes are fitted from."""
     known = results.provenance
     yield "model", known.get("model", "not recorded")
-    if source is not None:
+    if "date" in known:
+        yield "date", known["date"]
+    elif source is not None:  # of an older version
         written = datetime.datetime.fromtimestamp(os.stat(source).st_mtime, datetime.timezone.utc)
-        yield "date", f"{written:%Y-%m-%d} (of {Path(source).name})"
+        yield "date", f"{written:%Y-%m-%d} ({Path(source).name} was last changed)"
     attention = f", {known['attention']} attention" if known.get("attention") else ""
     yield "precision", f"{known.get('dtype', 'not recorded')}{attention}"
     yield "questions", "; ".join(f"{task.questions:,} of {task.benchmark or task.name}" for task in results.tasks)
