@@ -55,3 +55,11 @@ def test_what_only_speaks_of_fitprune_is_not_its_own(tmp_path, content, kind):
     assert files.kind_of(tmp_path / "mine") == kind
     with pytest.raises(ValueError, match="choose another output for a report, or pass --overwrite"):
         files.claim(tmp_path / "mine", files.REPORT)
+
+
+def test_finding_out_that_a_file_can_be_written_makes_no_folder(tmp_path):
+    files.claim(tmp_path / "new" / "deep" / "a.json", files.RECIPE)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write .*; choose another output path"):
+        files.claim(tmp_path / "file" / "a.json", files.RECIPE)

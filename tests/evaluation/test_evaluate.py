@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 
@@ -104,7 +104,11 @@ def test_two_runs_give_the_same_bytes(done, stats, tmp_path):
     timings = json.loads(out.with_suffix(".timings.json").read_text())
     assert [row["method"] for row in timings["rows"]][:2] == ["dense", "fitprune"]
     assert timings["rows"][0]["prefill_ratio"] == timings["rows"][0]["decode_ratio"] == 1
-    assert "decode" in table(Results.load(out))
+    timed = Results.load(out)
+    assert "decode" in table(timed)
+    write_report(timed, tmp_path / "r.html")
+    for text in (table(timed), timed._repr_html_(), (tmp_path / "r.html").read_text()):
+        assert "below 1.00x is faster" in text
 
 
 @pytest.mark.parametrize("whole_lines", [True, False])

@@ -267,7 +267,7 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: as for `replacing`.
     """
-    _open_beside(path)[1].unlink()
+    _open_beside(path, make_folders=False)[1].unlink()
 
 
 def make_readable(path: Path) -> None:
@@ -277,8 +277,8 @@ def make_readable(path: Path) -> None:
     os.chmod(path, 0o666 & ~mask)
 
 
-def _open_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Give the file meant by `path`, links followed, and a new temporary file beside it."""
+def _open_beside(path: str | os.PathLike[str], *, make_folders: bool = True) -> tuple[Path, Path]:
+    """Give the file meant by `path`, links followed, and a new temporary file beside it, or above missing folders."""
     require_path(path)
     target = Path(os.path.realpath(path))
     try:
@@ -286,8 +286,10 @@ def _open_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
             raise IsADirectoryError(21, "is a folder, not a file")
         if target.exists() and not target.is_file():
             raise FileExistsError(17, "is not a regular file")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        if make_folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        folder = next(folder for folder in target.parents if folder.exists())
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=folder)
     except OSError as error:
         raise type(error)(error.errno, f"cannot write {path}: {error.strerror}; choose another output path") from None
     os.close(handle)

@@ -1,7 +1,8 @@
 """The `fitprune` command: finds the subcommand, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failure, 2 wrong use, 143 ended by SIGTERM. `--debug` shows an error's traceback. Each command is a file of this package
-with `add`, which declares its options, and `run`; torch is imported only by the `run` that needs it.
+Exit codes: 0 done, 1 failure, 2 wrong use, 143 ended by SIGTERM. `--debug` shows an error's traceback. Each command is
+a file of this package with `add`, which declares its options, and `run`; torch is imported only by the `run` that needs
+it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from fitprune.evaluation.curves import OURS, accuracy_curves, keep_curves, line_
 from fitprune.evaluation.records import journal_of
 from fitprune.evaluation.results import Results, beside
 from fitprune.evaluation.summary import DENSE, Row, Task, label
-from fitprune.evaluation.tables import MEAN, figure_lines, highest, overview, percent, time_ratios, verdict
+from fitprune.evaluation.tables import MEAN, TIMES, figure_lines, highest, overview, percent, time_ratios, verdict
 
 _HOW = (
     "Intervals are 95% bootstrap intervals over samples, and over seeds where a method draws at random. FLOPs are "
@@ -219,7 +219,8 @@ def _full(rows: Sequence[Row], task: Task, results: Results) -> Html:
                 *time_ratios(row, times),
             )
         )  # fmt: skip
-    return table(head, body, sortable=True, label=f"every figure, {task.name}")
+    written = table(head, body, sortable=True, label=f"every figure, {task.name}")
+    return Html(f"{written}<p class=small>{escape(TIMES)}</p>" if times else written)
 
 
 def _kinds(rows: Sequence[Row], task: Task) -> Html:

@@ -158,6 +158,7 @@ def table(results: Results) -> str:
     parts = []
     for task in results.tasks:
         notes = [textwrap.fill(note, 100, subsequent_indent="  ") for note in task.warnings()]
+        notes += [tables.TIMES] if results.times() else []
         rows = results.rows_on(task.name)
         tables_of_task = [aligned(tables.lines(task, rows, results.times()))]
         if len(rows[0].figures) > 1:
