@@ -12,7 +12,7 @@ from fitprune._support.page import Html, escape, facts, table
 
 def colours(mode):
     """The variables of one mode."""
-    return dict(re.findall(r"--(\w+):(#[0-9a-f]+)", {"light": page._LIGHT, "dark": page._DARK}[mode]))
+    return dict(re.findall(r"--(\w+):(#[0-9a-f]+)", {"light": page.LIGHT, "dark": page.DARK}[mode]))
 
 
 def luminance(colour):

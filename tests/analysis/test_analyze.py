@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -102,6 +103,13 @@ def test_json_and_tables_hold_the_same_figures(found, tmp_path):
     removed = [int(line.split(",")[2]) for line in lines[1:9]]
     assert removed == data["budgets"][0]["removed"] == found.budgets[0].recipe.counts(25)
     assert float(lines[1].split(",")[4]) == data["budgets"][0]["lost_self"][0]
+
+
+def test_pictures_of_few_samples_say_so_first(found, tmp_path):
+    for path in draw_analysis(found, tmp_path):
+        if path.suffix == ".svg":
+            assert re.search(rf">Only {len(found.stats)} samples: ", path.read_text())
+            assert "#565d66" not in path.read_text()
 
 
 def test_every_picture_is_a_png_and_an_svg_without_a_date(found, tmp_path):

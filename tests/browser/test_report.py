@@ -107,6 +107,10 @@ def test_changed_answers_are_filtered_by_method_kind_and_text(visit):
     page.get_by_label("Text").fill("QUESTION 1?")
     assert shown.count() == 1
     assert page.locator(".changes>li:visible b").inner_text() == "question 1?"
+    page.get_by_label("Text").fill("\u201cz\u201d")  # an answer of another method, to question 0
+    assert shown.count() == 1
+    method.select_option(label="fitprune 80%")
+    assert shown.count() == 0
 
 
 def test_without_script_all_is_there(chromium, path):
@@ -120,9 +124,12 @@ def test_without_script_all_is_there(chromium, path):
 
 
 def test_a_tile_shows_what_is_left(visit):
-    page = visit()
+    page = visit(viewport={"width": 390, "height": 900})
+    assert all(tile.bounding_box()["width"] >= 160 for tile in page.locator(".tile").all())
+    assert page.locator(".tile .edge[d^=M]").count() == 4
     counts = [text.split(": ")[1] for text in page.locator(".strip div").all_inner_texts()]
     cells = [
-        path.count("M") for path in page.eval_on_selector_all(".tile path", "all => all.map(p => p.getAttribute('d'))")
+        path.count("M")
+        for path in page.eval_on_selector_all(".tile path:not(.edge)", "all => all.map(p => p.getAttribute('d'))")
     ]
     assert [576 - cell for cell in cells] == list(map(int, counts)) == [432, 144, 144, 144]

@@ -16,7 +16,7 @@ def test_cost_of_a_folder_names_the_recipes_in_it(made, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "has no fitprune_recipe.json; name one of its recipes: flops_reduction-0.5.json, flops_reduction" in said
     assert main(["cost", str(tmp_path)]) == 1
-    assert "name one" not in capsys.readouterr().err
+    assert "has no fitprune_recipe.json; name a recipe's file, which 'fitprune fit' makes" in capsys.readouterr().err
 
 
 def test_cost_says_of_a_scorer_that_it_is_unknown(made, tmp_path, capsys):

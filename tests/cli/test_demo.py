@@ -23,4 +23,6 @@ def test_a_quick_demo_ends_in_a_page_whose_path_is_the_last_line(tmp_path, capsy
     assert text.count("<figure class=kept>") == 4
     assert text.count("<li data-by=") > 3  # answers that changed
     assert "fitprune recipe MODEL" in text
+    assert "Press Play" not in text  # where no script runs there is no such button
+    assert "below 1.00x is faster" in text
     assert files.kind_of(page) == files.PICTURE

@@ -44,8 +44,40 @@ def test_help_lists_every_command_in_the_order_of_the_data(capsys):
         main(["--help"])
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert [name for name in shown if name in NAMES] == NAMES
-    order = ["recipe", "measure", "fit", "search", "show", "cost", "push", "generate", "serve", "evaluate", "report"]
-    assert NAMES[:11] == order
+    order = [
+        "recipe",
+        "measure",
+        "fit",
+        "search",
+        "show",
+        "cost",
+        "push",
+        "app",
+        "generate",
+        "serve",
+        "evaluate",
+        "report",
+    ]
+    assert NAMES[:12] == order
+
+
+def test_a_signal_to_end_leaves_no_half_file(tmp_path):
+    code = (
+        "import sys, time\n"
+        "from fitprune._support import files\n"
+        "from fitprune.cli import main, report\n"
+        "def run(args):\n"
+        "    with files.replacing(args.output) as half:\n"
+        "        print(half, flush=True)\n"
+        "        time.sleep(60)\n"
+        "report.run = run\n"
+        f"sys.exit(main.main(['report', 'r.json', '-o', {str(tmp_path / 'r.html')!r}]))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert Path(process.stdout.readline().strip()).exists()
+        process.terminate()
+        assert process.wait(20) == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_command_is_one_file():

@@ -26,7 +26,7 @@ def kinds(made, tmp_path_factory):
     recipe.save(folder / "recipe.json")
     shutil.copy(made / "stats.safetensors", folder / "stats.safetensors")
     figures = (1, 4, 1.0, (0.9, 1.0), 1.0, (1.0, 1.0), 1.0, 0.0, {}, {}, 0.0, 1.0, 16.0, 16.0, 100.0)
-    results = Results((Row("t", "dense", None, *figures),), timings={"rows": []})
+    results = Results((Row("t", "dense", None, *figures),), timings={"dense_prefill_seconds": 1.0, "rows": []})
     results.save(folder / "results.json")
     write_report(results, folder / "page.html")
     LatencyProfile(recipe.model, (16, 2000), (1.0, 2.0), (1.0, 2.0), (1.0, 2.0), 1.0, 576, 64).save(folder / "p.json")
@@ -75,7 +75,7 @@ def test_every_kind_of_file_is_known_by_its_content(kinds, made, tmp_path):
         (["generate", "digit-scenes", "--image", "x.png", "--question", "q", "--recipe", "FILE"], "a recipe"),
         (["fit", "FILE", "--flops-reduction", "0.5", "-o", "OUT"], "statistics"),
         (["analyze", "FILE", "-o", "OUT"], "statistics"),
-        (["report", "FILE", "-o", "OUT"], "results"),
+        (["report", "FILE", "-o", "OUT.html"], "results"),
         (["fit", "STATS", "--prefill-latency-reduction", "0.1", "--profile", "FILE", "-o", "OUT"], "a latency profile"),
     ],
     ids=["cost", "generate", "fit", "analyze", "report", "profile"],
@@ -83,7 +83,12 @@ def test_every_kind_of_file_is_known_by_its_content(kinds, made, tmp_path):
 def test_a_file_of_another_kind_is_named_as_what_it_is(kinds, tmp_path, capsys, command, wanted, kind):
     if kind == wanted:
         return
-    places = {"FILE": str(kinds[kind]), "OUT": str(tmp_path / "out"), "STATS": str(kinds["statistics"])}
+    places = {
+        "FILE": str(kinds[kind]),
+        "OUT": str(tmp_path / "out"),
+        "OUT.html": str(tmp_path / "out.html"),
+        "STATS": str(kinds["statistics"]),
+    }
     assert main([places.get(word, word) for word in command]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
@@ -108,7 +113,7 @@ WRITERS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("made_kind", WRITERS)
 def test_an_output_replaces_its_own_kind_alone(kinds, tmp_path, capsys, made_kind, kind):
-    out = tmp_path / "file"
+    out = tmp_path / "file.html"
     before = kinds[kind].read_bytes()
     out.write_bytes(before)
     places = {"FILE": str(out), "STATS": str(kinds["statistics"]), "RESULTS": str(kinds["results"])}
@@ -117,7 +122,7 @@ def test_an_output_replaces_its_own_kind_alone(kinds, tmp_path, capsys, made_kin
     said = capsys.readouterr()
     if kind != made_kind:
         shown = "no file of fitprune" if kind in FOREIGN else kind
-        assert f"file is {shown}: choose another output for {made_kind}, or pass --overwrite" in said.err
+        assert f"file.html is {shown}: choose another output for {made_kind}, or pass --overwrite" in said.err
         assert code == 2
         assert out.read_bytes() == before
         assert list(tmp_path.iterdir()) == [out]
@@ -130,6 +135,12 @@ def test_an_output_replaces_its_own_kind_alone(kinds, tmp_path, capsys, made_kin
     else:
         assert "/no-such-model" in said.err
         assert out.read_bytes() == before
+
+
+def test_a_report_is_named_as_a_page(kinds, tmp_path, capsys):
+    assert main(["report", str(kinds["results"]), "-o", str(tmp_path / "r.txt")]) == 2
+    assert "r.txt: must end in .html" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_new_or_empty_file_is_not_called_replaced(kinds, tmp_path, capsys):

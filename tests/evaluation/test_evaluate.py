@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -78,6 +79,7 @@ def test_every_figure_is_what_counting_gives(done):
     assert pruned.kv_bytes < dense.kv_bytes
     assert results.row("dense", "digit-details/test").samples == 12
     assert [(s["method"], s["budget"]) for s in results.skipped] == [("dart", 0.9)]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", results.provenance["date"])
 
 
 def test_the_table_says_where_fitprune_is_not_the_best(done):
@@ -102,7 +104,11 @@ def test_two_runs_give_the_same_bytes(done, stats, tmp_path):
     timings = json.loads(out.with_suffix(".timings.json").read_text())
     assert [row["method"] for row in timings["rows"]][:2] == ["dense", "fitprune"]
     assert timings["rows"][0]["prefill_ratio"] == timings["rows"][0]["decode_ratio"] == 1
-    assert "decode" in table(Results.load(out))
+    timed = Results.load(out)
+    assert "decode" in table(timed)
+    write_report(timed, tmp_path / "r.html")
+    for text in (table(timed), timed._repr_html_(), (tmp_path / "r.html").read_text()):
+        assert "below 1.00x is faster" in text
 
 
 @pytest.mark.parametrize("whole_lines", [True, False])

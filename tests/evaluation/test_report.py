@@ -50,7 +50,7 @@ def test_the_top_says_of_what_it_is(small, tmp_path):
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert facts == {
         "model": "/somewhere/my-model",
-        "date": "2023-11-14 (of results.json)",
+        "date": "2023-11-14 (results.json was last changed)",
         "precision": "bfloat16, sdpa attention",
         "questions": "4 of t",
         "compared": "dense and 3 methods at 60%, 80% of FLOPs removed",
@@ -58,6 +58,11 @@ def test_the_top_says_of_what_it_is(small, tmp_path):
         "software": "torch 2",
     }
     assert page.index("</dl>") < page.index("<h2>")
+    dated = dataclasses.replace(results, provenance={**results.provenance, "date": "2023-10-01"})
+    path = save_with_journal(dated, tmp_path, date=None)
+    page = written(Results.load(path), tmp_path, source=path)
+    assert "<dt>date</dt><dd>2023-10-01</dd>" in page  # though the file is of today
+    assert listed(page)  # of the journal, which has no date
 
 
 def test_answers_that_changed_are_listed_with_who_changed_them(small, tmp_path):
@@ -153,6 +158,72 @@ def test_few_methods_share_a_chart_and_of_many_each_has_one(count, tmp_path):
     assert names == ["fitprune", *(f"m{number}" for number in range(count))]  # the best first
 
 
+def recipes_of(count):
+    """Results of recipes of no stated budget, which cut from 5% of the FLOPs to 95%."""
+    said = {"dense": ["b"] * 24} | {(f"mine-{number}", None): ["b"] * 24 for number in range(count)}
+    results = answered([["b"]] * 24, said)
+    cuts = [0.0, *(0.05 + 0.9 * number / (count - 1) for number in range(count))]
+    rows = tuple(
+        dataclasses.replace(row, flops_reduction=cut)
+        for row, cut in zip(results.rows, [0.0, *cuts[:0:-1]], strict=True)
+    )
+    entered = {f"mine-{number}": [1] * 16 for number in range(count)}
+    examples = ({**results.examples[0], "layers_entered": entered},)
+    recipes = {name: json.loads(RECIPE.to_json()) for name in entered}
+    return dataclasses.replace(results, rows=rows, recipes=recipes, examples=examples)
+
+
+def test_recipes_are_placed_by_the_flops_that_they_cut(tmp_path):
+    page = written(recipes_of(19), tmp_path)
+    assert "<dd>dense and 19 recipes</dd>" in page
+    assert "solved to the same budget" not in page
+    assert page.count("<polyline points=") == 2 * (2 + 2 * 5)  # curve and layers, each with its legend, at two widths
+    assert "recipes: 100% (100 to 100) at 5% to 100% (100 to 100) at 95%" in page
+    table = page[page.index('aria-label="recipes, t"') : page.index("<summary>Every figure")]
+    assert "<table class=sortable>" in table
+    assert re.findall(r"<th scope=row>(.*?)</th><td>(.*?)%</td>", table) == [
+        (f"mine-{18 - number}", f"{5 + 5 * number:.1f}") for number in range(19)
+    ]
+    assert "5 of 19 recipes" in page
+    assert re.findall(r"<p><b>(mine-\d+)</b>", page) == ["mine-18", "mine-9", "mine-0"]
+
+
+def test_recipes_stand_beside_methods(tmp_path):
+    few = recipes_of(3)
+    rows = tuple(dataclasses.replace(row, budget=0.6) for row in few.rows if row.method == "mine-2")
+    page = written(dataclasses.replace(few, rows=few.rows[:3] + rows), tmp_path)
+    assert "<dd>dense and 1 method at 60% of FLOPs removed and 2 recipes</dd>" in page
+    assert "solved to the same budget" in page
+
+
+def test_small_charts_show_whole_intervals_and_the_budgets(tmp_path):
+    said = {"dense": ["b"] * 24} | {
+        (f"m{n}", at): ["z"] * (n + 1) + ["b"] * (23 - n) for n in range(8) for at in (0.4, 0.8)
+    }
+    results = answered([["b"]] * 24, said)
+    rows = [row if row.budget is None else dataclasses.replace(row, flops_reduction=row.budget) for row in results.rows]
+    page = written(dataclasses.replace(results, rows=tuple(rows[:-1])), tmp_path)  # m7 has one budget
+    charts = re.findall(r"<svg [^>]*width='171'.*?</svg>", page)
+    assert len(charts) == 8
+    for chart in charts:
+        bottom = re.search(r"<line x1='[\d.]+' y1='([\d.]+)' x2='[\d.]+' y2='\1' stroke='currentColor'/>", chart)[1]
+        intervals = re.findall(r"d='M[\d.]+ ([\d.]+)V([\d.]+)", chart)
+        assert intervals
+        assert all(float(end) < float(bottom) - 1 for ends in intervals for end in ends)  # clamped, it lies on the axis
+        assert re.findall(r"text-anchor='middle'[^>]*>([\d.]+)<", chart) == ["40", "80"]
+
+
+def test_regions_of_several_tasks_have_names_of_their_own(small, tmp_path):
+    rows = tuple(
+        dataclasses.replace(row, task=name, accuracy_by_kind={"k": 0.5}) for name in "tu" for row in small.rows
+    )
+    tasks = tuple(dataclasses.replace(small.tasks[0], name=name) for name in "tu")
+    page = written(dataclasses.replace(small, rows=rows, tasks=tasks), tmp_path)
+    labels = re.findall(r'role=region aria-label="(.*?)"', page)
+    assert len(labels) > 8
+    assert len(set(labels)) == len(labels)
+
+
 def test_text_of_strangers_is_escaped_everywhere(tmp_path):
     said = {"dense": [HOSTILE, "b"], (HOSTILE, 0.6): ["b", HOSTILE], (HOSTILE, 0.8): ["c", HOSTILE]}
     results = answered([[HOSTILE], [HOSTILE]], said, questions=[HOSTILE] * 2)
@@ -203,8 +274,9 @@ def test_tokens_are_drawn_where_they_lie(small, tmp_path):
             names = [f"{view}, {name}" for view in ("&lt;b&gt;", "tile") for name in names]
         assert [text for *_, text in tiles] == names
         assert {box for box, *_ in tiles} == {"0 -50 200 200"}
+        assert re.search(r"<path class=edge d='M66.67 -50v100M0 50h66.67' stroke='rgb", page)
         cells = tiles[0][1].split("M")[1:]
-        assert [cell.split("h")[0] for cell in cells] == ["66.667 -50", "133.33 -50", "0 50", "66.667 50", "133.33 50"]
+        assert [cell.split("h")[0] for cell in cells] == ["66.67 -50", "133.33 -50", "0 50", "66.67 50", "133.33 50"]
 
 
 def test_the_report_imports_no_matplotlib(small, tmp_path, monkeypatch):

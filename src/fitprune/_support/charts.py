@@ -49,6 +49,7 @@ class Axis:
         high: its other end, likewise.
         unit: after each figure that the pointer shows, such as "%".
         whole: whether it counts things, so that there is no half of one.
+        marks: where figures stand below; round ones by default.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Axis:
     high: float | None = None
     unit: str = ""
     whole: bool = False
+    marks: Sequence[float] = ()
 
 
 def chart(
@@ -168,7 +170,8 @@ class _Chart:
         names, top = svg.paragraph(self.y.name, 4, top + 2, width - 8)
         spans, marks = self._spans()
         room = max(svg.width_of(svg.number(mark)) for mark in marks) + 12
-        beside = max(14.0, *(svg.width_of(svg.number(mark)) / 2 + 2 for mark in svg.ticks(*spans[0], 5, self.x.whole)))
+        below_marks = self.x.marks or svg.ticks(*spans[0], 5, self.x.whole)
+        beside = max(14.0, *(svg.width_of(svg.number(mark)) / 2 + 2 for mark in below_marks))
         plot = _Plot(room, top - 4, width - room - beside, self.height, *spans)
         parts += names + self._axes(plot, marks)
         order = sorted(range(len(self.series)), key=lambda at: self.series[at].look > 0)  # the broad line below others
@@ -204,7 +207,7 @@ class _Chart:
 
     def _spans(self) -> tuple[tuple[tuple[float, float], tuple[float, float]], list[float]]:
         """Find what both axes span, and the figures beside the plot."""
-        across = [x for each in self.series for x, _ in each.points]
+        across = [*self.x.marks, *(x for each in self.series for x, _ in each.points)]
         up = [y for each in self.series for _, y in each.points]
         up += [end for each in self.series for ends in each.spread for end in ends]
         up += [self.level[1]] if self.level is not None else []
@@ -223,12 +226,14 @@ class _Chart:
             y = plot.down(mark)
             parts.append(svg.line(plot.left, y, right, y, f"stroke='{svg.LINE}'"))
             parts.append(svg.text(plot.left - 6, y + 4, svg.number(mark), "end"))
-        fewest = 3 if svg.width_of(svg.number(plot.x[1])) < 30 else 2
-        for mark in svg.ticks(*plot.x, max(fewest, int(plot.width // 60)), self.x.whole):
+        fewest, free = 3 if svg.width_of(svg.number(plot.x[1])) < 30 else 2, 0.0
+        for mark in self.x.marks or svg.ticks(*plot.x, max(fewest, int(plot.width // 60)), self.x.whole):
             if plot.x[0] <= mark <= plot.x[1]:
-                x = plot.across(mark)
+                x, half = plot.across(mark), svg.width_of(svg.number(mark)) / 2
                 parts.append(svg.line(x, bottom, x, bottom + 4))
-                parts.append(svg.text(x, bottom + 17, svg.number(mark), "middle"))
+                if x - half >= free:  # the figure before leaves room
+                    parts.append(svg.text(x, bottom + 17, svg.number(mark), "middle"))
+                    free = x + half + 3
         parts.append(svg.line(plot.left, bottom, right, bottom))
         if self.level is not None:
             y = plot.down(self.level[1])

@@ -27,6 +27,11 @@ RESULT_TIMES, IMAGE = "times of an evaluation", "an image"
 SCORES, UPLOAD = "scores of answers", "an upload file"
 PICTURE, PICTURE_MARK = "a picture that fitprune drew", "fitprune show"  # the mark is in the file itself
 _MAKERS = {STATISTICS: "measure", RECIPE: "fit", RESULTS: "evaluate", PROFILE: "profile"}
+# As the writers of `fitprune.pictures` and `fitprune._support.page` put the mark: the words alone may be anybody's.
+_MARKS = tuple(
+    form % PICTURE_MARK.encode() for form in (b"tEXtSoftware\0%b", b"!\xfe\x0d%b\0", b"data\0\0\0\1\0\0\0\0%b")
+)
+_GENERATOR = b"<meta name=generator content='%b'>"
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 
@@ -111,11 +116,12 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
                 ours = str(metadata.get("format")).startswith("fitprune-stats-")
                 return STATISTICS if ours else "a safetensors file"
         if head.startswith(_IMAGES) or head[8:12] == b"WEBP" or head[4:8] == b"ftyp":
-            return PICTURE if PICTURE_MARK.encode() in head else IMAGE
-        if head.lower().startswith((b"<!doctype html>", b"<svg")) and PICTURE_MARK.encode() in head[:400]:
+            return PICTURE if any(mark in head for mark in _MARKS) else IMAGE
+        if head.startswith(b"<svg") and b"<metadata>%b</metadata>" % PICTURE_MARK.encode() in head[:600]:
             return PICTURE
-        if head.lower().startswith(b"<!doctype html>") and b"fitprune" in head:
-            return REPORT
+        if head.startswith(b"<!doctype html>"):
+            makers = {REPORT: b"fitprune", PICTURE: PICTURE_MARK.encode()}
+            return next((kind for kind, maker in makers.items() if _GENERATOR % maker in head[:400]), None)
         if head.startswith(b'{"run": '):
             return JOURNAL
         return kind_of_data(parse_json(read_text(path, MOST_RESULT_BYTES)))
@@ -133,10 +139,10 @@ def kind_of_data(data: Any) -> str | None:
         return ANALYSIS
     keys = {
         RECIPE: {"schema", "model", "keep"},
-        RESULTS: {"schema", "rows", "best"},
-        TIMES: {"model", "device", "timings"},
-        RESULT_TIMES: {"results", "rows"},
-        SCORES: {"benchmark", "scores"},
+        RESULTS: {"schema", "provenance", "rows", "best"},
+        TIMES: {"model", "device", "torch", "timings"},
+        RESULT_TIMES: {"results", "rows", "dense_prefill_seconds"},
+        SCORES: {"benchmark", "metric", "maximum", "scores"},
     }
     return next((kind for kind, needed in keys.items() if needed <= set(data)), None)
 
@@ -261,7 +267,7 @@ def require_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: as for `replacing`.
     """
-    _open_beside(path)[1].unlink()
+    _open_beside(path, make_folders=False)[1].unlink()
 
 
 def make_readable(path: Path) -> None:
@@ -271,8 +277,8 @@ def make_readable(path: Path) -> None:
     os.chmod(path, 0o666 & ~mask)
 
 
-def _open_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Give the file meant by `path`, links followed, and a new temporary file beside it."""
+def _open_beside(path: str | os.PathLike[str], *, make_folders: bool = True) -> tuple[Path, Path]:
+    """Give the file meant by `path`, links followed, and a new temporary file beside it, or above missing folders."""
     require_path(path)
     target = Path(os.path.realpath(path))
     try:
@@ -280,8 +286,10 @@ def _open_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
             raise IsADirectoryError(21, "is a folder, not a file")
         if target.exists() and not target.is_file():
             raise FileExistsError(17, "is not a regular file")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        if make_folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        folder = next(folder for folder in target.parents if folder.exists())
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=folder)
     except OSError as error:
         raise type(error)(error.errno, f"cannot write {path}: {error.strerror}; choose another output path") from None
     os.close(handle)

@@ -49,13 +49,14 @@ def headed(
     sources = ", ".join(f"{name} {len(part)}" for name, part in analysis.sources.items())
     of = f" ({sources})" if len(analysis.sources) > 1 else ""
     facts = [f"{model.rstrip('/').rpartition('/')[2]}, {plural(len(stats), 'sample')}{of}"]
-    if len(stats) < FEW:
+    if few := len(stats) < FEW:
+        title = f"Only {plural(len(stats), 'sample')}: {title}"
         facts.append(f"Fewer than {FEW} samples: this describes them as much as the model.")
     figure, axes = canvas(WIDTH, height, rows, columns, squeeze=False, **options)
     lines = textwrap.wrap(title, 44)
     figure.suptitle("\n".join(lines), x=0.02, ha="left", fontsize=11, fontweight="bold")
     below = "\n".join(line for text in [*facts, note] for line in textwrap.wrap(text, 72))
-    figure.supxlabel(below.replace("$", r"\$"), x=0.02, ha="left", fontsize=8, color="#565d66")
+    figure.supxlabel(below.replace("$", r"\$"), x=0.02, ha="left", fontsize=8, color="black" if few else "#565d66")
     return figure, axes
 
 

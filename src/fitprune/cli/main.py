@@ -1,7 +1,8 @@
 """The `fitprune` command: finds the subcommand, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failure, 2 wrong use. `--debug` shows an error's traceback. Each command is a file of this package
-with `add`, which declares its options, and `run`; torch is imported only by the `run` that needs it.
+Exit codes: 0 done, 1 failure, 2 wrong use, 143 ended by SIGTERM. `--debug` shows an error's traceback. Each command is
+a file of this package with `add`, which declares its options, and `run`; torch is imported only by the `run` that needs
+it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()  # of our logger alone: what other libraries log is not ours
     handler.setFormatter(logging.Formatter("fitprune: %(message)s"))
     logging.getLogger("fitprune").addHandler(handler)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     try:
         args.run(args)
         if sys.stdout:  # which is None where a shell closed it
@@ -82,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fitprune: error: {shortened(message)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) and not package else 1
     finally:
+        signal.signal(signal.SIGTERM, before)
         logging.getLogger("fitprune").removeHandler(handler)
     return 0
 

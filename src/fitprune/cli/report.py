@@ -24,6 +24,8 @@ def run(args: options.Args) -> None:
     from fitprune.evaluation.report import write_report
     from fitprune.evaluation.results import Results
 
+    if not args.output.lower().endswith(".html"):
+        raise ValueError(f"{args.output}: must end in .html")
     replaced = files.claim(args.output, files.REPORT, overwrite=args.overwrite)
     results = Results.load(args.results)
     write_report(results, args.output, source=args.results)

@@ -9,7 +9,7 @@ from fitprune._support.page import Html, escape, page, table
 from fitprune.evaluation import report_answers
 from fitprune.evaluation.results import Results
 from fitprune.evaluation.summary import DENSE
-from fitprune.evaluation.tables import lines, percent
+from fitprune.evaluation.tables import TIMES, lines, percent
 from fitprune.pictures import player
 from fitprune.pictures.curve import curve
 from fitprune.pictures.example import Example
@@ -40,12 +40,13 @@ def demo_page(
     players = "".join(player.player(example, number) for number, example in enumerate(examples))
     parts = [
         f"<p>{_summary(results)}</p>",
-        "<h2>Watch tokens leave</h2><p>A picture enters as visual tokens, one for each square. Press Play: at 60%, "
-        "squares go dark at the layer from which on the model does without them.</p>",
+        "<h2>Watch tokens leave</h2><p>A picture enters as visual tokens, one for each square. At 60%, squares go "
+        "dark at the layer from which on the model does without them. Shown is the last layer; where the browser runs "
+        "scripts, Play goes through all of them.</p>",
         players,
         f"<h2>What it saves, what it keeps</h2>{table(head, body, label='results')}",
-        "<p class=small>Agreement is with the dense model's answers, KL the divergence of the first answer token, "
-        "times are ratios to dense in the same run.</p>",
+        "<p class=small>Agreement is with the dense model's answers, KL the divergence of the first answer token; "
+        f"{TIMES}.</p>",
         curve(recipes, visual_tokens, "Visual tokens that enter each layer"),
         *report_answers.changes(results, results.answers, None),
         f"<h2>Next: your own model</h2><pre>{escape(_NEXT)}</pre>",

@@ -7,6 +7,7 @@ killed nor on the number of processes.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -134,7 +135,8 @@ def evaluate(
             label(name, budget): json.loads(group[0].recipe.to_json()) for name, budget, group in grouped(entries)
         },
         examples=tuple(make_examples(run, records, scores, examples)),
-        provenance={name: value for name, value in run.identity.items() if name != "entries"},
+        provenance={name: value for name, value in run.identity.items() if name != "entries"}
+        | {"date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"},
         answers=tuple(records),
         timings=timings,
         tasks=tuple(part.task for part in parts),

@@ -16,6 +16,7 @@ from fitprune.evaluation.summary import DENSE
 
 MOST_BYTES = 32 << 20  # of a journal that is read
 _LONGEST_LINE = 1 << 20
+_NOT_OF_THE_RUN = {"entries": None, "date": None}  # those of a journal may be more, and it has no date
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def journal_of(results: Results, path: str | os.PathLike[str]) -> Iterator[Recor
             entry = _parsed(line)
             if run is None:
                 run = entry.get("run")
-                if not isinstance(run, dict) or {**run, "entries": None} != {**results.provenance, "entries": None}:
+                if not isinstance(run, dict) or run | _NOT_OF_THE_RUN != dict(results.provenance) | _NOT_OF_THE_RUN:
                     return
             elif left < 0:
                 return

@@ -16,16 +16,19 @@ from fitprune._support import files
 from fitprune._support.page import Html, escape, facts, page, table
 from fitprune._support.text_tables import plural
 from fitprune.evaluation import report_answers
-from fitprune.evaluation.curves import OURS, accuracy_curves, keep_curves
+from fitprune.evaluation.curves import OURS, accuracy_curves, keep_curves, line_of
 from fitprune.evaluation.records import journal_of
 from fitprune.evaluation.results import Results, beside
 from fitprune.evaluation.summary import DENSE, Row, Task, label
-from fitprune.evaluation.tables import MEAN, figure_lines, highest, overview, percent, time_ratios, verdict
+from fitprune.evaluation.tables import MEAN, TIMES, figure_lines, highest, overview, percent, time_ratios, verdict
 
 _HOW = (
-    "Every method runs in one engine and is solved to the same budget: the fraction of the visual tokens' decoder "
-    "FLOPs that it removes. Intervals are 95% bootstrap intervals over samples, and over seeds where a method draws at "
-    "random. The best of many methods is lucky too: a lead's interval is that of one comparison."
+    "Intervals are 95% bootstrap intervals over samples, and over seeds where a method draws at random. FLOPs are "
+    "those that the decoder spends on visual tokens."
+)
+_BUDGETS = (
+    " Every method runs in one engine and is solved to the same budget of them. The best of many methods is lucky too: "
+    "a lead's interval is that of one comparison."
 )
 
 
@@ -37,8 +40,8 @@ def write_report(
     Args:
         results: what to report.
         path: HTML file to write.
-        source: file that the results were read from: its date is on the page, and the answers that changed are listed
-            from the journal beside it. Without it, from the results themselves.
+        source: file that the results were read from: the answers that changed are listed from the journal beside it.
+            Without it, from the results themselves.
 
     Raises:
         ValueError: the results are damaged.
@@ -84,16 +87,21 @@ def _facts(results: Results, source: str | os.PathLike[str] | None) -> Iterator[
     """Say what was evaluated: model, date, precision, questions, methods, and samples that recipes are fitted from."""
     known = results.provenance
     yield "model", known.get("model", "not recorded")
-    if source is not None:
+    if "date" in known:
+        yield "date", known["date"]
+    elif source is not None:  # of an older version
         written = datetime.datetime.fromtimestamp(os.stat(source).st_mtime, datetime.timezone.utc)
-        yield "date", f"{written:%Y-%m-%d} (of {Path(source).name})"
+        yield "date", f"{written:%Y-%m-%d} ({Path(source).name} was last changed)"
     attention = f", {known['attention']} attention" if known.get("attention") else ""
     yield "precision", f"{known.get('dtype', 'not recorded')}{attention}"
     yield "questions", "; ".join(f"{task.questions:,} of {task.benchmark or task.name}" for task in results.tasks)
     budgets = sorted({row.budget for row in results.rows if row.budget is not None})
-    methods = len({row.method for row in results.rows} - {DENSE})
-    at = f" at {', '.join(f'{100 * budget:g}%' for budget in budgets)} of FLOPs removed" if budgets else ""
-    yield "compared", f"dense and {plural(methods, 'method')}{at}"
+    methods = {row.method for row in results.rows if row.budget is not None}
+    recipes = {row.method for row in results.rows if row.is_recipe}
+    at = f" at {', '.join(f'{100 * budget:g}%' for budget in budgets)} of FLOPs removed"
+    compared = [f"{plural(len(methods), 'method')}{at}"] if methods else []
+    compared += [plural(len(recipes), "recipe")] if recipes else []
+    yield "compared", " and ".join([DENSE, *compared])
     counts = [recipe.get("provenance", {}).get("samples") for recipe in results.recipes.values()]
     sizes = sorted({count for count in counts if isinstance(count, int)})
     yield "calibration", " or ".join(plural(size, "sample") for size in sizes) or "none, or not recorded"
@@ -111,7 +119,8 @@ def _findings(results: Results) -> Iterator[str]:
         lines.append(f"<li><span{mark} aria-hidden=true>{sign}</span> {escape(verdict(best))}</li>")
     if lines:
         yield f"<h2>Findings</h2><ul class=findings>{''.join(lines)}</ul>"
-    yield f"<p class=small>{escape(_HOW)}</p>"
+    at_budgets = any(row.budget is not None for row in results.rows)
+    yield f"<p class=small>{escape(_HOW + (_BUDGETS if at_budgets else ''))}</p>"
 
 
 def _task(task: Task, results: Results) -> Iterator[str]:
@@ -121,16 +130,23 @@ def _task(task: Task, results: Results) -> Iterator[str]:
     for warning in task.warnings():
         yield f"<p class=note>{escape(warning)}</p>"
     yield from _matrix(rows, task, highest(task, rows, results.best))
-    if max(Counter(row.method for row in rows).values()) > 1:  # one budget is no curve
+    if recipes := sorted((row for row in rows if row.is_recipe), key=lambda row: row.flops_reduction):
+        head = ("recipe", "FLOPs cut", *((task.figure,) if task.comparable else ()), "agreement")
+        body = [
+            (row.label, percent(row.flops_reduction), *((_accuracy(row, task),) if task.comparable else ()),
+             percent(row.agreement)) for row in recipes
+        ]  # fmt: skip
+        yield table(head, body, sortable=True, label=f"recipes, {task.name}")
+    if max(Counter(map(line_of, rows)).values()) > 1:  # one budget is no curve
         yield accuracy_curves(rows, task)
     yield f"<details><summary>Every figure</summary>{_full(rows, task, results)}</details>"
     if len(rows[0].figures) > 1:
         yield (
             "<details open><summary>The benchmark's figures, as published</summary>"
-            f"{_as_table(figure_lines(rows), 'figures')}</details>"
+            f"{_as_table(figure_lines(rows), f'figures, {task.name}')}</details>"
         )
     if rows[0].accuracy_by_kind and task.comparable:
-        yield f"<details><summary>Accuracy on each kind of question</summary>{_kinds(rows)}</details>"
+        yield f"<details><summary>Accuracy on each kind of question</summary>{_kinds(rows, task)}</details>"
 
 
 def _matrix(rows: Sequence[Row], task: Task, most: Mapping[float, float]) -> Iterator[str]:
@@ -138,9 +154,6 @@ def _matrix(rows: Sequence[Row], task: Task, most: Mapping[float, float]) -> Ite
     dense = next(row for row in rows if row.method == DENSE)
     if dense.accuracy is not None:
         yield f"<p>Dense: {_accuracy(dense, task)}</p>"
-    for row in rows:
-        if row.budget is None and row.method != DENSE:
-            yield f"<p>{escape(row.method)}: {_figure(row, task)} at -{percent(row.flops_reduction)}</p>"
     cells = {(row.method, row.budget): row for row in reversed(rows) if row.budget is not None}
     budgets = sorted({row.budget for row in rows if row.budget is not None})
     if not budgets:
@@ -156,7 +169,7 @@ def _matrix(rows: Sequence[Row], task: Task, most: Mapping[float, float]) -> Ite
         for name in sorted(methods, key=mean, reverse=True)
     ]
     head = ["FLOPs cut", *(f"{100 * budget:g}%" for budget in budgets)]
-    yield table(head, body, sortable=True, label=f"{task.figure} at each budget", ours=OURS)
+    yield table(head, body, sortable=True, label=f"{task.figure} at each budget, {task.name}", ours=OURS)
 
 
 def _height(row: Row, task: Task) -> float:
@@ -206,10 +219,11 @@ def _full(rows: Sequence[Row], task: Task, results: Results) -> Html:
                 *time_ratios(row, times),
             )
         )  # fmt: skip
-    return table(head, body, sortable=True, label="every figure")
+    written = table(head, body, sortable=True, label=f"every figure, {task.name}")
+    return Html(f"{written}<p class=small>{escape(TIMES)}</p>" if times else written)
 
 
-def _kinds(rows: Sequence[Row]) -> Html:
+def _kinds(rows: Sequence[Row], task: Task) -> Html:
     kinds = list(rows[0].accuracy_by_kind)
     body = [(row.label, *(f"{100 * row.accuracy_by_kind[kind]:.1f}" for kind in kinds)) for row in rows]
-    return table(("accuracy, %", *kinds), body, sortable=True, label="accuracy on each kind of question")
+    return table(("accuracy, %", *kinds), body, sortable=True, label=f"accuracy on each kind of question, {task.name}")

@@ -10,7 +10,7 @@ from typing import Any
 from fitprune._support.journal import Record
 from fitprune._support.page import Html, escape, table
 from fitprune._support.text_tables import plural
-from fitprune.evaluation.curves import OURS
+from fitprune.evaluation.curves import OURS, spread
 from fitprune.evaluation.records import Change, changed
 from fitprune.evaluation.results import Results
 from fitprune.evaluation.summary import DENSE, Task
@@ -31,8 +31,10 @@ td .interval{display:block;white-space:nowrap;font-size:.75rem;font-weight:400}
 .changes ul{margin:.2em 0 0;padding-left:1.2em}.filter{margin:var(--gap) 0;gap:.6rem;align-items:end}
 .filter[hidden]{display:none}.filter label{display:grid;flex:1 1 9rem;max-width:16rem}
 .whole{width:min(100%,16rem)}
-.strip{display:grid;grid-template-columns:repeat(4,minmax(0,10rem));gap:8px;margin:.4em 0 1em}
+.strip{display:grid;grid-template-columns:repeat(4,minmax(0,11rem));gap:8px;margin:.4em 0 1em}
 .strip div{font-size:var(--small)}.tile{width:100%;background:var(--panel)}
+.tile .edge{fill:none;stroke-width:2;vector-effect:non-scaling-stroke}
+@media (max-width:699px){.strip{grid-template-columns:repeat(2,minmax(0,1fr))}}
 """
 
 SCRIPT = """
@@ -44,14 +46,15 @@ if (filter) {
   const show = () => {
     let left = 0;
     for (const question of questions) {
-      let some = false;
+      const visible = [...question.childNodes].filter(node => node.tagName !== 'UL').map(node => node.textContent);
+      const before = visible.length;
       for (const answer of question.querySelectorAll('li')) {
         const fits = (!method.value || answer.dataset.by.split(' ').includes(method.value))
           && (!kind.value || answer.dataset.kind === kind.value);
         answer.hidden = !fits;
-        some ||= fits;
+        if (fits) visible.push(answer.textContent);
       }
-      const fits = some && question.textContent.toLowerCase().includes(text.value.toLowerCase());
+      const fits = visible.length > before && visible.join('').toLowerCase().includes(text.value.toLowerCase());
       left += fits;
       question.hidden = !fits || left > most;
     }
@@ -173,8 +176,8 @@ def examples(results: Results) -> Iterator[str]:
     if not results.examples:
         return
     yield (
-        "<h2>Examples</h2><p>Bright: visual tokens that still enter the layer. &#10003; and &#10007;: accepted, or "
-        "not. &ne; dense: not what the dense model says.</p>"
+        "<h2>Examples</h2><p>Bright, outlined: visual tokens that still enter the layer. &#10003; and &#10007;: "
+        "accepted, or not. &ne; dense: not what the dense model says.</p>"
     )
     for number, example in enumerate(results.examples):
         yield from _example(example, results, f"picture{number}")
@@ -197,7 +200,7 @@ def _example(example: Mapping[str, Any], results: Results, name: str) -> Iterato
     layers = len(next(iter(results.recipes.values()))["keep"]) if results.recipes else 0
     chosen = sorted({1, layers // 4, layers // 2, layers - 1} & set(range(1, max(layers, 1))))
     views = example.get("views", _square(tokens))
-    for method in _pictured(example):
+    for method in _pictured(example, results):
         entered = example["layers_entered"][method]
         yield f"<p><b>{escape(method)}</b> {_answer(example, method, task)}</p>"
         if not views:
@@ -211,7 +214,7 @@ def _example(example: Mapping[str, Any], results: Results, name: str) -> Iterato
                 tiles.append(_tile(name, view, stays, (width, height), f"{prefix}layer {layer}"))
         yield f"<div class=strip>{''.join(tiles)}</div>"
     lines = [(method, Html(_answer(example, method, task))) for method in example["said"]]
-    answers = table(("method", "answer"), lines, label="all answers")
+    answers = table(("method", "answer"), lines, label=f"all answers, example {name}")
     yield f"<details><summary>All answers</summary>{answers}</details></section>"
 
 
@@ -226,24 +229,26 @@ def _square(tokens: int) -> list[dict[str, Any]]:
 
 def _tile(name: str, view: Mapping[str, Any], stays: Sequence[bool], size: tuple[float, float], text: str) -> str:
     """Draw a view of the picture with the tokens that have left in the dark."""
-    sides = size * 2
-    left, top, right, bottom = (part * side for part, side in zip(view["extent"], sides, strict=True))
-    cells, present = [], 0
-    for grid in view["grids"]:
-        x, y, to_x, to_y = (part * side for part, side in zip(grid["box"], sides, strict=True))
-        rows = grid["tokens"]
-        width, height = (to_x - x) / len(rows[0]), (to_y - y) / len(rows)
-        for row, column, token in ((r, c, token) for r, line in enumerate(rows) for c, token in enumerate(line)):
-            if stays[token]:
-                present += 1
-            else:
-                at = f"{x + column * width:.5g} {y + row * height:.5g}"
-                cells.append(f"M{at}h{width:.5g}v{height:.5g}h{-width:.5g}z")
-    text = f"{text}: {present}"
+    import torch
+
+    from fitprune.families.grids import Grid
+    from fitprune.pictures.draw import OUTLINE
+    from fitprune.pictures.player import veil
+    from fitprune.pictures.views import View
+
+    def scaled(box: Sequence[float]) -> Any:
+        return tuple(part * side for part, side in zip(box, size * 2, strict=True))
+
+    tokens = [torch.tensor(grid["tokens"]) for grid in view["grids"]]
+    grids = [(Grid(own, None, text), scaled(grid["box"])) for own, grid in zip(tokens, view["grids"], strict=True)]
+    left, top, right, bottom = extent = scaled(view["extent"])
+    present = torch.tensor(stays)
+    gone, edge = veil(View(tuple(grids), extent, text), present)
+    text = f"{text}: {sum(int(present[own].sum()) for own in tokens)}"
     return (
         f"<div><svg class=tile viewBox='{left:.5g} {top:.5g} {right - left:.5g} {bottom - top:.5g}' role=img>"
-        f"<title>{escape(text)} tokens</title><use href=#{name} /><path d='{''.join(cells)}' fill='#000' "
-        f"fill-opacity=.8 shape-rendering=crispEdges /></svg>{escape(text)}</div>"
+        f"<title>{escape(text)} tokens</title><use href=#{name} /><path d='{gone}' fill='#000' fill-opacity=.8 "
+        f"shape-rendering=crispEdges /><path class=edge d='{edge}' stroke='rgb{OUTLINE}' /></svg>{escape(text)}</div>"
     )
 
 
@@ -254,9 +259,10 @@ def _answer(example: Mapping[str, Any], name: str, task: Task) -> str:
     return _quoted(answer, example["scores"].get(name) if task.comparable else None) + changed_mark
 
 
-def _pictured(example: Mapping[str, Any]) -> list[str]:
-    """Choose the labels that get a strip of pictures: FitPrune's at the middle budgets, or the first three."""
-    names = list(example["layers_entered"])
-    ours = [name for name in names if name.startswith(f"{OURS} ")]
+def _pictured(example: Mapping[str, Any], results: Results) -> list[str]:
+    """Choose the labels that get a strip of pictures: FitPrune's at the middle budgets, or some spread over FLOPs."""
+    cuts = {row.label: row.flops_reduction for row in results.rows}
+    names = {name: cuts.get(name, 0.0) for name in example["layers_entered"]}
+    ours = {name: cut for name, cut in names.items() if name.startswith(f"{OURS} ")}
     middle = [name for name in ours if name.endswith((" 60%", " 80%", " 90%"))]
-    return middle or ours[:3] or names[:3]
+    return middle or spread(ours or names, 3)

@@ -20,7 +20,7 @@ SCHEMA = 4
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What `evaluate` measured. The same run gives the same file, byte for byte.
+    """What `evaluate` measured. The same run gives the same file on the same day, byte for byte.
 
     Attributes:
         rows: task by task: dense first, then each method at each budget.
@@ -29,7 +29,7 @@ class Results:
         skipped: methods that could not meet a budget, each with its reason.
         recipes: label -> the recipe's JSON data.
         examples: some samples with what each method kept; see `fitprune.evaluation.evaluate`.
-        provenance: model, data, versions and sizes.
+        provenance: model, data, versions, sizes and date.
         answers: for each sample, its id, question, accepted answers, and the answer under each label. Not saved here:
             the journal beside the results holds them.
         timings: measured times, if any; saved in a file of their own, since they differ from run to run.
@@ -158,6 +158,7 @@ def table(results: Results) -> str:
     parts = []
     for task in results.tasks:
         notes = [textwrap.fill(note, 100, subsequent_indent="  ") for note in task.warnings()]
+        notes += [tables.TIMES] if results.times() else []
         rows = results.rows_on(task.name)
         tables_of_task = [aligned(tables.lines(task, rows, results.times()))]
         if len(rows[0].figures) > 1:

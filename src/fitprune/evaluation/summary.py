@@ -158,6 +158,11 @@ class Row:
         """Name and budget in one."""
         return label(self.method, self.budget)
 
+    @property
+    def is_recipe(self) -> bool:
+        """Whether it is of a recipe that was not solved for a budget: its place is the FLOPs that it removes."""
+        return self.budget is None and self.method != DENSE
+
 
 @dataclasses.dataclass(frozen=True)
 class Best:

@@ -10,6 +10,7 @@ from fitprune._support.text_tables import aligned
 from fitprune.evaluation.summary import DENSE, Best, Row, Task
 
 MEAN = "of dense: the figure as a share of the dense model's, mean over the benchmarks where dense has one"
+TIMES = "prefill and decode are times as ratios to dense in the same run: below 1.00x is faster"
 MOST_COLUMNS = 6  # rows of results that are shown side by side
 Times = Mapping[tuple[str, float | None], Mapping[str, Any]]  # (method, budget) -> its measured ratios to dense
 
@@ -37,7 +38,7 @@ def html_table(task: Task, rows: Sequence[Row], times: Times) -> str:
     """Write the table of one task for a notebook."""
     head, *body = [[html.escape(cell) for cell in line] for line in lines(task, rows, times)]
     written = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in body)
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in task.warnings())
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in [*task.warnings(), *([TIMES] if times else [])])
     top = f"<thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead>"
     return f"<p>{html.escape(task.heading)}</p><table>{top}<tbody>{written}</tbody></table>{notes}"
 

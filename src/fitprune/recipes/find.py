@@ -8,7 +8,7 @@ from typing import Any
 
 from fitprune._support import assets
 from fitprune.costs.sizes import ModelFingerprint
-from fitprune.recipes import hub
+from fitprune.recipes import hub, pretrained
 from fitprune.recipes.recipe import PruningRecipe
 
 RECIPE_VARIABLE = "FITPRUNE_RECIPE"  # of the environment: a recipe's name, where a server is started
@@ -54,16 +54,14 @@ def recipe_beside(model: Any) -> PruningRecipe:
     config = getattr(model, "config", None)
     place = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
     if not place:
-        raise ValueError(f"recipe=None: this model has no folder or hub name that it was loaded from; {_REMEDY}")
+        raise ValueError(f"no recipe is passed, and this model was loaded from no folder or hub name; {_REMEDY}")
     place = assets.resolve(place)
-    looked = f"recipe=None: looked for {hub.RECIPE_FILE} beside the model, but"
+    looked = f"no recipe is passed: looked for {hub.RECIPE_FILE} beside the model, but"
     revision = None if os.path.isdir(place) else getattr(config, "_commit_hash", None)
     try:
         return PruningRecipe.from_pretrained(place, revision=revision)
     except FileNotFoundError as error:
-        raise ValueError(
-            f"recipe=None: looked for {hub.RECIPE_FILE} beside the model, but {error}; {_REMEDY}"
-        ) from None
+        raise ValueError(f"{looked} {str(error).removesuffix(pretrained.REMEDY)}; {_REMEDY}") from None
     except ConnectionError as error:
         raise ConnectionError(f"{looked} {error}") from error
 

@@ -10,6 +10,8 @@ from typing import Any
 from fitprune._support import files
 from fitprune.recipes import hub, model_card
 
+REMEDY = "; name a recipe's file, which 'fitprune fit' makes, or a published one, such as llava-1.5-7b:60"
+
 
 def locate(name_or_dir: str | os.PathLike[str], *, revision: str | None = None, **options: Any) -> tuple[Path, bool]:
     """Find the recipe file of a folder, or download it with `hub.download`'s options; say whether it is a download."""
@@ -26,7 +28,7 @@ def locate(name_or_dir: str | os.PathLike[str], *, revision: str | None = None, 
         entries = [entry for entry in sorted(path.glob("*.json"))[:200] if entry.is_file()]
         small = [entry for entry in entries if entry.stat().st_size <= files.MOST_BYTES]
         others = [entry.name for entry in small if files.kind_of(entry) == files.RECIPE]
-        remedy = f"; name one of its recipes: {', '.join(others)}" if others else ""
+        remedy = f"; name one of its recipes: {', '.join(others)}" if others else REMEDY
         raise FileNotFoundError(f"folder {name} has no {hub.RECIPE_FILE}{remedy}")
     return path / hub.RECIPE_FILE, False
 
