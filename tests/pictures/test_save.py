@@ -1,5 +1,6 @@
 """Files of what stays: each kind opens, is small, and is known again."""
 
+import re
 import sys
 from xml.etree import ElementTree
 
@@ -97,8 +98,35 @@ def test_another_ending_is_refused(example, tmp_path):
         save_example(example, tmp_path / "kept.webp")
 
 
-def test_letters_that_the_font_lacks_are_left_out_of_pixels_alone(example, tmp_path):
+def test_letters_that_the_font_lacks_are_boxes_in_pixels_alone(example, tmp_path, caplog):
     other = Example(example.picture, example.kept, "这是什么?", {"dense": "九"})
     for ending in ENDINGS:
         save_example(other, tmp_path / f"kept.{ending}")
     assert "这是什么?" in (tmp_path / "kept.html").read_text()
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == 2 * [
+        "its font lacks letters of the question or an answer; .svg and .html show all"
+    ]
+    caplog.clear()
+    save_example(
+        Example(example.picture, example.kept, "What\u2019s this \u2014 a \u201c6\u201d\u2026?", {"dense": "6"}),
+        tmp_path / "kept.png",
+    )
+    assert caplog.records == []
+
+
+def test_an_svg_is_sound_whatever_a_model_says(example, tmp_path):
+    save_example(Example(example.picture, example.kept, "a\x00\x1bb\uffff", {"dense": "\x0c"}), tmp_path / "kept.svg")
+    words = "".join(ElementTree.parse(tmp_path / "kept.svg").getroot().itertext())
+    assert "a b" in words
+    assert "dense: (an empty answer)" in words
+
+
+def test_strips_of_several_pictures_may_be_in_one_page(example, photograph, tmp_path):
+    names = set()
+    for number, each in enumerate([example, photograph]):
+        save_example(each, tmp_path / f"{number}.svg")
+        text = (tmp_path / f"{number}.svg").read_text()
+        (name,) = re.findall(r'id="(.*?)"', text)
+        assert text.count(f'href="#{name}"') in (4, 8)
+        names.add(name)
+    assert len(names) == 2

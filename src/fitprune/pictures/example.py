@@ -31,6 +31,10 @@ class Example:
     question: str = ""
     answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def texts(self) -> dict[str, str]:
+        """Say for each answer what is to be read: also of one that is empty."""
+        return {name: text if text.strip() else "(an empty answer)" for name, text in self.answers.items()}
+
 
 def example_of(
     model: Any,

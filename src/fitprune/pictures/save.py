@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from fractions import Fraction
@@ -17,6 +18,9 @@ from fitprune.pictures import player
 from fitprune.pictures.example import Example
 from fitprune.pictures.sheets import frame, strip
 from fitprune.pictures.svg_strip import svg_strip
+from fitprune.pictures.words import lacks
+
+logger = logging.getLogger(__name__)
 
 LAYER, LAST = 400, 2500  # milliseconds that an animation stays at a layer, and at the last
 _RATE = 10  # frames a second of a video
@@ -37,6 +41,10 @@ def save_example(example: Example, path: str | os.PathLike[str]) -> None:
     write = writer(path)
     with files.replacing(path) as temporary, open(temporary, "wb") as file:
         write(example, file)
+    if Path(path).suffix.lower() not in (".svg", ".html") and any(
+        map(lacks, [example.question, *example.texts().values()])
+    ):
+        logger.warning("%s: its font lacks letters of the question or an answer; .svg and .html show all", path)
 
 
 def writer(path: str | os.PathLike[str]) -> Callable[[Example, IO[bytes]], None]:
