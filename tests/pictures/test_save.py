@@ -11,6 +11,7 @@ from PIL import Image
 
 from fitprune import Grid, KeptImage
 from fitprune._support import files
+from fitprune.pictures.draw import OUTLINE
 from fitprune.pictures.example import Example, example_of
 from fitprune.pictures.save import save_example
 
@@ -58,6 +59,14 @@ def test_the_animation_goes_through_all_layers_and_begins_again(example, tmp_pat
         assert gif.n_frames == 8
         assert gif.info["loop"] == 0
         assert gif.width <= 480
+
+
+def test_the_animation_has_its_lines_where_nothing_enters_the_last_layer(tmp_path):
+    kept = KeptImage((Grid(torch.tensor([[0, 1]]), (0, 0, 1, 1), "whole picture"),), torch.tensor([2, 1]), 3)
+    save_example(Example(Image.effect_noise((64, 64), 90), kept), tmp_path / "kept.gif")
+    with Image.open(tmp_path / "kept.gif") as gif:
+        gif.seek(1)
+        assert OUTLINE in {colour for _, colour in gif.convert("RGB").getcolors(10**6)}
 
 
 def test_a_video_has_every_layer(example, tmp_path):

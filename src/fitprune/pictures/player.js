@@ -8,17 +8,17 @@ function play(figure, {layer, box = null, heat} = {}) {
   const ranks = data.ranks && Uint8Array.from(atob(data.ranks), letter => letter.charCodeAt(0));
   const slider = one('[type=range]'), button = one('.play'), scores = one('[type=checkbox]');
   const pictures = all('.view svg'), bars = one('.bars'), line = bars.querySelector('polyline');
-  const cells = views.flatMap((grids, view) => grids.flatMap((grid, number) => cellsOf(grid, view, number)));
+  const cells = views.flatMap((grids, view) => grids.flatMap(grid => cellsOf(grid, view)));
   const counts = Array.from({length: layers}, (_, layer) => entered.filter(n => n > layer).length);
   let start = null, timer = null;
   layer = Math.min(layer ?? layers - 1, layers - 1);
   if (scores) scores.checked = heat ?? scores.defaultChecked;
 
-  function cellsOf({rows, columns, box: [left, top, right, bottom], tokens}, view, grid) {
+  function cellsOf({rows, columns, box: [left, top, right, bottom], tokens}, view) {
     const w = (right - left) / columns, h = (bottom - top) / rows, list = [];
     for (let row = 0; row < rows; row++) for (let column = 0; column < columns; column++) {
       const place = row * columns + column, token = tokens ? tokens[place] : place;
-      list.push({view, grid, row, column, token, x: left + column * w, y: top + row * h, w, h});
+      list.push({view, token, x: left + column * w, y: top + row * h, w, h});
     }
     return list;
   }
@@ -30,7 +30,6 @@ function play(figure, {layer, box = null, heat} = {}) {
     pictures.forEach((svg, view) => {
       const heat = colours.map(() => ''), own = cells.filter(cell => cell.view === view);
       let left = '', edge = '';
-      const stays = new Set(own.filter(cell => entered[cell.token] > layer).map(cell => key(cell, 0, 0)));
       for (const cell of own) {
         const {x, y, w, h, token} = cell;
         const path = `M${round(x)} ${round(y)}h${round(w)}v${round(h)}h${round(-w)}z`;
@@ -40,10 +39,11 @@ function play(figure, {layer, box = null, heat} = {}) {
           continue;
         }
         left += path;
-        if (stays.has(key(cell, 0, -1))) edge += `M${round(x)} ${round(y)}v${round(h)}`;
-        if (stays.has(key(cell, 0, 1))) edge += `M${round(x + w)} ${round(y)}v${round(h)}`;
-        if (stays.has(key(cell, -1, 0))) edge += `M${round(x)} ${round(y)}h${round(w)}`;
-        if (stays.has(key(cell, 1, 0))) edge += `M${round(x)} ${round(y + h)}h${round(w)}`;
+        const stays = (right, down) => entered[tokenAt(view, x + (right + 0.5) * w, y + (down + 0.5) * h)] > layer;
+        if (stays(-1, 0)) edge += `M${round(x)} ${round(y)}v${round(h)}`;
+        if (stays(1, 0)) edge += `M${round(x + w)} ${round(y)}v${round(h)}`;
+        if (stays(0, -1)) edge += `M${round(x)} ${round(y)}h${round(w)}`;
+        if (stays(0, 1)) edge += `M${round(x)} ${round(y + h)}h${round(w)}`;
       }
       svg.querySelector('.left').setAttribute('d', left);
       svg.querySelector('.edge').setAttribute('d', edge);
@@ -63,7 +63,14 @@ function play(figure, {layer, box = null, heat} = {}) {
   }
 
   const round = value => +value.toFixed(2);
-  const key = ({grid, row, column}, down, right) => `${grid},${row + down},${column + right}`;
+
+  function tokenAt(view, x, y) {
+    for (const {rows, columns, box: [left, top, right, bottom], tokens} of views[view]) {
+      const row = Math.floor((y - top) / (bottom - top) * rows);
+      const column = Math.floor((x - left) / (right - left) * columns), place = row * columns + column;
+      if (row >= 0 && row < rows && column >= 0 && column < columns) return tokens ? tokens[place] : place;
+    }
+  }
 
   function share() {
     const inside = box ? tokensIn(box) : [], of = n => inside.filter(token => entered[token] > n).length;

@@ -214,17 +214,19 @@ def veil(view: View, present: torch.Tensor) -> tuple[str, str]:
                 f"M{_short(x + column * width)} {_short(y + row * height)}h{_short(width)}v{_short(height)}"
                 f"h{_short(-width)}z"
             )
-        for row, column in (stays[:, 1:] != stays[:, :-1]).nonzero().tolist():
-            edge.append(f"M{_short(x + (column + 1) * width)} {_short(y + row * height)}v{_short(height)}")
-        for row, column in (stays[1:] != stays[:-1]).nonzero().tolist():
-            edge.append(f"M{_short(x + column * width)} {_short(y + (row + 1) * height)}h{_short(width)}")
+        across, down = x + width * (torch.arange(columns) + 0.5), y + height * (torch.arange(rows) + 0.5)
+        for right_by, down_by in ((0, -1), (0, 1), (-1, 0), (1, 0)):  # also into a neighbouring grid
+            beside = view.at(present, across + right_by * width, down + down_by * height)
+            line = f"v{_short(height)}" if right_by else f"h{_short(width)}"
+            for row, column in (beside & ~stays).nonzero().tolist():
+                place = x + (column + (right_by > 0)) * width, y + (row + (down_by > 0)) * height
+                edge.append(f"M{_short(place[0])} {_short(place[1])}{line}")
     return "".join(left), "".join(edge)
 
 
 def outside(view: View) -> str:
     """Give the path of what no token of a view sees, to be filled by the rule evenodd."""
-    own, *covered = ((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (view.extent, *(box for _, box in view.grids)))
-    if sum(covered) > 0.98 * own:
+    if view.is_covered:
         return ""
     boxes = [view.extent, *(box for _, box in view.grids)]
     return "".join(

@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from fitprune._support import files
 from fitprune._support.page import page
 from fitprune.pictures import player
+from fitprune.pictures.draw import OUTLINE
 from fitprune.pictures.example import Example
 from fitprune.pictures.sheets import frame, strip
 from fitprune.pictures.svg_strip import svg_strip
@@ -77,10 +78,12 @@ def _frames(example: Example) -> list[Image.Image]:
 
 def _write_gif(example: Example, file: IO[bytes]) -> None:
     frames = _frames(example)
-    both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))  # the first and the last frame have all colours
+    both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))  # the first and the last frame, and the line
     both.paste(frames[0], (0, 0))
     both.paste(frames[-1], (0, frames[0].height))
-    colours = both.quantize(255, dither=Image.Dither.NONE)
+    palette = both.quantize(254, dither=Image.Dither.NONE).getpalette() or []
+    colours = Image.new("P", (1, 1))
+    colours.putpalette([*palette, *OUTLINE])
     first, *others = (each.quantize(palette=colours, dither=Image.Dither.NONE) for each in frames)
     durations = [LAYER] * (len(frames) - 1) + [LAST]
     facts = {"duration": durations, "loop": 0, "comment": files.PICTURE_MARK.encode()}
