@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,11 +10,11 @@ from fitprune._support import files
 from fitprune._support.text_tables import aligned
 from fitprune.cli import cost, generate, options, parser
 from fitprune.costs.cost import Cost
+from fitprune.pictures.origin import as_text, budget_of
 from fitprune.recipes import rounding
 from fitprune.recipes.recipe import PruningRecipe
 
 BAR = 40  # characters of a bar that is full
-LONGEST_VALUE = 200  # characters of one value of the origin
 
 
 def add(commands: options.Commands) -> argparse.ArgumentParser:
@@ -59,12 +58,12 @@ def _show_recipe(args: options.Args) -> None:
     priced = cost.price(recipe, args)
     drawn = None if args.output is None else _curve(recipe, priced, args)
     decoder, n = recipe.model.decoder, priced.visual_tokens
-    print(f"model               {_text(recipe.model.model_type)}, {decoder.layers} layers of width {decoder.hidden}")
-    print(f"budget              {_budget(recipe.provenance)}")
+    print(f"model               {as_text(recipe.model.model_type)}, {decoder.layers} layers of width {decoder.hidden}")
+    print(f"budget              {budget_of(recipe.provenance)}")
     plain = recipe.scorer == {"name": "fitprune"}  # the library's own: torch is not needed to say so
     print(f"ranked by           {'fitprune' if plain else cost.scorer_of(recipe)}")
     if parameters := recipe.scorer.get("parameters"):
-        print(f"with parameters     {_text(parameters)}")
+        print(f"with parameters     {as_text(parameters)}")
     print(f"visual tokens       {n}, mean {priced.mean_visual_tokens:.1f} a layer, {priced.kept[-1]} at the end")
     print("\n".join(cost.cost_lines(recipe, priced)))
     entering = rounding.kept_counts(recipe.entering, n)
@@ -89,33 +88,16 @@ def _curve(recipe: PruningRecipe, priced: Cost, args: options.Args) -> tuple[str
     """Draw the curve as the text of a file, and give what `files.claim` does of that file."""
     from fitprune.pictures.curve import curve_file
 
-    title = f"{_text(recipe.model.model_type)}: {_budget(recipe.provenance)}"
+    title = f"{as_text(recipe.model.model_type)}: {budget_of(recipe.provenance)}"
     text = curve_file(args.output, recipe, priced.visual_tokens, title)
     return text, files.claim(args.output, files.PICTURE, overwrite=args.overwrite)
-
-
-def _budget(provenance: Mapping[str, Any]) -> str:
-    budget = provenance.get("budget")
-    if isinstance(budget, Mapping) and budget:
-        budgets = ", ".join(f"{_text(kind)} {_text(value)}" for kind, value in budget.items())
-        return budgets + (f", reached {_text(provenance['reached'])}" if "reached" in provenance else "")
-    if "nominal_percent" in provenance:
-        return f"{_text(provenance['nominal_percent'])}% of the visual FLOPs, as its authors name it"
-    return "not recorded"
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Write nested values as name.name -> text."""
     for key, value in mapping.items():
-        name = f"{prefix}{_text(key)}"
+        name = f"{prefix}{as_text(key)}"
         if isinstance(value, Mapping) and value and prefix.count(".") < 3:
             yield from _flat(value, f"{name}.")
         else:
-            yield name, _text(value)
-
-
-def _text(value: Any) -> str:
-    """Write a value of a recipe, which may be a stranger's: on one line, control characters escaped, not too long."""
-    text = json.dumps(value, ensure_ascii=True)
-    text = text[1:-1] if isinstance(value, str) else text
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+            yield name, as_text(value)

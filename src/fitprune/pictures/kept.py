@@ -81,7 +81,7 @@ class KeptImage:
             box: left, top, right and bottom, in fractions of the picture's width and height.
 
         Raises:
-            ValueError: it is no box of fractions, no token lies in it, or the grids' places in the picture are not known.
+            ValueError: it is no box of fractions, no token lies in it, or it is not known where the grids lie.
         """
         left, top, right, bottom = _fractions(box)
         middle = (left + right) / 2, (top + bottom) / 2

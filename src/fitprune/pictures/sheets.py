@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from fitprune.pictures.draw import draw_kept
 from fitprune.pictures.example import Example
+from fitprune.pictures.notes import notes
 from fitprune.pictures.views import chosen_layers
 from fitprune.pictures.words import drawable, font, wrapped
 
@@ -31,9 +32,10 @@ def frame(example: Example, layer: int) -> Image.Image:
     kept = example.kept
     picture = draw_kept(example.picture, kept, layer, size=400)
     width = max(picture.width, 360)
-    words = _answers(example)
-    above, below = _wrapped(example.question, 20, width), [line for text in words for line in _wrapped(text, 17, width)]
-    height = 26 * len(above) + picture.height + 34 + _BARS + 22 + 22 * len(below) + 2 * _MARGIN
+    above = _wrapped(example.question, 20, width)
+    below = [line for text in _answers(example) for line in _wrapped(text, 17, width)]
+    small = [line for text in notes(example) for line in _wrapped(text, 13, width)]
+    height = 26 * len(above) + picture.height + 34 + _BARS + 22 + 22 * len(below) + 17 * len(small) + 2 * _MARGIN
     sheet = Image.new("RGB", (width + 2 * _MARGIN, height), "white")
     draw, y = ImageDraw.Draw(sheet), _MARGIN
     for line in above:
@@ -52,6 +54,9 @@ def frame(example: Example, layer: int) -> Image.Image:
     for line in below:
         draw.text((_MARGIN, y), line, INK, font(17))
         y += 22
+    for line in small:
+        draw.text((_MARGIN, y), line, MUTED, font(13))
+        y += 17
     return sheet
 
 
@@ -74,8 +79,10 @@ def strip(example: Example) -> Image.Image:
     whole = max(columns * pitch - _MARGIN, 720)
     above = _wrapped(example.question, 32, whole)
     below = [line for text in _answers(example) for line in _wrapped(text, 28, whole)]
+    small = [line for text in notes(example) for line in _wrapped(text, 24, whole)]
     rows = -(-len(tiles) // columns)
-    size = whole + 2 * _MARGIN, 42 * len(above) + rows * (height + 48) + 36 * len(below) + 2 * _MARGIN
+    lines = 42 * len(above) + 36 * len(below) + 31 * len(small)
+    size = whole + 2 * _MARGIN, lines + rows * (height + 48) + 2 * _MARGIN
     sheet = Image.new("RGB", size, "white")
     draw, y = ImageDraw.Draw(sheet), _MARGIN
     for line in above:
@@ -90,6 +97,9 @@ def strip(example: Example) -> Image.Image:
     for line in below:
         draw.text((_MARGIN, y), line, INK, font(28))
         y += 36
+    for line in small:
+        draw.text((_MARGIN, y), line, MUTED, font(24))
+        y += 31
     return sheet
 
 

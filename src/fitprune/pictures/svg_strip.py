@@ -12,6 +12,7 @@ from fitprune.families.planes import Box
 from fitprune.pictures import player
 from fitprune.pictures.draw import OUTLINE, PAPER
 from fitprune.pictures.example import Example
+from fitprune.pictures.notes import notes
 from fitprune.pictures.sheets import STRIP, caption
 from fitprune.pictures.views import chosen_layers, views_of
 from fitprune.pictures.words import plain, width_of, wrapped
@@ -61,22 +62,24 @@ def svg_strip(example: Example) -> str:
         if place % columns == columns - 1 or len(views) > 1 or place == len(layers) - 1:
             y += tile * max(ratios) + 28
     answers, y = _lines([f"{model}: {answer}" for model, answer in example.texts().items()], y)
+    small, y = _lines(notes(example), y, _CAPTION)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="kept-strip" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{-_GAP} 0 {_WIDTH + 2 * _GAP} {y:.0f}" width="{2 * _WIDTH}" '
         'style="max-width:100%;height:auto;background:#fff" role="img"><title>Visual tokens that enter '
         f"layers {', '.join(map(str, layers))}</title><metadata>{PICTURE_MARK}</metadata><style>{_STYLE}</style>"
         f'<defs><image id="{name}" width="{width:.2f}" height="{height:.2f}" preserveAspectRatio="none" '
-        f'xlink:href="{url}"/></defs>{"".join([*drawn, *answers])}</svg>\n'
+        f'xlink:href="{url}"/></defs>{"".join([*drawn, *answers, *small])}</svg>\n'
     )
 
 
-def _lines(texts: Sequence[str], y: float) -> tuple[list[str], float]:
+def _lines(texts: Sequence[str], y: float, size: int = _SIZE) -> tuple[list[str], float]:
     """Write texts below each other, and say where the next thing begins."""
-    drawn, measure = [], functools.partial(width_of, size=_SIZE)
+    drawn, measure = [], functools.partial(width_of, size=size)
     for line in (line for text in texts for line in wrapped(plain(text), _WIDTH, measure, _LINES)):
-        drawn.append(f'<text x="0" y="{y + 14:.2f}">{escape(line)}</text>')
-        y += 20
+        kind = "" if size == _SIZE else ' class="caption"'
+        drawn.append(f'<text{kind} x="0" y="{y + 14:.2f}">{escape(line)}</text>')
+        y += size + 5
     return drawn, y + 6
 
 
