@@ -93,6 +93,52 @@ def test_a_box_is_drawn_by_keys_too(page, kept):
     assert "Draw a box" in page.locator(".share").inner_text()
 
 
+def test_a_box_keeps_its_size_at_the_edge(page):
+    page.locator(".view svg").focus()
+    for key in ["ArrowRight"] * 20 + ["ArrowLeft"]:
+        page.keyboard.press(key)
+    frame = page.locator(".frame")
+    assert float(frame.get_attribute("width")) == pytest.approx(300)
+    assert float(frame.get_attribute("x")) == pytest.approx(650)
+
+
+def test_the_picture_says_what_enters_each_layer(page, kept):
+    label = page.locator(".view svg").get_attribute
+    assert label("aria-label").startswith(f"whole picture: {kept.kept.counts[7]} of 144 visual tokens enter layer 7;")
+    page.locator("[type=range]").fill("0")
+    assert label("aria-label").startswith("whole picture: 144 of 144 visual tokens enter layer 0;")
+
+
+def test_the_controls_lie_right_below_the_picture(page):
+    picture, slider = (page.locator(each).bounding_box() for each in (".views", "[type=range]"))
+    assert 0 < slider["y"] - picture["y"] - picture["height"] < 60
+
+
+def test_a_finger_draws_a_box_by_its_corners(chromium, path, kept):
+    context = chromium.new_context(viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    share = page.locator(".share")
+    assert share.inner_text().startswith("Tap two opposite corners of a box")
+    box = page.locator(".view svg").bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert share.inner_text() == "Now tap the opposite corner."
+    page.touchscreen.tap(box["x"] + 2, box["y"] + 2)
+    part = round(100 * kept.kept.share((0, 0, 0.5, 0.5), 7))
+    assert f"of its 36 tokens enter layer 7, {part}%" in share.inner_text()
+    before = page.locator(".frame").get_attribute("width")
+    touch = context.new_cdp_session(page)
+    send = lambda kind, *at: touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [*at]})  # noqa: E731
+    x, y = box["x"] + 300, box["y"] + 300
+    send("touchStart", {"x": x, "y": y})
+    for step in range(1, 12):  # upwards, and a little aside: the page scrolls
+        send("touchMove", {"x": x - 4 * step, "y": y - 20 * step})
+    send("touchEnd")
+    page.wait_for_function("scrollY > 50")
+    assert page.locator(".frame").get_attribute("width") == before
+    context.close()
+
+
 def test_without_script_the_last_layer_is_there(chromium, path, kept):
     context = chromium.new_context(java_script_enabled=False)
     page = context.new_page()

@@ -13,6 +13,7 @@ from fitprune import Grid, KeptImage
 from fitprune._support import files
 from fitprune.pictures.draw import OUTLINE
 from fitprune.pictures.example import Example, example_of
+from fitprune.pictures.notes import notes
 from fitprune.pictures.save import save_example
 
 ENDINGS = ["gif", "png", "svg", "html"]
@@ -139,3 +140,21 @@ def test_strips_of_several_pictures_may_be_in_one_page(example, photograph, tmp_
         assert text.count(f'href="#{name}"') in (4, 8)
         names.add(name)
     assert len(names) == 2
+
+
+def test_a_file_says_what_it_is_of_and_what_its_shades_mean(example, photograph, tmp_path):
+    lines = ["digit-scenes, budget not recorded", "bright: enters the layer; dark: has left"]
+    assert notes(example) == lines
+    cropped = Example(example.picture, image_with_box((0.0, 0.2, 1.0, 0.8)))
+    assert notes(cropped) == [
+        "bright: enters the layer; dark: has left; pale: no token sees it",
+        "1 of 3 tokens, such as ends of rows, lie on no part of the picture",
+    ]
+    assert notes(photograph)[-1] == "from left: whole picture, large"
+    for ending in ("svg", "html"):
+        save_example(cropped, tmp_path / f"kept.{ending}")
+        assert "pale: " in (tmp_path / f"kept.{ending}").read_text()
+
+
+def image_with_box(box):
+    return KeptImage((Grid(torch.tensor([[0, 1]]), box, "whole picture"),), torch.tensor([2, 1, 2]), 2)

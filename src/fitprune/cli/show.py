@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+import mimetypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fitprune._support import files
+from fitprune._support import assets, files
 from fitprune._support.text_tables import aligned
 from fitprune.cli import cost, generate, options, parser
 from fitprune.costs.cost import Cost
@@ -14,6 +16,12 @@ from fitprune.pictures.origin import as_text, budget_of
 from fitprune.recipes import rounding
 from fitprune.recipes.recipe import PruningRecipe
 
+# Options that a picture alone has a use for, or a recipe's table alone; those with other defaults pass.
+_OF_IMAGE = (
+    "model", "recipe", "dense", "force", "revision", "device", "device_map", "attn_implementation", "quantization",
+    "trust_remote_code", "prompt_template",
+)  # fmt: skip
+_OF_RECIPE = ("visual_tokens", "crops")
 BAR = 40  # characters of a bar that is full
 
 
@@ -42,15 +50,31 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
 def run(args: options.Args) -> None:
     """Print and draw a recipe, or draw a picture."""
     if args.question is None:
-        if files.kind_of(args.what) == files.IMAGE:
+        if files.kind_of(args.what) == files.IMAGE or (mimetypes.guess_type(args.what)[0] or "").startswith("image/"):
+            if not os.path.exists(args.what) and not args.what.startswith(tuple(f"{name}/" for name in assets.DATA)):
+                raise FileNotFoundError(f"{args.what}: no such file")
             raise ValueError(f"{args.what} is an image: pass --question, --model and -o too")
+        _refuse(args, _OF_IMAGE, "only of use for an image; pass --question too")
         _show_recipe(args)
         return
+    if not args.question.strip():
+        raise ValueError("--question: is empty; ask something about the image")
+    _refuse(args, _OF_RECIPE, "only of use for a recipe; leave out --question")
     if args.model is None or args.output is None:
         raise ValueError("--question: what stays of an image is drawn for a --model, into a file: pass both, -o FILE")
     replaced = generate.claim(args.output, overwrite=args.overwrite)
-    generate.answer(args, args.what).draw(args.output)
+    try:
+        answered = generate.answer(args, args.what)
+    except ValueError as error:  # which names an option of `fitprune generate`
+        raise ValueError(str(error).removeprefix("--image: ")) from error
+    answered.draw(args.output)
     print(f"{args.output}{replaced}")
+
+
+def _refuse(args: options.Args, names: Sequence[str], why: str) -> None:
+    """Refuse options that would change nothing."""
+    if extra := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]:
+        raise ValueError(f"{', '.join(extra)}: {why}")
 
 
 def _show_recipe(args: options.Args) -> None:

@@ -70,4 +70,4 @@ def example_of(
     ((kept,),) = kept_tokens(model, recipe, inputs, processor=processor, pictures=[picture], scores=True, force=force)
     budget = budget_of(find_recipe(model, recipe).provenance)
     name = Path(getattr(model, "name_or_path", "")).name or type(model).__name__
-    return Example(picture, kept, sample.text, answers, f"{name}: {budget}")
+    return Example(picture, kept, sample.text, answers, f"{name}, budget {budget}")

@@ -152,7 +152,7 @@ def _json(data: Any) -> str:
 
 def _facts(example: Example) -> str:
     answers = facts(example.texts().items()) if example.answers else ""
-    return f"{answers}<p class='small'>{'<br>'.join(map(escape, notes(example)))}</p>"
+    return f"{answers}<p class='small'>{'<br>'.join(map(escape, notes(example, views_named=True)))}</p>"
 
 
 def _controls(layers: int, heat: Heat | None) -> str:
