@@ -78,10 +78,10 @@ def _frames(example: Example) -> list[Image.Image]:
 
 def _write_gif(example: Example, file: IO[bytes]) -> None:
     frames = _frames(example)
-    both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))  # the first and the last frame, and the line
+    both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))  # they have all colours but the line's
     both.paste(frames[0], (0, 0))
     both.paste(frames[-1], (0, frames[0].height))
-    palette = both.quantize(254, dither=Image.Dither.NONE).getpalette() or []
+    palette = both.quantize(254, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).getpalette() or []
     colours = Image.new("P", (1, 1))
     colours.putpalette([*palette, *OUTLINE])
     first, *others = (each.quantize(palette=colours, dither=Image.Dither.NONE) for each in frames)
