@@ -1,10 +1,12 @@
 """The player of a page, in a real browser."""
 
 import pytest
+import torch
+from PIL import Image
 
-from fitprune import PruningRecipe
+from fitprune import Grid, KeptImage, PruningRecipe
 from fitprune.calibration.samples import load_samples
-from fitprune.pictures.example import example_of
+from fitprune.pictures.example import Example, example_of
 from fitprune.pictures.save import save_example
 
 
@@ -137,6 +139,23 @@ def test_a_finger_draws_a_box_by_its_corners(chromium, path, kept):
     page.wait_for_function("scrollY > 50")
     assert page.locator(".frame").get_attribute("width") == before
     context.close()
+
+
+def test_the_script_draws_the_lines_that_are_there_without_it(chromium, tmp_path):
+    tiles = tuple(
+        Grid(torch.arange(8).view(4, 2) + 8 * each, (each / 2, 0.0, each / 2 + 0.5, 1.0), f"tile {each + 1} of 2")
+        for each in (0, 1)
+    )
+    kept = KeptImage(tiles, torch.arange(16) * 5 % 3 + 1, 3)
+    save_example(Example(Image.new("RGB", (60, 60), "green"), kept), tmp_path / "kept.html")
+    lines = []
+    for script in (False, True):
+        page = chromium.new_page(java_script_enabled=script)
+        page.goto((tmp_path / "kept.html").as_uri())
+        lines.append(sorted(page.locator(".edge").get_attribute("d").split("M")))
+        page.close()
+    assert lines[0] == lines[1]
+    assert any(line.startswith("500 ") and "v" in line for line in lines[0])  # between the tiles
 
 
 def test_without_script_the_last_layer_is_there(chromium, path, kept):

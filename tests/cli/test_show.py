@@ -168,7 +168,7 @@ def test_the_curve_of_a_recipe_is_drawn_beside_its_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["none.jpg"], "none.jpg: no such file"),
+        (["in/none.jpg"], "in/none.jpg: no such file\n"),
         ([IMAGE], "is an image: pass --question, --model and -o too"),
         (["llava-1.5-7b:60", "--dense", "--model", "X"], "--model, --dense: only of use for an image; pass --question"),
         ([IMAGE, "--question", " ", "--model", "X", "-o", "a.gif"], "--question: is empty"),
