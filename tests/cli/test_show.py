@@ -1,6 +1,7 @@
 """`fitprune show`."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -162,3 +163,36 @@ def test_the_curve_of_a_recipe_is_drawn_beside_its_table(tmp_path, capsys):
     assert out.read_text().startswith("<svg")
     assert main(["show", "llava-1.5-7b:60", "-o", str(tmp_path / "curve.png")]) == 2
     assert "curve.png: must end in .svg or .html" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["in/none.jpg"], "in/none.jpg: no such file\n"),
+        ([IMAGE], "is an image: pass --question, --model and -o too"),
+        (["llava-1.5-7b:60", "--dense", "--model", "X"], "--model, --dense: only of use for an image; pass --question"),
+        ([IMAGE, "--question", " ", "--model", "X", "-o", "a.gif"], "--question: is empty"),
+        ([IMAGE, "--question", "Q", "--crops", "2"], "--crops: only of use for a recipe"),
+    ],
+)
+def test_what_would_change_nothing_or_is_not_there_is_refused(capsys, words, message):
+    assert main(["show", *words]) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_image_is_named_without_an_option_of_another_command(picture, tmp_path, capsys):
+    picture[1] = str(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text("{}")
+    assert main([*picture, "-o", str(tmp_path / "kept.png")]) == 2
+    assert f"error: {tmp_path}/r.json is not an image file" in capsys.readouterr().err
+
+
+def test_the_title_of_a_curve_is_short_and_its_file_is_legible_on_a_phone(made, tmp_path):
+    recipe = str(made / "recipes" / "flops_reduction-0.5.json")
+    for ending in ("svg", "html"):
+        assert main(["show", recipe, "-o", f"{tmp_path}/curve.{ending}"]) == 0
+    text = (tmp_path / "curve.svg").read_text()
+    assert "width='358'" in text
+    assert re.search(r"llava: flops_reduction 0\.5, reached 0\.\d{1,4}<", text)
+    page = (tmp_path / "curve.html").read_text()
+    assert page.partition("<body>")[2].count("llava: ") == 1

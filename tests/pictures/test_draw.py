@@ -7,6 +7,7 @@ from PIL import Image
 
 from fitprune import Grid, KeptImage, draw_kept
 from fitprune.pictures.draw import GAP, OUTLINE, PAPER
+from fitprune.pictures.player import veil
 from fitprune.pictures.views import chosen_layers, ranks, views_of
 
 GREEN = (40, 160, 60)
@@ -89,3 +90,34 @@ def test_layers_of_a_strip_are_where_tokens_leave():
     kept = image_of(grid(1, 10), entered=[1] * 3 + [5] * 3 + [9] * 3 + [32], layers=32)
     assert chosen_layers(kept, 4) == [0, 1, 5, 31]
     assert chosen_layers(image_of(grid(1, 1), entered=[4], layers=4), 4) == [0, 3]
+
+
+def test_a_token_without_a_score_is_not_coloured():
+    kept = image_of(grid(1, 2), entered=[2, 2], scores=torch.tensor([[1.0, torch.nan]] * 2))
+    drawn = draw_kept(Image.new("RGB", (96, 96), GREEN), kept, 0, scores=True)
+    assert [middle(drawn, x, 0.5) == GREEN for x in (0.25, 0.75)] == [False, True]
+
+
+def test_what_is_drawn_may_be_an_array_and_other_things_are_refused(tmp_path):
+    kept, array = image_of(grid(1, 2), entered=[2, 1]), np.full((8, 8, 3), 99, np.uint8)
+    assert pixels(draw_kept(array, kept, 1)).shape == (480, 480, 3)
+    for words, message in [
+        ((tmp_path, kept, 1), "picture is a PosixPath"),
+        (([array, array], kept, 1), "picture is several"),
+        ((array, [[kept]], 1), r"kept is a list: must be one KeptImage, such as kept_tokens\(\.\.\.\)\[0\]\[0\]"),
+        ((array, kept, 1.5), "layer=1.5: must be an integer from 0 to 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            draw_kept(*words)
+    for size in (0, -5):
+        with pytest.raises(ValueError, match=f"size={size}: must be an integer from 1"):
+            draw_kept(array, kept, 1, size=size)
+
+
+def test_a_line_lies_between_tiles_too():
+    tiles = grid(2, 2, (0, 0, 0.5, 1)), grid(2, 2, (0.504, 0, 1, 1), 4)  # as measured: not quite side by side
+    (view,) = views_of(image_of(*tiles, entered=[2, 2, 2, 2, 1, 1, 1, 1]), 100, 100)
+    assert veil(view, torch.tensor([True] * 4 + [False] * 4))[1] == "M50.4 0v50M50.4 50v50"
+    (one,) = views_of(image_of(grid(2, 2), entered=[2] * 4), 100, 100)
+    edge = veil(one, torch.tensor([True, False, False, False]))[1]
+    assert sorted(edge.split("M")[1:]) == ["0 50h50", "50 0v50"]

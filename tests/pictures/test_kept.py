@@ -126,7 +126,14 @@ def test_a_token_without_a_cell_is_in_no_box():
 
 @pytest.mark.parametrize(
     ("box", "message"),
-    [((0.5, 0, 0.5, 1), "must be left, top, right, bottom"), ((1.2, 0, 1.4, 1), "no visual token lies in it")],
+    [
+        ((0.5, 0, 0.5, 1), "must be left, top, right, bottom"),
+        ((1.2, 0, 1.4, 1), "no visual token lies in it"),
+        ((0, 0, 96, 96), r"box=\(0, 0, 96, 96\): must be fractions .* divide pixels by the picture's width and height"),
+        ((0, 0, 1), r"box=\(0, 0, 1\): must be four numbers"),
+        ("0,0,1,1", "box='0,0,1,1': must be four numbers"),
+        (None, "box=None: must be four numbers"),
+    ],
 )
 def test_a_box_that_is_none_is_refused(box, message):
     with pytest.raises(ValueError, match=message):
@@ -134,7 +141,13 @@ def test_a_box_that_is_none_is_refused(box, message):
 
 
 def test_a_layer_that_is_none_and_a_place_that_is_unknown():
-    with pytest.raises(ValueError, match="layer=4: must be from 0 to 3"):
+    with pytest.raises(ValueError, match="layer=4: must be an integer from 0 to 3"):
         square(2, [1] * 4).present(4)
     with pytest.raises(ValueError, match="pass processor and pictures"):
         square(2, [1] * 4, box=None).inside(WHOLE)
+
+
+def test_one_picture_is_no_list_of_pictures(bundled, recipe, batch, samples):
+    for picture in (samples[0].load_image(), "a.jpg", torch.zeros(8, 8, 3).numpy()):
+        with pytest.raises(ValueError, match=r"must be a list of pictures; pass \[picture\]"):
+            kept_tokens(bundled[0], recipe, batch, processor=bundled[1], pictures=picture)

@@ -1,5 +1,6 @@
 """Files of what stays: each kind opens, is small, and is known again."""
 
+import re
 import sys
 from xml.etree import ElementTree
 
@@ -10,7 +11,9 @@ from PIL import Image
 
 from fitprune import Grid, KeptImage
 from fitprune._support import files
+from fitprune.pictures.draw import OUTLINE
 from fitprune.pictures.example import Example, example_of
+from fitprune.pictures.notes import notes
 from fitprune.pictures.save import save_example
 
 ENDINGS = ["gif", "png", "svg", "html"]
@@ -59,6 +62,14 @@ def test_the_animation_goes_through_all_layers_and_begins_again(example, tmp_pat
         assert gif.width <= 480
 
 
+def test_the_animation_has_its_lines_where_nothing_enters_the_last_layer(tmp_path):
+    kept = KeptImage((Grid(torch.tensor([[0, 1]]), (0, 0, 1, 1), "whole picture"),), torch.tensor([2, 1]), 3)
+    save_example(Example(Image.effect_noise((64, 64), 90), kept), tmp_path / "kept.gif")
+    with Image.open(tmp_path / "kept.gif") as gif:
+        gif.seek(1)
+        assert OUTLINE in {colour for _, colour in gif.convert("RGB").getcolors(10**6)}
+
+
 def test_a_video_has_every_layer(example, tmp_path):
     av = pytest.importorskip("av")
     save_example(example, tmp_path / "kept.mp4")
@@ -97,8 +108,53 @@ def test_another_ending_is_refused(example, tmp_path):
         save_example(example, tmp_path / "kept.webp")
 
 
-def test_letters_that_the_font_lacks_are_left_out_of_pixels_alone(example, tmp_path):
+def test_letters_that_the_font_lacks_are_boxes_in_pixels_alone(example, tmp_path, caplog):
     other = Example(example.picture, example.kept, "这是什么?", {"dense": "九"})
     for ending in ENDINGS:
         save_example(other, tmp_path / f"kept.{ending}")
     assert "这是什么?" in (tmp_path / "kept.html").read_text()
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == 2 * [
+        "its font lacks letters of the question or an answer; .svg and .html show all"
+    ]
+    caplog.clear()
+    save_example(
+        Example(example.picture, example.kept, "What\u2019s this \u2014 a \u201c6\u201d\u2026?", {"dense": "6"}),
+        tmp_path / "kept.png",
+    )
+    assert caplog.records == []
+
+
+def test_an_svg_is_sound_whatever_a_model_says(example, tmp_path):
+    save_example(Example(example.picture, example.kept, "a\x00\x1bb\uffff", {"dense": "\x0c"}), tmp_path / "kept.svg")
+    words = "".join(ElementTree.parse(tmp_path / "kept.svg").getroot().itertext())
+    assert "a b" in words
+    assert "dense: (an empty answer)" in words
+
+
+def test_strips_of_several_pictures_may_be_in_one_page(example, photograph, tmp_path):
+    names = set()
+    for number, each in enumerate([example, photograph]):
+        save_example(each, tmp_path / f"{number}.svg")
+        text = (tmp_path / f"{number}.svg").read_text()
+        (name,) = re.findall(r'id="(.*?)"', text)
+        assert text.count(f'href="#{name}"') in (4, 8)
+        names.add(name)
+    assert len(names) == 2
+
+
+def test_a_file_says_what_it_is_of_and_what_its_shades_mean(example, photograph, tmp_path):
+    lines = ["digit-scenes, budget not recorded", "bright: enters the layer; dark: has left"]
+    assert notes(example) == lines
+    cropped = Example(example.picture, image_with_box((0.0, 0.2, 1.0, 0.8)))
+    assert notes(cropped) == [
+        "bright: enters the layer; dark: has left; pale: no token sees it",
+        "1 of 3 tokens, such as ends of rows, lie on no part of the picture",
+    ]
+    assert notes(photograph)[-1] == "from left: whole picture, large"
+    for ending in ("svg", "html"):
+        save_example(cropped, tmp_path / f"kept.{ending}")
+        assert "pale: " in (tmp_path / f"kept.{ending}").read_text()
+
+
+def image_with_box(box):
+    return KeptImage((Grid(torch.tensor([[0, 1]]), box, "whole picture"),), torch.tensor([2, 1, 2]), 2)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Mapping
+import mimetypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fitprune._support import files
+from fitprune._support import assets, files
 from fitprune._support.text_tables import aligned
 from fitprune.cli import cost, generate, options, parser
 from fitprune.costs.cost import Cost
+from fitprune.pictures.origin import as_text, budget_of
 from fitprune.recipes import rounding
 from fitprune.recipes.recipe import PruningRecipe
 
+# Options that a picture alone has a use for, or a recipe's table alone; those with other defaults pass.
+_OF_IMAGE = (
+    "model", "recipe", "dense", "force", "revision", "device", "device_map", "attn_implementation", "quantization",
+    "trust_remote_code", "prompt_template",
+)  # fmt: skip
+_OF_RECIPE = ("visual_tokens", "crops")
 BAR = 40  # characters of a bar that is full
-LONGEST_VALUE = 200  # characters of one value of the origin
 
 
 def add(commands: options.Commands) -> argparse.ArgumentParser:
@@ -43,15 +50,31 @@ def add(commands: options.Commands) -> argparse.ArgumentParser:
 def run(args: options.Args) -> None:
     """Print and draw a recipe, or draw a picture."""
     if args.question is None:
-        if files.kind_of(args.what) == files.IMAGE:
+        if files.kind_of(args.what) == files.IMAGE or (mimetypes.guess_type(args.what)[0] or "").startswith("image/"):
+            if not os.path.exists(args.what) and not args.what.startswith(tuple(f"{name}/" for name in assets.DATA)):
+                raise FileNotFoundError(f"{args.what}: no such file")
             raise ValueError(f"{args.what} is an image: pass --question, --model and -o too")
+        _refuse(args, _OF_IMAGE, "only of use for an image; pass --question too")
         _show_recipe(args)
         return
+    if not args.question.strip():
+        raise ValueError("--question: is empty; ask something about the image")
+    _refuse(args, _OF_RECIPE, "only of use for a recipe; leave out --question")
     if args.model is None or args.output is None:
         raise ValueError("--question: what stays of an image is drawn for a --model, into a file: pass both, -o FILE")
     replaced = generate.claim(args.output, overwrite=args.overwrite)
-    generate.answer(args, args.what).draw(args.output)
+    try:
+        answered = generate.answer(args, args.what)
+    except ValueError as error:  # which names an option of `fitprune generate`
+        raise ValueError(str(error).removeprefix("--image: ")) from error
+    answered.draw(args.output)
     print(f"{args.output}{replaced}")
+
+
+def _refuse(args: options.Args, names: Sequence[str], why: str) -> None:
+    """Refuse options that would change nothing."""
+    if extra := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]:
+        raise ValueError(f"{', '.join(extra)}: {why}")
 
 
 def _show_recipe(args: options.Args) -> None:
@@ -59,12 +82,12 @@ def _show_recipe(args: options.Args) -> None:
     priced = cost.price(recipe, args)
     drawn = None if args.output is None else _curve(recipe, priced, args)
     decoder, n = recipe.model.decoder, priced.visual_tokens
-    print(f"model               {_text(recipe.model.model_type)}, {decoder.layers} layers of width {decoder.hidden}")
-    print(f"budget              {_budget(recipe.provenance)}")
+    print(f"model               {as_text(recipe.model.model_type)}, {decoder.layers} layers of width {decoder.hidden}")
+    print(f"budget              {budget_of(recipe.provenance)}")
     plain = recipe.scorer == {"name": "fitprune"}  # the library's own: torch is not needed to say so
     print(f"ranked by           {'fitprune' if plain else cost.scorer_of(recipe)}")
     if parameters := recipe.scorer.get("parameters"):
-        print(f"with parameters     {_text(parameters)}")
+        print(f"with parameters     {as_text(parameters)}")
     print(f"visual tokens       {n}, mean {priced.mean_visual_tokens:.1f} a layer, {priced.kept[-1]} at the end")
     print("\n".join(cost.cost_lines(recipe, priced)))
     entering = rounding.kept_counts(recipe.entering, n)
@@ -89,33 +112,16 @@ def _curve(recipe: PruningRecipe, priced: Cost, args: options.Args) -> tuple[str
     """Draw the curve as the text of a file, and give what `files.claim` does of that file."""
     from fitprune.pictures.curve import curve_file
 
-    title = f"{_text(recipe.model.model_type)}: {_budget(recipe.provenance)}"
+    title = f"{as_text(recipe.model.model_type)}: {budget_of(recipe.provenance)}"
     text = curve_file(args.output, recipe, priced.visual_tokens, title)
     return text, files.claim(args.output, files.PICTURE, overwrite=args.overwrite)
-
-
-def _budget(provenance: Mapping[str, Any]) -> str:
-    budget = provenance.get("budget")
-    if isinstance(budget, Mapping) and budget:
-        budgets = ", ".join(f"{_text(kind)} {_text(value)}" for kind, value in budget.items())
-        return budgets + (f", reached {_text(provenance['reached'])}" if "reached" in provenance else "")
-    if "nominal_percent" in provenance:
-        return f"{_text(provenance['nominal_percent'])}% of the visual FLOPs, as its authors name it"
-    return "not recorded"
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Write nested values as name.name -> text."""
     for key, value in mapping.items():
-        name = f"{prefix}{_text(key)}"
+        name = f"{prefix}{as_text(key)}"
         if isinstance(value, Mapping) and value and prefix.count(".") < 3:
             yield from _flat(value, f"{name}.")
         else:
-            yield name, _text(value)
-
-
-def _text(value: Any) -> str:
-    """Write a value of a recipe, which may be a stranger's: on one line, control characters escaped, not too long."""
-    text = json.dumps(value, ensure_ascii=True)
-    text = text[1:-1] if isinstance(value, str) else text
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+            yield name, as_text(value)

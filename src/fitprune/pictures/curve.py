@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from fitprune._support.charts import Axis, Series, steps
+from fitprune._support.charts import NARROW, WIDE, Axis, Series, steps
 from fitprune._support.files import PICTURE_MARK
 from fitprune._support.page import Html, page
 from fitprune.recipes.recipe import PruningRecipe
@@ -27,7 +27,8 @@ def curve(recipes: Mapping[str, PruningRecipe], visual_tokens: int, title: str, 
         for number, (name, recipe) in enumerate(recipes.items())
     ]
     below, beside = Axis("decoder layer (the first is 0)", whole=True), Axis("visual tokens that enter", low=0)
-    return steps(series, title, below, beside, legend=len(series) > 1, file=file)
+    wide = NARROW if file else WIDE  # a file is to be read on a phone, too
+    return steps(series, title, below, beside, legend=len(series) > 1, file=file, wide=wide)
 
 
 def curve_file(path: str | os.PathLike[str], recipe: PruningRecipe, visual_tokens: int, title: str) -> str:
@@ -46,6 +47,6 @@ def curve_file(path: str | os.PathLike[str], recipe: PruningRecipe, visual_token
     if ending not in (".svg", ".html"):
         raise ValueError(f"{path}: must end in .svg or .html, the curve of a recipe")
     if ending == ".html":
-        return page(title, curve({"": recipe}, visual_tokens, title), maker=PICTURE_MARK)
+        return page(title, curve({"": recipe}, visual_tokens, "Tokens by layer"), maker=PICTURE_MARK)
     text = curve({"": recipe}, visual_tokens, title, file=True)
     return text.replace("<title>", f"<metadata>{PICTURE_MARK}</metadata><title>", 1)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from fitprune._support.checked import whole
+from fitprune.families.coordinates import frames_in
 from fitprune.families.planes import Box
 from fitprune.pictures.kept import KeptImage
 from fitprune.pictures.views import View, ranks, views_of
@@ -18,12 +20,13 @@ OUTLINE = (255, 224, 102)  # around what is left: to be seen on dark pictures an
 PAPER = (236, 238, 240)  # where a processor pads
 # Of scores, from the lowest rank to the highest: matplotlib's cividis, which colour-blind readers can read.
 HEAT = ("#00224e", "#2a3f6d", "#575d6d", "#7d7c78", "#a69d75", "#d3c164", "#fee838")
+_LARGEST = 16_384  # pixels of a side
 GAP = 12  # pixels between views
 _OUTSIDE, _PRESENT, _LEFT = 0, 1, 2
 
 
 def draw_kept(
-    picture: Image.Image, kept: KeptImage, layer: int, *, scores: bool = False, size: int = 480
+    picture: Image.Image | Pixels, kept: KeptImage, layer: int, *, scores: bool = False, size: int = 480
 ) -> Image.Image:
     """Draw a picture with the visual tokens that enter a layer: what has left is dark, what no token sees is pale.
 
@@ -31,15 +34,22 @@ def draw_kept(
     own, side by side.
 
     Args:
-        picture: as the processor got it.
+        picture: as the processor got it: a PIL image or uint8 [height, width, 3].
         kept: what it keeps, from `fitprune.kept_tokens` with processor and pictures.
         layer: number of the decoder layer, from 0.
         scores: colour the tokens by the rank of their score at this layer, from blue (lowest) to yellow.
         size: longest side of the drawn picture, in pixels.
 
     Raises:
-        ValueError: there is no such layer, no score, or it is not known where the tokens lie.
+        ValueError: there is no such layer, no score, or it is not known where the tokens lie; or an argument is of
+            another kind.
     """
+    if not isinstance(kept, KeptImage):
+        raise ValueError(f"kept is a {type(kept).__name__}: must be one KeptImage, such as kept_tokens(...)[0][0]")
+    whole("size", size, 1, _LARGEST)
+    (picture, *others), _ = frames_in(picture, "picture")
+    if others:
+        raise ValueError("picture is several: must be one, the frame or image that `kept` is of")
     if scores and kept.scores is None:
         raise ValueError("scores=True: there are none; pass scores=True to kept_tokens too")
     picture = ImageOps.exif_transpose(picture)
@@ -67,10 +77,12 @@ def _view(picture: Image.Image, view: View, present: torch.Tensor, values: torch
     for grid, box in view.grids:
         _fill(state, np.where(present[grid.tokens].numpy(), _PRESENT, _LEFT), box, (left, top))
     if values is not None:
-        heat = pixels.copy()
+        heat = np.full_like(pixels, np.nan)
         for grid, box in view.grids:
-            _fill(heat, heat_colours(values[grid.tokens]), box, (left, top))
-        pixels = 0.35 * grey + 0.65 * heat
+            ranked = values[grid.tokens]
+            known = ~ranked.isnan().numpy()[..., None]
+            _fill(heat, np.where(known, heat_colours(ranked), np.nan), box, (left, top))
+        pixels = np.where(np.isnan(heat), pixels, 0.35 * grey + 0.65 * heat)
     state = state[..., None]
     shaded = np.where(state == _LEFT, 0.2 * grey, pixels)
     shaded = np.where(state == _OUTSIDE, 0.3 * pixels + 0.7 * np.asarray(PAPER, dtype=np.float32), shaded)
@@ -109,7 +121,7 @@ def _outline(state: Pixels, line: int) -> Pixels:
 
 
 def heat_colours(values: torch.Tensor) -> Pixels:
-    """Colour ranks from 0 to 1, NaN as the lowest: [...] -> [..., 3], from 0 to 255."""
+    """Colour ranks from 0 to 1: [...] -> [..., 3], from 0 to 255."""
     stops = np.asarray([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in HEAT], dtype=np.float32)
     place = values.nan_to_num(0).numpy()
     return np.stack([np.interp(place, np.linspace(0, 1, len(HEAT)), stops[:, i]) for i in range(3)], -1)

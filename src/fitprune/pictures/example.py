@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -12,6 +13,8 @@ from fitprune.calibration.batches import make_batches
 from fitprune.calibration.samples import Sample
 from fitprune.families.inputs import to_model
 from fitprune.pictures.kept import KeptImage, kept_tokens
+from fitprune.pictures.origin import budget_of
+from fitprune.recipes.find import find_recipe
 from fitprune.recipes.recipe import PruningRecipe
 
 
@@ -24,12 +27,18 @@ class Example:
         kept: what it keeps.
         question: about the picture; "" for none.
         answers: name of a model, such as "dense" -> its answer.
+        origin: which model and budget it is of; "" to say nothing.
     """
 
     picture: Image.Image
     kept: KeptImage
     question: str = ""
     answers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    origin: str = ""
+
+    def texts(self) -> dict[str, str]:
+        """Say for each answer what is to be read: also of one that is empty."""
+        return {name: text if text.strip() else "(an empty answer)" for name, text in self.answers.items()}
 
 
 def example_of(
@@ -59,4 +68,6 @@ def example_of(
     inputs = to_model(next(make_batches([sample], processor, prompt_template=prompt_template, model=model)), model)
     picture = sample.load_image()
     ((kept,),) = kept_tokens(model, recipe, inputs, processor=processor, pictures=[picture], scores=True, force=force)
-    return Example(picture, kept, sample.text, answers)
+    budget = budget_of(find_recipe(model, recipe).provenance)
+    name = Path(getattr(model, "name_or_path", "")).name or type(model).__name__
+    return Example(picture, kept, sample.text, answers, f"{name}, budget {budget}")

@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
+from fitprune._support.checked import whole
+from fitprune._support.messages import short
 from fitprune.engine.choose import choose_by
 from fitprune.engine.kept import Prefill
 from fitprune.engine.prune import run_prefill
@@ -53,8 +56,7 @@ class KeptImage:
         Raises:
             ValueError: there is no such layer.
         """
-        if not 0 <= layer < self.layers:
-            raise ValueError(f"layer={layer}: must be from 0 to {self.layers - 1}, the decoder's layers")
+        whole("layer", layer, 0, self.layers - 1, ", the decoder's layers")
         return self.entered > layer
 
     def grid(self, layer: int) -> list[torch.Tensor]:
@@ -79,11 +81,9 @@ class KeptImage:
             box: left, top, right and bottom, in fractions of the picture's width and height.
 
         Raises:
-            ValueError: it is no box, no token lies in it, or the grids' places in the picture are not known.
+            ValueError: it is no box of fractions, no token lies in it, or it is not known where the grids lie.
         """
-        left, top, right, bottom = box
-        if not (left < right and top < bottom):
-            raise ValueError(f"box={box}: must be left, top, right, bottom, with left < right and top < bottom")
+        left, top, right, bottom = _fractions(box)
         middle = (left + right) / 2, (top + bottom) / 2
         inside, around = (torch.zeros(len(self.entered), dtype=torch.bool) for _ in range(2))
         for grid in self.grids:
@@ -113,6 +113,21 @@ class KeptImage:
     def __repr__(self) -> str:
         grids = ", ".join("x".join(map(str, grid.tokens.shape)) for grid in self.grids)
         return f"KeptImage({len(self.entered)} visual tokens in {grids}, {self.counts[-1]} enter the last layer)"
+
+
+def _fractions(box: Any) -> Box:
+    """Check a box of a user's."""
+    try:
+        left, top, right, bottom = map(float, () if isinstance(box, str) else box)
+    except (TypeError, ValueError):
+        raise ValueError(f"box={short(box)}: must be four numbers: left, top, right, bottom") from None
+    if not (left < right and top < bottom):
+        raise ValueError(f"box={box}: must be left, top, right, bottom, with left < right and top < bottom")
+    if not (min(left, top) >= -1 and max(right, bottom) <= 2):  # grids reach a little outside of 0..1
+        raise ValueError(
+            f"box={box}: must be fractions of the picture, from 0 to 1; divide pixels by the picture's width and height"
+        )
+    return left, top, right, bottom
 
 
 def _middles(grid: Grid) -> tuple[torch.Tensor, torch.Tensor, float, float]:
@@ -168,6 +183,8 @@ def kept_tokens(
     Raises:
         ValueError: as for `fitprune.prune` and `fitprune.families.grids.token_grids`; or there is no image.
     """
+    if isinstance(pictures, (Image.Image, str, os.PathLike)) or getattr(pictures, "ndim", 4) < 4:
+        raise ValueError(f"pictures is a {type(pictures).__name__}: must be a list of pictures; pass [picture]")
     record = _Record({})
     pruner = Pruner(model, recipe, scorer, force=force, choose=record.choose_by if scores else choose_by)
     prefill = run_prefill(pruner, inputs)

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fitprune._support.page import Html, escape
+from fitprune._support.page import Html, escape, facts
 from fitprune.families.grids import Grid
 from fitprune.families.planes import Box
 from fitprune.pictures.draw import HEAT, OUTLINE, PAPER
 from fitprune.pictures.example import Example
 from fitprune.pictures.kept import KeptImage
+from fitprune.pictures.notes import notes
 from fitprune.pictures.views import View, ranks, views_of
 
 SIDE = 1000  # units of the longest side of a picture
@@ -30,12 +31,14 @@ _HINT = (
     "Draw a box on a picture to see what share of it is left; or go there with Tab and use the arrow keys, with Shift "
     "to resize and Escape to remove it."
 )
+_TOUCH = "Tap two opposite corners of a box on a picture to see what share of it is left."
 
 STYLE = f"""
 .kept{{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:var(--gap);align-items:start;
 margin:var(--gap) 0 2rem}}
 .kept .views{{display:flex;flex-wrap:wrap;gap:.5rem}}.kept .view{{flex:1 1 40%;min-width:9rem}}
-.kept .view svg{{width:100%;height:auto;max-height:30rem;touch-action:pan-y;cursor:crosshair}}
+.kept .view svg{{width:100%;height:auto;max-height:30rem;touch-action:pan-y pinch-zoom;
+cursor:crosshair;user-select:none}}
 .kept .paper{{fill:rgb{PAPER}}}.kept .left{{fill:#0b0d0f;fill-opacity:.82}}
 .kept .outside{{fill:rgb{PAPER};fill-opacity:.7;fill-rule:evenodd}}
 .kept .edge{{fill:none;stroke:rgb{OUTLINE};stroke-width:4}}.kept .heat path{{fill-opacity:.7}}
@@ -51,7 +54,7 @@ filter:drop-shadow(0 0 2px #000)}}
 .kept [type=range]{{flex:1;min-width:6rem;padding:0;accent-color:var(--accent)}}.kept .play{{min-width:5rem}}
 .kept [type=checkbox]{{min-height:1.3rem;width:1.3rem;accent-color:var(--accent)}}
 .kept .count{{font-weight:700;margin:.2rem 0;font-variant-numeric:tabular-nums}}
-.kept .question{{font-weight:700;margin-top:0}}
+.kept .question{{font-weight:700;margin:0;grid-column:1/-1}}
 .kept .legend i{{display:inline-block;width:7rem;height:.8rem;margin:0 .4rem;vertical-align:middle;
 background:linear-gradient(90deg,{",".join(HEAT)})}}
 @media (max-width:799px){{.kept{{grid-template-columns:minmax(0,1fr)}}}}
@@ -110,6 +113,7 @@ def player(example: Example, number: int = 0, *, heat: Heat | None = None) -> Ht
     if heat is None and kept.scores is not None:
         heat = Heat.of_scores(kept.scores)
     views = views_of(kept, width, height)
+    question = f"<p class=question>{escape(example.question)}</p>" if example.question else ""
     name = f"picture-{number}"
     drawn = []
     for place, view in enumerate(views):
@@ -129,12 +133,14 @@ def player(example: Example, number: int = 0, *, heat: Heat | None = None) -> Ht
         "views": [[_grid(grid, box) for grid, box in view.grids] for view in views],
         "ranks": None if heat is None else _bytes(heat.values),
         "colours": HEAT,
+        "names": [view.name for view in views],
         "hint": "" if number else _HINT,  # said once in a page
+        "touch": "" if number else _TOUCH,
     }
     return Html(
-        f"<figure class=kept><div class=views>{''.join(drawn)}</div><div>{_facts(example)}"
+        f"<figure class=kept>{question}<div class=views>{''.join(drawn)}</div><div>"
         f"{_controls(kept.layers, heat)}{_bars(kept.counts, len(kept.entered))}"
-        f"<p class='share small' aria-live=polite></p></div>"
+        f"<p class='share small' aria-live=polite></p>{_facts(example)}</div>"
         f"<script type=application/json>{_json(data)}</script></figure>"
     )
 
@@ -145,11 +151,8 @@ def _json(data: Any) -> str:
 
 
 def _facts(example: Example) -> str:
-    lines = [f"<p class=question>{escape(example.question)}</p>"] if example.question else []
-    if example.answers:
-        pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in example.answers.items())
-        lines.append(f"<dl class=facts>{pairs}</dl>")
-    return "".join(lines)
+    answers = facts(example.texts().items()) if example.answers else ""
+    return f"{answers}<p class='small'>{'<br>'.join(map(escape, notes(example, views_named=True)))}</p>"
 
 
 def _controls(layers: int, heat: Heat | None) -> str:
@@ -185,7 +188,9 @@ def _svg(view: View, image: str, kept: KeptImage) -> str:
     present = kept.present(kept.layers - 1)
     left, edge = veil(view, present)
     x, y, right, bottom = view.extent
-    what = f"{view.name}: {kept.counts[-1]} of {len(kept.entered)} visual tokens enter layer {kept.layers - 1}"
+    tokens = {token for grid, _ in view.grids for token in grid.tokens.flatten().tolist()}
+    entering = sum(present[list(tokens)].tolist())
+    what = f"{view.name}: {entering} of {len(tokens)} visual tokens enter layer {kept.layers - 1}"
     box = [_short(value) for value in (x, y, right - x, bottom - y)]
     place = " ".join(f"{name}={value}" for name, value in zip(("x", "y", "width", "height"), box, strict=True))
     return (
@@ -214,17 +219,19 @@ def veil(view: View, present: torch.Tensor) -> tuple[str, str]:
                 f"M{_short(x + column * width)} {_short(y + row * height)}h{_short(width)}v{_short(height)}"
                 f"h{_short(-width)}z"
             )
-        for row, column in (stays[:, 1:] != stays[:, :-1]).nonzero().tolist():
-            edge.append(f"M{_short(x + (column + 1) * width)} {_short(y + row * height)}v{_short(height)}")
-        for row, column in (stays[1:] != stays[:-1]).nonzero().tolist():
-            edge.append(f"M{_short(x + column * width)} {_short(y + (row + 1) * height)}h{_short(width)}")
+        across, down = x + width * (torch.arange(columns) + 0.5), y + height * (torch.arange(rows) + 0.5)
+        for right_by, down_by in ((0, -1), (0, 1), (-1, 0), (1, 0)):  # also into a neighbouring grid
+            beside = view.at(present, across + right_by * width, down + down_by * height)
+            line = f"v{_short(height)}" if right_by else f"h{_short(width)}"
+            for row, column in (beside & ~stays).nonzero().tolist():
+                place = x + (column + (right_by > 0)) * width, y + (row + (down_by > 0)) * height
+                edge.append(f"M{_short(place[0])} {_short(place[1])}{line}")
     return "".join(left), "".join(edge)
 
 
 def outside(view: View) -> str:
     """Give the path of what no token of a view sees, to be filled by the rule evenodd."""
-    own, *covered = ((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (view.extent, *(box for _, box in view.grids)))
-    if sum(covered) > 0.98 * own:
+    if view.is_covered:
         return ""
     boxes = [view.extent, *(box for _, box in view.grids)]
     return "".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from fractions import Fraction
@@ -14,9 +15,13 @@ from PIL import Image, PngImagePlugin
 from fitprune._support import files
 from fitprune._support.page import page
 from fitprune.pictures import player
+from fitprune.pictures.draw import OUTLINE
 from fitprune.pictures.example import Example
 from fitprune.pictures.sheets import frame, strip
 from fitprune.pictures.svg_strip import svg_strip
+from fitprune.pictures.words import lacks
+
+logger = logging.getLogger(__name__)
 
 LAYER, LAST = 400, 2500  # milliseconds that an animation stays at a layer, and at the last
 _RATE = 10  # frames a second of a video
@@ -37,6 +42,10 @@ def save_example(example: Example, path: str | os.PathLike[str]) -> None:
     write = writer(path)
     with files.replacing(path) as temporary, open(temporary, "wb") as file:
         write(example, file)
+    if Path(path).suffix.lower() not in (".svg", ".html") and any(
+        map(lacks, [example.question, *example.texts().values()])
+    ):
+        logger.warning("%s: its font lacks letters of the question or an answer; .svg and .html show all", path)
 
 
 def writer(path: str | os.PathLike[str]) -> Callable[[Example, IO[bytes]], None]:
@@ -69,10 +78,12 @@ def _frames(example: Example) -> list[Image.Image]:
 
 def _write_gif(example: Example, file: IO[bytes]) -> None:
     frames = _frames(example)
-    both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))  # the first and the last frame have all colours
+    both = Image.new("RGB", (frames[0].width, 2 * frames[0].height))  # they have all colours but the line's
     both.paste(frames[0], (0, 0))
     both.paste(frames[-1], (0, frames[0].height))
-    colours = both.quantize(255, dither=Image.Dither.NONE)
+    palette = both.quantize(254, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).getpalette() or []
+    colours = Image.new("P", (1, 1))
+    colours.putpalette([*palette, *OUTLINE])
     first, *others = (each.quantize(palette=colours, dither=Image.Dither.NONE) for each in frames)
     durations = [LAYER] * (len(frames) - 1) + [LAST]
     facts = {"duration": durations, "loop": 0, "comment": files.PICTURE_MARK.encode()}

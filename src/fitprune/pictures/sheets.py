@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from fitprune.pictures.draw import draw_kept
 from fitprune.pictures.example import Example
+from fitprune.pictures.notes import notes
 from fitprune.pictures.views import chosen_layers
+from fitprune.pictures.words import drawable, font, wrapped
 
 INK, MUTED, NOW, BAR = "#1a1d21", "#565d66", "#d55e00", "#9aa3ad"
 _MARGIN = 16
 _BARS = 72  # height of the bars, pixels
 STRIP = 4  # layers of a strip
+_LINES = 6  # of the question and of each answer
 
 
 def frame(example: Example, layer: int) -> Image.Image:
@@ -29,27 +32,31 @@ def frame(example: Example, layer: int) -> Image.Image:
     kept = example.kept
     picture = draw_kept(example.picture, kept, layer, size=400)
     width = max(picture.width, 360)
-    words = _answers(example)
-    above, below = _wrapped(example.question, 20, width), [line for text in words for line in _wrapped(text, 17, width)]
-    height = 26 * len(above) + picture.height + 34 + _BARS + 22 + 22 * len(below) + 2 * _MARGIN
+    above = _wrapped(example.question, 20, width)
+    below = [line for text in _answers(example) for line in _wrapped(text, 17, width)]
+    small = [line for text in notes(example) for line in _wrapped(text, 13, width)]
+    height = 26 * len(above) + picture.height + 34 + _BARS + 22 + 22 * len(below) + 17 * len(small) + 2 * _MARGIN
     sheet = Image.new("RGB", (width + 2 * _MARGIN, height), "white")
     draw, y = ImageDraw.Draw(sheet), _MARGIN
     for line in above:
-        draw.text((_MARGIN, y), line, INK, _font(20))
+        draw.text((_MARGIN, y), line, INK, font(20))
         y += 26
     sheet.paste(picture, (_MARGIN + (width - picture.width) // 2, y))
     y += picture.height + 8
-    draw.text((_MARGIN, y), f"layer {layer}", INK, _font(18))
+    draw.text((_MARGIN, y), f"layer {layer}", INK, font(18))
     right = f"{kept.counts[layer]} of {len(kept.entered)} visual tokens"
-    draw.text((_MARGIN + width, y), right, INK, _font(18), anchor="ra")
+    draw.text((_MARGIN + width, y), right, INK, font(18), anchor="ra")
     y += 26
     _bars(draw, kept.counts, len(kept.entered), layer, (_MARGIN, y, width))
     y += _BARS + 4
-    draw.text((_MARGIN, y), "tokens that enter each layer", MUTED, _font(13))
+    draw.text((_MARGIN, y), "tokens that enter each layer", MUTED, font(13))
     y += 18
     for line in below:
-        draw.text((_MARGIN, y), line, INK, _font(17))
+        draw.text((_MARGIN, y), line, INK, font(17))
         y += 22
+    for line in small:
+        draw.text((_MARGIN, y), line, MUTED, font(13))
+        y += 17
     return sheet
 
 
@@ -66,27 +73,33 @@ def strip(example: Example) -> Image.Image:
     layers = chosen_layers(kept, STRIP)
     tiles = [draw_kept(example.picture, kept, layer, size=400) for layer in layers]
     width, height = tiles[0].size
+    captions = [caption(layer, kept.counts[layer], len(kept.entered)) for layer in layers]
+    pitch = _MARGIN + max(width, *(round(font(28).getlength(text)) for text in captions))
     columns = 1 if width > 1.6 * 400 else 2  # several views of a picture take a row
-    whole = max(columns * (width + _MARGIN) - _MARGIN, 720)
+    whole = max(columns * pitch - _MARGIN, 720)
     above = _wrapped(example.question, 32, whole)
     below = [line for text in _answers(example) for line in _wrapped(text, 28, whole)]
+    small = [line for text in notes(example) for line in _wrapped(text, 24, whole)]
     rows = -(-len(tiles) // columns)
-    size = whole + 2 * _MARGIN, 42 * len(above) + rows * (height + 48) + 36 * len(below) + 2 * _MARGIN
+    lines = 42 * len(above) + 36 * len(below) + 31 * len(small)
+    size = whole + 2 * _MARGIN, lines + rows * (height + 48) + 2 * _MARGIN
     sheet = Image.new("RGB", size, "white")
     draw, y = ImageDraw.Draw(sheet), _MARGIN
     for line in above:
-        draw.text((_MARGIN, y), line, INK, _font(32))
+        draw.text((_MARGIN, y), line, INK, font(32))
         y += 42
-    for place, (layer, tile) in enumerate(zip(layers, tiles, strict=True)):
+    for place, (text, tile) in enumerate(zip(captions, tiles, strict=True)):
         row, column = divmod(place, columns)
-        corner = _MARGIN + column * (width + _MARGIN), y + row * (height + 48)
+        corner = _MARGIN + column * pitch, y + row * (height + 48)
         sheet.paste(tile, corner)
-        text = caption(layer, kept.counts[layer], len(kept.entered))
-        draw.text((corner[0], corner[1] + height + 4), text, INK, _font(28))
+        draw.text((corner[0], corner[1] + height + 4), text, INK, font(28))
     y += rows * (height + 48)
     for line in below:
-        draw.text((_MARGIN, y), line, INK, _font(28))
+        draw.text((_MARGIN, y), line, INK, font(28))
         y += 36
+    for line in small:
+        draw.text((_MARGIN, y), line, MUTED, font(24))
+        y += 31
     return sheet
 
 
@@ -96,7 +109,7 @@ def caption(layer: int, tokens: int, total: int) -> str:
 
 
 def _answers(example: Example) -> list[str]:
-    return [f"{name}: {answer}" for name, answer in example.answers.items()]
+    return [f"{name}: {answer}" for name, answer in example.texts().items()]
 
 
 def _bars(draw: ImageDraw.ImageDraw, counts: Sequence[int], most: int, layer: int, place: tuple[int, int, int]) -> None:
@@ -108,27 +121,5 @@ def _bars(draw: ImageDraw.ImageDraw, counts: Sequence[int], most: int, layer: in
         draw.rectangle(box, NOW if number == layer else BAR)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # as Pillow's own wheels have it
-    return font
-
-
 def _wrapped(text: str, size: int, width: int) -> list[str]:
-    """Break a text into lines that fit; a text that the font has no letters for is left out."""
-    font, lines = _font(size), [""]
-    text = " ".join(text.split())
-    if not text.isascii() and not _has_letters(text):
-        return []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) > width and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return [line for line in lines if line][:6]
-
-
-def _has_letters(text: str) -> bool:
-    """Whether Pillow's font draws a text: it has the letters of Western Europe."""
-    return all(ord(letter) < 0x180 for letter in text)
+    return wrapped(drawable(text), width, font(size).getlength, _LINES)

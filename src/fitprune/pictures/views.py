@@ -30,6 +30,23 @@ class View:
     extent: Box
     name: str
 
+    @property
+    def is_covered(self) -> bool:
+        """Whether the grids cover all of it."""
+        own, *covered = ((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (self.extent, *(box for _, box in self.grids)))
+        return sum(covered) > 0.98 * own
+
+    def at(self, values: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Give the values, [tokens] bool, of the tokens at places x [columns], y [rows]; False where there is none."""
+        result = torch.zeros(len(y), len(x), dtype=torch.bool)
+        for grid, (left, top, right, bottom) in reversed(self.grids):
+            rows, columns = grid.tokens.shape
+            row, column = ((y - top) / (bottom - top) * rows).floor(), ((x - left) / (right - left) * columns).floor()
+            down, across = (row >= 0) & (row < rows), (column >= 0) & (column < columns)
+            tokens = grid.tokens[row[down].long()[:, None], column[across].long()]
+            result[down.nonzero(), across.nonzero()[:, 0]] = values[tokens]
+        return result
+
 
 def views_of(kept: KeptImage, width: float, height: float) -> list[View]:
     """Sort an image's grids into views of a picture of this size.
