@@ -94,7 +94,7 @@ def test_a_decompression_bomb_is_refused_by_our_own_limit(tmp_path, monkeypatch)
 
 
 def test_an_upload_that_was_deleted_is_to_be_sent_again(tmp_path):
-    with pytest.raises(ValueError, match="^gone.png is no longer here: upload it again$"):
+    with pytest.raises(ValueError, match=r"^gone\.png is no longer here: upload it again$"):
         Limits().read_picture(tmp_path / "gone.png")
 
 

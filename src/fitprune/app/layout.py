@@ -15,7 +15,6 @@ from fitprune.app.python_lines import Source, python_lines
 from fitprune.app.recipes import FITTED, MOST_PERCENT
 from fitprune.app.screen import Screen
 from fitprune.app.served import ServedModel
-from fitprune.baselines.table import BASELINES
 from fitprune.pictures.player import play
 from fitprune.scoring.scorers import SCORERS, get_scorer
 
@@ -69,10 +68,11 @@ def build(
             )
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=320):
-                picture = Upload(
+                picture = gr.Image(
                     str(examples[0][0]) if examples else None, type="filepath", image_mode=None, height=220,
                     sources=["upload", "clipboard", "webcam"], label="Picture", elem_id="picture",
                 )  # fmt: skip
+                _only_uploads(picture)
                 chosen = _html(fragments.examples(examples), js_on_load=_CHOOSE, elem_id="examples")
                 question = gr.Textbox(
                     examples[0][1] if examples else "", label="Question", max_length=limits.question, lines=1,
@@ -140,8 +140,8 @@ def build(
         moved = gr.on(
             [budget.input, picture.input, method.input, scorer.input], events.look, [state, *inputs], outputs, **quiet
         )
-        # After a run too: one may type while it answers. `picture.clear` comes before the picture is gone.
-        for trigger in (question.input, picture.change, moved.failure, *(ran.then for ran in running[:4])):
+        # What runs may have been sent before the last letter, and Gradio sends a picture that is just being removed.
+        for trigger in (question.input, picture.change, *(ran.then for ran in (*running[:4], moved))):
             trigger(
                 events.changed, [state, picture, question], [state, pruned_answer, dense_answer],
                 show_progress="hidden", trigger_mode="always_last", api_visibility="private",
@@ -151,30 +151,31 @@ def build(
     return page
 
 
-class Upload(gr.Image):  # type: ignore[misc]  # Gradio is not typed here
-    """A picture as a file, for `Limits.read_picture`; Gradio would put what is clear on black."""
+def _only_uploads(picture: gr.Image) -> None:
+    """Take uploads and examples as they are, for `Limits.read_picture`, and no other file or address.
 
-    is_template = True  # in the browser it is a `gr.Image`
+    A class of its own would do, but Gradio writes a file beside the module of each. Its own checks leave out what a
+    program sends without a mark, and it would put what is clear on black.
+    """
+    uploads, download = Path(picture.GRADIO_CACHE).resolve(), picture.async_move_resource_to_block_cache
 
-    def preprocess(self, payload: Any) -> str | None:
-        """Take an upload or an example; no other file of this machine is opened."""
+    def refusal(message: str) -> gr.Error:
+        return gr.Error(message, title=REFUSED, print_exception=False)
+
+    def preprocess(payload: Any) -> str | None:
         if payload is None:
             return None
-        uploads, path = Path(self.GRADIO_CACHE).resolve(), Path(payload.path or "/").resolve()
+        path = Path(payload.path or "/").resolve()
         if not (path.is_file() and {uploads, uploads.parent / EXAMPLES} & {*path.parents}):
-            raise self._refusal("the picture is no upload, or no longer here: upload it again")
+            raise refusal("the picture is no upload, or no longer here: upload it again")
         return str(path)
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        """Download nothing for a stranger."""
-        if str(url_or_file_path).startswith(("http:", "https:")):
-            raise self._refusal("the picture is an address, and this server downloads none: upload the file")
-        moved: str | None = await super().async_move_resource_to_block_cache(url_or_file_path)
-        return moved
+    async def move(source: Any) -> Any:
+        if str(source).startswith(("http:", "https:")):
+            raise refusal("the picture is an address, and this server downloads none: upload the file")
+        return await download(source)
 
-    @staticmethod
-    def _refusal(message: str) -> gr.Error:
-        return gr.Error(message, title=REFUSED, print_exception=False)
+    picture.preprocess, picture.async_move_resource_to_block_cache = preprocess, move
 
 
 def _as_sent(box: gr.components.Component) -> gr.components.Component:

@@ -16,10 +16,11 @@ from fitprune._support import checked
 from fitprune._support.messages import short
 from fitprune.calibration.pictures import BadPicture, load_picture
 
-
 # What Pillow decodes itself. It hands others, such as PostScript, to programs of the machine.
 Image.init()  # else Pillow knows but five
-FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN]
+FORMATS: tuple[str, ...] = tuple(
+    name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN
+)
 
 
 @dataclasses.dataclass(frozen=True)
