@@ -134,7 +134,7 @@ def test_two_hundred_requests_of_eight_clients_are_answered_each_by_its_own_and_
         return {number: ask(clients[which], number % 25, budget=40 + number % 50) for number in range(which, count, 8)}
 
     used = []
-    for count in (48, 200):  # the first fill what is filled once: threads, and what they keep
+    for count in (24, 200):  # the first fill what is filled once: threads, and what they keep
         began, answers = time.perf_counter(), {}
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             for part in pool.map(some, range(8), [count] * 8):

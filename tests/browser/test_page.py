@@ -246,6 +246,7 @@ def test_a_screen_that_is_gone_is_nobody_elses(visit, app):
     page.locator("#examples button").nth(1).click()
     page.wait_for_function("document.querySelectorAll('#dense .answer span').length == 3")
     before = page.locator("#dense .answer").inner_text()
+    page.wait_for_timeout(500)  # whatever still runs has a state
     app.page.state_holder.session_data.clear()
     page.locator("#pruned button[data-word]").first.click()
     page.wait_for_selector("text=nothing is on the screen any more: press Run")

@@ -56,7 +56,7 @@ def test_the_command_serves_this_machine_alone_until_it_is_interrupted(chromium,
         process.send_signal(signal.SIGINT)
         assert process.wait(20) in (0, 1)
         watch.cancel()
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_taken_port_is_named_before_a_model_is_loaded(capsys):

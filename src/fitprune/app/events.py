@@ -82,15 +82,16 @@ class Events:
         first: Screen | None = None,
     ) -> None:
         self.served, self.source, self.title, self.first = served, source, title, first
-        self.examples = {number: (str(path), question) for number, (path, question) in enumerate(examples)}
+        self.examples = list(examples)
 
     @refusing()
     def example(self, event: gr.EventData) -> tuple[str, str]:
         """Put an example's picture and question into their places."""
         number = _number(event)
-        if type(number) is not int or number not in self.examples:
+        if type(number) is not int or not 0 <= number < len(self.examples):
             raise ValueError(f"example {short(number)}: must be from 0 to {len(self.examples) - 1}; press one")
-        return self.examples[number]
+        path, question = self.examples[number]
+        return str(path), question
 
     def opened(self) -> tuple[Any, ...]:
         """Give a new visitor the first screen, and say what there is by now."""
@@ -114,10 +115,10 @@ class Events:
         """Say that the answers are to another question or picture, while nothing new was run."""
         if now is None or now.answered is None:
             return gr.skip(), gr.skip(), gr.skip()
-        asked = (picture and Path(picture).name, question.strip()) == (now.request.picture.name, now.request.question)
-        if asked == now.asked:
+        fresh = (picture and Path(picture).name, question.strip()) == (now.request.picture.name, now.request.question)
+        if fresh == now.fresh:
             return gr.skip(), gr.skip(), gr.skip()
-        now = dataclasses.replace(now, asked=asked)
+        now = dataclasses.replace(now, fresh=fresh)
         return now, *fragments.answers(now, self.served.decode)
 
     def stopped(self, now: Screen | None) -> tuple[str, str]:

@@ -57,7 +57,7 @@ def answers(
             text = escape(decode(answer.ids if answer else [])) or ("" if running else "(an empty answer)")
         bodies.append(f"<p>{text}</p>")
     old = other = ""
-    if not screen.asked:
+    if not screen.fresh:
         old = other = " before question or picture changed: press Run for a new one"
     elif not screen.current and not running:
         old = f" at {_name(screen.answered)}: press Run for a new one"

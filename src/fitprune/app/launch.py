@@ -13,6 +13,7 @@ from pathlib import Path
 import gradio as gr
 
 from fitprune.app import screen, style
+from fitprune.app.events import Events
 from fitprune.app.layout import EXAMPLES, build
 from fitprune.app.python_lines import Source
 from fitprune.app.recipes import FITTED
@@ -43,7 +44,7 @@ def page_of(
     if examples and served.recipes.fitter is not None:
         request = screen.read_request(served, str(examples[0][0]), examples[0][1], 60, FITTED, "", limits.usual_answer)
         first = min((list(screen.run(served, request))[-1] for _ in range(3)), key=_seconds)
-    return build(served, source, examples, title, first)
+    return build(Events(served, source, examples, title, first))
 
 
 def _seconds(answered: screen.Screen) -> float:

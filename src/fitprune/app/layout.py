@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import gradio as gr
 
 from fitprune.app import fragments
 from fitprune.app.events import BUDGETS, REFUSED, Events
-from fitprune.app.python_lines import Source, python_lines
+from fitprune.app.python_lines import python_lines
 from fitprune.app.recipes import FITTED, MOST_PERCENT
-from fitprune.app.screen import Screen
-from fitprune.app.served import ServedModel
 from fitprune.pictures.player import play
 from fitprune.scoring.scorers import SCORERS, get_scorer
 
@@ -42,27 +39,18 @@ _CHOOSE = """element.addEventListener('click', event => {
 });"""
 
 
-def build(
-    served: ServedModel,
-    source: Source,
-    examples: Sequence[tuple[Path, str]],
-    title: str,
-    first: Screen | None = None,
-) -> gr.Blocks:
+def build(events: Events) -> gr.Blocks:
     """Make the page.
 
     Args:
-        served: the model.
-        source: where it comes from, for the Python lines.
-        examples: pictures with a question each.
-        title: what is served.
-        first: what is on the screen when the page opens.
+        events: what its controls do.
     """
-    limits, recipes, events = served.limits, served.recipes, Events(served, source, examples, title, first)
+    served, source, first, examples = events.served, events.source, events.first, events.examples
+    limits, recipes = served.limits, served.recipes
     with gr.Blocks(title="fitprune", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         state = gr.State(None, time_to_live=3600)
         with gr.Row():
-            about = _html(fragments.about(served, title), elem_id="about")
+            about = _html(fragments.about(served, events.title), elem_id="about")
             measure = gr.Button(
                 "Measure statistics", visible=recipes.fitter is None, elem_id="measure", min_width=120, scale=0
             )

@@ -50,7 +50,7 @@ class Screen:
         answered: the choice that the answers were made with; None before there are some.
         kept: what is left of the picture; None until that is known.
         word: number of the pruned answer's word that is looked at; None for none.
-        asked: whether question and picture are still those in the page's controls.
+        fresh: whether question and picture are still those in the page's controls.
     """
 
     request: Request
@@ -62,12 +62,12 @@ class Screen:
     answered: Choice | None = None
     kept: KeptImage | None = None
     word: int | None = None
-    asked: bool = True
+    fresh: bool = True
 
     @property
     def current(self) -> bool:
         """Whether the answers are whole, and to what is in the page's controls."""
-        return self.asked and self.answered == self.request.choice and self.pruned is not None and self.pruned.done
+        return self.fresh and self.answered == self.request.choice and self.pruned is not None and self.pruned.done
 
 
 def read_request(
