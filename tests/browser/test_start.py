@@ -37,12 +37,13 @@ def own_address():
 def test_the_command_serves_this_machine_alone_until_it_is_interrupted(chromium, tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "fitprune", "app", "--samples", "4", "--port", str(port)]
-    temporary = {**os.environ, "TMPDIR": str(tmp_path)}
+    temporary = {**os.environ, "TMPDIR": str(tmp_path), "GRADIO_TEMP_DIR": str(tmp_path / "not" / "made")}
     started = functools.partial(subprocess.Popen, command, text=True, cwd=tmp_path, env=temporary)
     with started(stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         watch = threading.Timer(120, process.kill)
         watch.start()
         line = process.stdout.readline()
+        assert line, process.stderr.read()
         assert line == f"fitprune app: digit-scenes at http://127.0.0.1:{port}/, until Ctrl-C\n"
         page = chromium.new_page()
         page.goto(f"http://127.0.0.1:{port}")

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -358,3 +359,11 @@ def test_a_progress_bar_is_not_written_into_a_pipe(tmp_path):
     assert "it/s" not in done.stderr
     assert "batch" not in done.stderr
     assert "1 sample, 8 layers" in done.stdout
+
+
+def test_it_runs_in_a_thread_that_is_not_the_main_one(capsys):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(["families"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]

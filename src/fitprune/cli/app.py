@@ -69,7 +69,9 @@ def run(args: options.Args) -> None:
     whole = [args.model, args.stats, *(args.data or []), args.image_folder]
     beside = [Path(each).name for each in whole if each is not None and Path(each).is_absolute()]
     source = Source(_loading(args), args.prompt_template, pictures, beside)
-    with tempfile.TemporaryDirectory(prefix="fitprune-app-", dir=os.environ.get("GRADIO_TEMP_DIR")) as folder:
+    if chosen := os.environ.get("GRADIO_TEMP_DIR"):
+        os.makedirs(chosen, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fitprune-app-", dir=chosen or None) as folder:
         page = page_of(served, source, examples, name, Path(folder))
         url = launch(page, served, args.host, args.port, share=args.share)
         is_open = args.share or args.host not in ("127.0.0.1", "localhost", "::1")

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()  # of our logger alone: what other libraries log is not ours
     handler.setFormatter(logging.Formatter("fitprune: %(message)s"))
     logging.getLogger("fitprune").addHandler(handler)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
+    own = threading.current_thread() is threading.main_thread()  # no other may set what a signal does
+    if own:  # so that what is half written is removed
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         args.run(args)
         if sys.stdout:  # which is None where a shell closed it
@@ -85,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fitprune: error: {shortened(message)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) and not package else 1
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if own:
+            signal.signal(signal.SIGTERM, before)
         logging.getLogger("fitprune").removeHandler(handler)
     return 0
 
