@@ -5,6 +5,12 @@ import pytest
 from fitprune.cli.main import main
 from helpers.axe import serious
 
+NARROWEST = """() => {
+  const table = document.querySelector('[aria-label=results] table');
+  table.style.width = '1px';
+  return [...table.querySelectorAll('thead th')].map(head => head.offsetWidth);
+}"""
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
@@ -35,6 +41,9 @@ def test_a_page_fits_and_is_accessible(chromium, request, name, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     cut = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth + 1).length"
     assert page.evaluate(cut) == 0
+    if name == "demo" and width == 390:  # the whole demo has five columns of figures instead of three
+        first, *others = page.evaluate(NARROWEST)
+        assert first + 5 * max(others) <= 358
     assert serious(page) == []
     page.close()
     assert faults == []

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fitprune._support.files import PICTURE_MARK
 from fitprune._support.page import Html, escape, page, table
+from fitprune._support.text_tables import scaled
 from fitprune.evaluation import report_answers
 from fitprune.evaluation.results import Results
 from fitprune.evaluation.summary import DENSE
@@ -22,6 +23,9 @@ fitprune generate MODEL --recipe r.json --image photo.jpg --question "What is th
 # 3. how many answers stay the same, and how much time is saved
 fitprune evaluate MODEL --data test.jsonl --image-folder images --recipe r.json -o results.json"""
 
+# A phone shows five columns of figures.
+_STYLE = "@media (max-width:799px){[aria-label=results] :is(td,th){padding-left:.15em;padding-right:.15em}}"
+
 
 def demo_page(
     results: Results, recipes: Mapping[str, PruningRecipe], visual_tokens: int, examples: Sequence[Example]
@@ -35,8 +39,11 @@ def demo_page(
         examples: samples to watch, with what stays of them at 60%.
     """
     (task,) = results.tasks
-    (_, *recipes_of), *body = zip(*lines(task, results.rows, results.times()), strict=True)  # three are narrow columns
+    (_, *recipes_of), *body = zip(*lines(task, results.rows, results.times()), strict=True)
     head = ("figure", *recipes_of)
+    figures = {name: [Html(escape(cell).replace("..", "..<wbr>")) for cell in cells] for name, *cells in body}
+    figures["KV bytes"] = [escape(scaled(row.kv_bytes, "B")) for row in results.rows]
+    rows = [(name, *cells) for name, cells in figures.items()]
     players = "".join(player.player(example, number) for number, example in enumerate(examples))
     parts = [
         f"<p>{_summary(results)}</p>",
@@ -44,7 +51,7 @@ def demo_page(
         "dark at the layer from which on the model does without them. Shown is the last layer; where the browser runs "
         "scripts, Play goes through all of them.</p>",
         players,
-        f"<h2>What it saves, what it keeps</h2>{table(head, body, label='results')}",
+        f"<h2>What it saves, what it keeps</h2>{table(head, rows, label='results')}",
         "<p class=small>Agreement is with the dense model's answers, KL the divergence of the first answer token; "
         f"{TIMES}.</p>",
         curve(recipes, visual_tokens, "Visual tokens that enter each layer"),
@@ -54,7 +61,7 @@ def demo_page(
     return page(
         "fitprune demo: which visual tokens leave, and what that changes",
         Html("\n".join(parts)),
-        style=player.STYLE + report_answers.STYLE,
+        style=player.STYLE + report_answers.STYLE + _STYLE,
         script=player.script() + report_answers.SCRIPT,
         maker=PICTURE_MARK,
     )
