@@ -130,7 +130,10 @@ def test_a_finger_draws_a_box_by_its_corners(chromium, path, kept):
     assert f"of its 36 tokens enter layer 7, {part}%" in share.inner_text()
     before = page.locator(".frame").get_attribute("width")
     touch = context.new_cdp_session(page)
-    send = lambda kind, *at: touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [*at]})  # noqa: E731
+
+    def send(kind, *at):
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [*at]})
+
     x, y = box["x"] + 300, box["y"] + 300
     send("touchStart", {"x": x, "y": y})
     for step in range(1, 12):  # upwards, and a little aside: the page scrolls

@@ -78,7 +78,10 @@ def test_nothing_is_cut_or_overlaps_at_any_width(visit, width, scheme):
 def test_a_click_on_a_column_sorts_by_it(visit):
     page = visit()
     table = page.locator("table.sortable").first
-    names = lambda: table.locator("tbody th").all_inner_texts()  # noqa: E731
+
+    def names():
+        return table.locator("tbody th").all_inner_texts()
+
     before = names()
     table.locator("thead button").first.click()
     assert names() == sorted(before)

@@ -171,10 +171,9 @@ class Events:
     @property
     def usual_method(self) -> str:
         """FitPrune's own where there are statistics, else a recipe of the operator's, else one that needs none."""
-        recipes = self.served.recipes
-        return (
-            FITTED if recipes.fitter else next((name for name in recipes.methods if name not in BASELINES), "uniform")
-        )
+        if self.served.recipes.fitter is not None:
+            return FITTED
+        return next((name for name in self.served.recipes.methods if name not in BASELINES), "uniform")
 
     def _about(self) -> tuple[Any, ...]:
         about, needed = fragments.about(self.served, self.title), self.served.recipes.fitter is None

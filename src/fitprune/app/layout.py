@@ -110,11 +110,12 @@ def build(events: Events) -> gr.Blocks:
         chooses = chosen.example(
             events.example, None, [picture, question], show_progress="hidden", api_visibility="private"
         )
+        answering = [
+            trigger(events.run, inputs, outputs, show_progress_on=[costs], **loud)
+            for trigger in (run.click, question.submit, budget.release, chooses.then)
+        ]
         running = [
-            *(
-                trigger(events.run, inputs, outputs, show_progress_on=[costs], **loud)
-                for trigger in (run.click, question.submit, budget.release, chooses.then)
-            ),
+            *answering,
             by_budget.click(events.budgets, inputs, budgets, **loud),
             by_method.click(events.methods, inputs, methods, **loud),
         ]
@@ -129,7 +130,7 @@ def build(events: Events) -> gr.Blocks:
             [budget.input, picture.input, method.input, scorer.input], events.look, [state, *inputs], outputs, **quiet
         )
         # What runs may have been sent before the last letter, and Gradio sends a picture that is just being removed.
-        for trigger in (question.input, picture.change, *(ran.then for ran in (*running[:4], moved))):
+        for trigger in (question.input, picture.change, *(ran.then for ran in (*answering, moved))):
             trigger(
                 events.changed, [state, picture, question], [state, pruned_answer, dense_answer],
                 show_progress="hidden", trigger_mode="always_last", api_visibility="private",

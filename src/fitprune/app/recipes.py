@@ -90,8 +90,10 @@ class Recipes:
             raise ValueError(f"scorer {short(scorer)}: must be one of {', '.join(sorted(SCORERS))}, or empty")
         if scorer:
             get_scorer(scorer)  # some need parameters
-        choice = Choice(float(percent), str(method), scorer)  # type: ignore[arg-type]  # a number
-        return choice if choice.recipe is None else Choice(method=choice.method, scorer=scorer)
+        choice = Choice(method=str(method), scorer=scorer)
+        if choice.recipe is not None:
+            return choice
+        return dataclasses.replace(choice, percent=float(percent))  # type: ignore[arg-type]  # `number` has checked it
 
     def make(self, choice: Choice, visual_tokens: int) -> PruningRecipe:
         """Make the recipe of a choice.
